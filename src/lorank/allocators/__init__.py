@@ -1,0 +1,32 @@
+"""The methods, one per file."""
+
+from lorank.allocators.adalora import AdaLoRA
+from lorank.allocators.alora import ALoRA
+from lorank.allocators.alora_dnas import ALoRADNAS
+from lorank.allocators.alora_sensi import ALoRASensi
+from lorank.allocators.ard import ARDLoRA
+from lorank.allocators.base import Allocation, Allocator, Context, Run, State
+from lorank.allocators.budget import Budget, BudgetLike
+from lorank.allocators.initial import initial_ranks_
+from lorank.allocators.limits import Limits
+from lorank.allocators.sora import SoRA
+from lorank.allocators.static import StaticLoRA
+
+__all__ = [
+    "ALoRA",
+    "ALoRADNAS",
+    "ALoRASensi",
+    "ARDLoRA",
+    "AdaLoRA",
+    "Allocation",
+    "Allocator",
+    "Budget",
+    "BudgetLike",
+    "Context",
+    "Limits",
+    "Run",
+    "SoRA",
+    "State",
+    "StaticLoRA",
+    "initial_ranks_",
+]

@@ -1,0 +1,188 @@
+"""AdaLoRA (Zhang et al., ICLR 2023, arXiv 2303.10512): prune singular values, by importance, on a cubic schedule.
+
+    y = W x + s · P Λ Q x        P = B: (d_out, r)   Λ = diag(g)   Q = A: (r, d_in)
+
+    S_i  = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij)         smoothed sensitivity × uncertainty (scoring/sensitivity.py)
+    loss + γ Σ (‖PᵀP − I‖² + ‖QQᵀ − I‖²)                    its gradient in closed form (orthogonality.py)
+    b(t) = b0                                               t ≤ t_i
+           b_T + (b0 − b_T)(1 − (t − t_i)/(T − t_i − t_f))³ between
+           b_T                                              t ≥ T − t_f
+
+Every ΔT steps between t_i and T − t_f the singular values outside the b(t) best triplets are set to zero. Their vectors
+stay and the values may grow back, so that a triplet can return until, at T − t_f, the budget is final: then the others
+are removed for good, with their optimiser moments, and the last t_f steps train what is left.
+
+Λ starts at zero and is trained by Adam at the main optimiser's learning rate, unclipped and without weight decay. P and
+Q are random: where an adapter is new, the factor that PEFT made zero is drawn from N(0, 1/(3d)), d its vectors' length,
+which has the scale that PEFT gives the other factor (and at d = 768, the width of the paper's model, the scale 0.02 of
+the paper's code). With Λ = 0 the output is the base model's. An adapter that has been trained starts as it is, with
+Λ = 1. Sensitivities see the gradient of the whole loss, the regulariser's part included, as in the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorank.allocators.adam import adam_step_, resize_adam_, start_adam
+from lorank.allocators.base import Allocation, Allocator, Context, Run, State
+from lorank.allocators.budget import BudgetLike, as_budget
+from lorank.allocators.limits import Limits
+from lorank.allocators.orthogonality import add_orthogonality_gradient_
+from lorank.allocators.shrinking import final_limits, plan_to_keep, warn_if_nothing_to_prune
+from lorank.errors import ScheduleError
+from lorank.lora import AdapterLayer, AdapterLayers
+from lorank.scoring.sensitivity import (
+    BETA,
+    drop_sensitivity_,
+    has_sensitivity,
+    rank_products,
+    resize_sensitivity_,
+    sensitivity_scores,
+    start_sensitivity,
+    update_sensitivity_,
+)
+
+# The medians of the eight GLUE runs in the authors' scripts, as parts of the run.
+T_INIT, T_FINAL, DELTA_T = 0.13, 0.48, 0.002
+
+
+@dataclass(frozen=True)
+class AdaLoRA(Allocator):
+    """AdaLoRA. Make the adapter with more ranks than the budget: the authors' runs start at two or three times as many.
+
+    Args:
+        t_init: t_i, optimiser steps before the budget begins to fall; None: 13 % of the run. ≥ 0.
+        t_final: t_f, steps with the final ranks at the end of the run; None: 48 % of it. ≥ 0.
+        delta_t: ΔT, steps between two maskings; None: 0.2 % of the run, at least 1. ≥ 1.
+        orthogonality: γ, how strongly P and Q are kept orthonormal: 0.1 (the paper: 0.1 to 0.5). ≥ 0.
+        beta1: β₁, how slowly the sensitivity forgets: 0.85. In (0, 1).
+        beta2: β₂, the same for its uncertainty: 0.85. In (0, 1).
+        budget: b_T, what the adapter may cost at the end, see :class:`~lorank.allocators.budget.Budget`; None: half of
+            the ranks that it was made with.
+
+    Raises:
+        ScheduleError: a setting out of its range; at the start of a run, phases that do not fit it.
+        BudgetError: a budget that cannot be read; at the start of a run, one that does not fit the modules.
+    """
+
+    t_init: int | None = None
+    t_final: int | None = None
+    delta_t: int | None = None
+    orthogonality: float = 0.1
+    beta1: float = BETA
+    beta2: float = BETA
+    budget: BudgetLike = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("t_init", 0), ("t_final", 0), ("delta_t", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ScheduleError(f"AdaLoRA({name}={value}): expected at least {least} steps, or None")
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise ScheduleError(f"AdaLoRA({name}={getattr(self, name)}): expected a number between 0 and 1")
+        if not (self.orthogonality >= 0 and math.isfinite(self.orthogonality)):
+            raise ScheduleError(f"AdaLoRA(orthogonality={self.orthogonality}): expected a number of at least 0")
+        object.__setattr__(self, "budget", as_budget(self.budget))
+
+    def limits(self, layers: AdapterLayers, run: Run) -> Limits:
+        return final_limits(self.budget, layers, run)
+
+    def start(self, layers: AdapterLayers, run: Run) -> State:
+        t_init, t_final = self._t_init(run), run.total_steps - self._end(run)
+        if t_init + t_final >= run.total_steps:
+            raise ScheduleError(
+                f"AdaLoRA(t_init={t_init}, t_final={t_final}) leaves no step in which the budget could fall, in a run "
+                f"of {run.total_steps} steps: name smaller ones, or train longer"
+            )
+        warn_if_nothing_to_prune("AdaLoRA", self.limits(layers, run), run)
+        generator = torch.Generator().manual_seed((run.seed * 1_000_003 + 0xADA) % 2**63)
+        values = []
+        for layer in layers.values():
+            new = not (layer.A.any() and layer.B.any())
+            if new:
+                _draw(layer, generator)
+            dtype = torch.promote_types(layer.A.dtype, torch.float32)
+            values.append(torch.full((layer.rank,), 0.0 if new else 1.0, dtype=dtype))
+        gates = layers.learn_gates(torch.cat(values))
+        return {**start_sensitivity(layers), **start_adam(gates.values)}
+
+    def observe(self, context: Context, state: State) -> None:
+        layers = context.layers
+        products = rank_products(layers)  # before the penalty, which λ has no part in
+        if self.orthogonality:
+            add_orthogonality_gradient_(layers, self.orthogonality)
+        if context.step < self._end(context.run):
+            update_sensitivity_(state, layers, products, self.beta1, self.beta2)
+
+    def project(self, context: Context, state: State) -> None:
+        gates = context.layers.gates
+        if gates is not None:
+            adam_step_(gates.values, gates.grad, state, context.lr)
+
+    def due(self, step: int, run: Run) -> bool:
+        end = self._end(run)
+        return step == end or (self._t_init(run) < step < end and step % self._delta_t(run) == 0)
+
+    def allocate(self, context: Context, state: State) -> Allocation | None:
+        run, ranks = context.run, context.layers.ranks
+        limits = self.limits(context.layers, run).relaxed(run.initial_ranks, self.falling(context.step, run))
+        return self._cut(context, state, limits, ranks, remove=context.step >= self._end(run))
+
+    def resized(self, context: Context, state: State, origins: Tensor) -> None:
+        resize_adam_(state, origins)
+        resize_sensitivity_(state, context.layers, origins)
+
+    def finish(self, context: Context, state: State) -> Allocation | None:
+        """Where training stops before the budget is final, the triplets outside it go now."""
+        limits, ranks = self.limits(context.layers, context.run), context.layers.ranks
+        if limits.fits(ranks) or not has_sensitivity(state):
+            return None
+        return self._cut(context, state, limits, ranks, remove=True)
+
+    def falling(self, step: int, run: Run) -> float:
+        """Where b(t) is between b0 (1) and b_T (0), after optimiser step ``step``."""
+        t_init, end = self._t_init(run), self._end(run)
+        if step <= t_init:
+            return 1.0
+        return (1 - (step - t_init) / (end - t_init)) ** 3 if step < end else 0.0
+
+    def _cut(
+        self, context: Context, state: State, limits: Limits, ranks: dict[str, int], *, remove: bool
+    ) -> Allocation:
+        """Masks the triplets outside the limits, and removes them if they are not to return."""
+        scores = sensitivity_scores(state, context.layers)
+        kept = limits.keep_best(scores)
+        gates = context.layers.gates
+        if gates is not None:
+            stays = torch.cat(
+                [torch.isin(torch.arange(rank), torch.tensor(kept[name])) for name, rank in ranks.items()]
+            )
+            gates.values.masked_fill_(~stays.to(gates.values.device), 0.0)
+        if remove:
+            drop_sensitivity_(state)  # ranks go once, and for good: nothing is scored any more
+        used = limits.used({name: len(some) for name, some in kept.items()})
+        return Allocation(plan_to_keep(kept, ranks) if remove else {}, scores, {"budget": used})
+
+    def _t_init(self, run: Run) -> int:
+        return round(T_INIT * run.total_steps) if self.t_init is None else self.t_init
+
+    def _end(self, run: Run) -> int:
+        """T − t_f, the step after which the budget is final."""
+        t_final = round(T_FINAL * run.total_steps) if self.t_final is None else self.t_final
+        return run.total_steps - t_final
+
+    def _delta_t(self, run: Run) -> int:
+        return max(1, round(DELTA_T * run.total_steps)) if self.delta_t is None else self.delta_t
+
+
+@torch.no_grad()
+def _draw(layer: AdapterLayer, generator: torch.Generator) -> None:
+    """Gaussian vectors for the factor that is zero: B, or for an embedding A."""
+    for weight, length in ((layer.A, layer.A.shape[1]), (layer.B, layer.B.shape[0])):
+        if not weight.any():
+            weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(3 * length))

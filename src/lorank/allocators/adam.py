@@ -1,0 +1,55 @@
+"""Adam (Kingma & Ba, ICLR 2015) for gates, which the user's optimiser does not know of.
+
+The same numbers as ``torch.optim.Adam`` (AdamW without weight decay), with the moments in an allocator's state, so that
+they are saved with it and follow a resize.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lorank.allocators.base import State
+from lorank.lora.following import follow
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+"""PyTorch's defaults."""
+
+_MEAN, _SQUARE, _STEP = "adam.mean", "adam.square", "adam.step"
+
+
+def start_adam(values: Tensor) -> State:
+    """Moments of zero for ``values``, (R,)."""
+    return {
+        _MEAN: torch.zeros_like(values),
+        _SQUARE: torch.zeros_like(values),
+        _STEP: torch.zeros((), dtype=torch.long),
+    }
+
+
+@torch.no_grad()
+def adam_step_(values: Tensor, grad: Tensor, state: State, lr: float) -> None:
+    """One step of ``values``, (R,), in place.
+
+    Args:
+        grad: ∂L/∂values, (R,).
+        state: holds what :func:`start_adam` returned, changed in place.
+        lr: of this step.
+    """
+    for name in (_MEAN, _SQUARE):
+        state[name] = state[name].to(values.device)  # the Trainer loads a checkpoint's optimiser to the CPU
+    state[_STEP] += 1
+    step = int(state[_STEP])
+    mean, square = state[_MEAN], state[_SQUARE]
+    mean.lerp_(grad, 1 - BETA1)
+    square.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
+    denominator = (square.sqrt() / math.sqrt(1 - BETA2**step)).add_(EPSILON)
+    values.addcdiv_(mean, denominator, value=-lr / (1 - BETA1**step))
+
+
+def resize_adam_(state: State, origins: Tensor) -> None:
+    """After a resize: kept ranks keep their moments, new ones start at zero."""
+    for name in (_MEAN, _SQUARE):
+        state[name] = follow(state[name], origins)

@@ -1,0 +1,183 @@
+"""What every rank allocator is: settings that do not change, a state apart from them, and one method.
+
+A new method is one file here with one frozen dataclass. Its settings are the fields; :meth:`Allocator.allocate` says
+which ranks go and where new ones come; the other methods are hooks that do nothing unless it needs them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorank.allocators.limits import Limits
+from lorank.lora import AdapterLayers, HeadGroups, Plan
+from lorank.scoring import Share
+
+State = dict[str, Tensor]
+"""An allocator's own memory: named tensors, saved and loaded as they are. Empty for a method without memory."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run that ranks are allocated in.
+
+    Args:
+        total_steps: optimiser steps of the whole run.
+        steps_per_epoch: optimiser steps of one pass over the training data, or None where nobody knows.
+        seed: seed of the run.
+        initial_ranks: per module, the rank that the adapter was made with; a run that is resumed has the same.
+    """
+
+    total_steps: int
+    steps_per_epoch: float | None = None
+    seed: int = 0
+    initial_ranks: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an allocator may look at when it decides.
+
+    Args:
+        step: optimiser steps done so far (1 after the first).
+        run: the whole run.
+        model: the model, for methods that evaluate it.
+        layers: its LoRA layers.
+        validation_batch: the batch that ranks are scored on, or None.
+        loss_fn: the user's own loss ``(model, batch) -> scalar``, or None for the model's.
+        progress: called with (evaluations done, evaluations in all) during long scoring, or None.
+        lr: the optimiser's learning rate in this step.
+        peak_lr: the learning rate that its schedule is a multiple of.
+        share: this process's share of scoring, where several train the model together; None: it trains alone.
+    """
+
+    step: int
+    run: Run
+    model: nn.Module
+    layers: AdapterLayers
+    validation_batch: Mapping[str, Any] | None = None
+    loss_fn: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None
+    progress: Callable[[int, int], None] | None = None
+    lr: float = 0.0
+    peak_lr: float = 0.0
+    share: Share | None = None
+
+    @property
+    def lr_factor(self) -> float:
+        """Where the learning-rate schedule is: 1 at its peak. 1 where there is no learning rate."""
+        return self.lr / self.peak_lr if self.peak_lr > 0 else 1.0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of what each process found, (n,), alike in all of them to the last bit; alone, ``values``.
+
+        Gradients of parameters and gates are averaged before a method sees them. What it evaluates by itself may differ
+        in its last bits between GPUs, and is averaged by this before anything rests on it.
+        """
+        if self.share is None:
+            return values
+        rows = self.share.gather(values.detach().to("cpu", torch.float64))  # (processes, n)
+        return rows.mean(0).to(values)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A decision.
+
+    Args:
+        plan: per layer, the ranks to keep and how many to add.
+        scores: what it rests on: per layer, (r,) with one score per rank before the change, higher = keep.
+        details: numbers for the history (loss, evaluations, seconds, …), JSON-serialisable.
+        active: per layer, how many of its ranks count, where some that are physically there are switched off.
+    """
+
+    plan: Plan
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    active: Mapping[str, int] = field(default_factory=dict)
+
+
+class Allocator(ABC):
+    """Base of all methods. Subclasses are frozen dataclasses whose fields are the method's settings."""
+
+    needs_validation_batch: ClassVar[bool] = False
+    """Whether ranks are scored on a batch of held-out data, which the user must then give."""
+
+    moves_ranks: ClassVar[bool] = True
+    """False for a baseline that never allocates, so that a run without an allocation is no surprise."""
+
+    @abstractmethod
+    def allocate(self, context: Context, state: State) -> Allocation | None:
+        """Decides where ranks go, when :meth:`due` says that it is time. None: everything stays as it is."""
+
+    def due(self, step: int, run: Run) -> bool:
+        """Whether ranks are allocated after optimiser step ``step`` (from 1). A pure function of its arguments."""
+        return False
+
+    def heads_of(self, layers: AdapterLayers) -> Mapping[str, HeadGroups]:
+        """The heads that get ranks of their own, per layer. A new run's layers are brought into that form first."""
+        return {}
+
+    def limits(self, layers: AdapterLayers, run: Run) -> Limits | None:
+        """What the ranks must fit at the end of the run. None: nothing was named, and the method sets no bound."""
+        return None
+
+    def initial_plan(self, layers: AdapterLayers, run: Run) -> Plan:
+        """How a new run's ranks differ from those that the adapter was made with. A resumed run has its own."""
+        return {}
+
+    def start(self, layers: AdapterLayers, run: Run) -> State:
+        """Checks the settings against the run, sets gates where the method has them, and returns the first state.
+
+        Called before training, also when a run is resumed; the state and the gates are then replaced by the saved ones.
+
+        Raises:
+            ScheduleError: the settings do not fit the run or the layers.
+        """
+        return {}
+
+    def observe(self, context: Context, state: State) -> None:
+        """Before an optimiser step: gradients are there (clipped, if the loop clips), weights have not moved.
+
+        The place for statistics of gradients, and for adding a penalty's gradient in closed form, so that the loss
+        that the loop reports stays the task's own. ``context.step`` counts the steps done before this one. Gates that
+        are learned have their gradients in ``layers.gates.grad``, which is cleared after :meth:`project`.
+        """
+
+    def project(self, context: Context, state: State) -> None:
+        """After an optimiser step: the weights have moved. The place for a proximal step."""
+
+    def resized(self, context: Context, state: State, origins: Tensor) -> None:
+        """After ranks have moved: whatever the state holds per rank must follow, and new ranks need their gates.
+
+        Args:
+            origins: (R,) int64, for each rank of all layers in order, where it was before, or −1 for a new one
+                (:func:`lorank.lora.taken`). ``layers.gates.values`` has followed already, with 1 for new ranks.
+        """
+
+    def finish(self, context: Context, state: State) -> Allocation | None:
+        """After the last step: the last decision. Then all gates are folded into B, and the adapter is plain."""
+        return None
+
+    def schedule(self, run: Run) -> list[int]:
+        """The steps at which ranks will be allocated."""
+        return [step for step in range(1, run.total_steps + 1) if self.due(step, run)]
+
+    def describe(self) -> dict[str, Any]:
+        """The method and its settings, as saved with a run and compared when one is resumed."""
+        settings = asdict(self) if hasattr(self, "__dataclass_fields__") else {}  # type: ignore[call-overload]  # guarded just before
+        return {"method": type(self).__name__, **settings}
+
+
+def epochs_to_steps(epochs: float, run: Run, assumed_epochs: float) -> int:
+    """A duration in epochs as optimiser steps, at least 1.
+
+    Where the length of an epoch is unknown, the run is read as ``assumed_epochs`` epochs long.
+    """
+    per_epoch = run.steps_per_epoch if run.steps_per_epoch is not None else run.total_steps / assumed_epochs
+    return max(1, math.ceil(epochs * per_epoch - 1e-9))

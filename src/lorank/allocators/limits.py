@@ -1,0 +1,143 @@
+"""A budget resolved against a model: what one more rank costs in each module, and how much there is to spend.
+
+Everything here is a pure function of ranks (or scores) by module name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lorank.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """Σ_m costs[m] · r_m ≤ limit.
+
+    Args:
+        unit: the field of the budget that it comes from.
+        costs: what one rank of each module costs, ≥ 1.
+        limit: the most that all ranks together may cost.
+        unit_size: how much cost makes one of the user's own unit (a rank per module, a per cent of the base model).
+    """
+
+    unit: str
+    costs: Mapping[str, int]
+    limit: int
+    unit_size: float = 1.0
+
+    def cost(self, ranks: Mapping[str, int]) -> int:
+        return sum(self.costs[name] * rank for name, rank in ranks.items())
+
+
+@dataclass(frozen=True)
+class Limits:
+    """All constraints of a budget, for one model.
+
+    Args:
+        constraints: they hold together.
+        caps: per module, in the model's order, the most ranks that it may have.
+        minima: per module, the ranks that it cannot do without (0, or 1 where the format of the file needs one).
+    """
+
+    constraints: tuple[Constraint, ...]
+    caps: Mapping[str, int]
+    minima: Mapping[str, int]
+
+    def fits(self, ranks: Mapping[str, int]) -> bool:
+        """Whether ranks (by module) are within every constraint and cap."""
+        return all(rank <= self.caps[name] for name, rank in ranks.items()) and all(
+            constraint.cost(ranks) <= constraint.limit for constraint in self.constraints
+        )
+
+    def used(self, ranks: Mapping[str, int]) -> dict[str, dict[str, float]]:
+        """Per unit that the budget was named in, what ``ranks`` use and what there is. JSON-serialisable."""
+        return {c.unit: {"used": c.cost(ranks) / c.unit_size, "limit": c.limit / c.unit_size} for c in self.constraints}
+
+    def room(self, ranks: Mapping[str, int], name: str) -> int:
+        """How many more ranks module ``name`` may receive if all others stay as they are. ≥ 0."""
+        spare = [(c.limit - c.cost(ranks)) // c.costs[name] for c in self.constraints]
+        return max(0, min([self.caps[name] - ranks[name], *spare]))
+
+    def is_used_up_by(self, ranks: Mapping[str, int]) -> bool:
+        """Whether ``ranks`` fit and no module could receive one more."""
+        return self.fits(ranks) and not any(self.room(ranks, name) for name in self.caps)
+
+    def uniform(self) -> dict[str, int]:
+        """As even as possible: the highest rank that fits in every module (capped ones stay at their cap), and what is
+        left is dealt one by one, in module order, while it fits. Any two modules below their caps differ by at most 1.
+        """
+        low, high = 0, max(self.caps.values())
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.fits(self._level(middle)) else (low, middle - 1)
+        ranks = self._level(low)
+        for name, rank in list(ranks.items()):
+            if rank == low and self.room(ranks, name):
+                ranks[name] += 1
+        return ranks
+
+    def keep_best(self, scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """The ranks with the highest scores that fit, greedily from the highest.
+
+        Where a rank does not fit, a lower one of a cheaper module still may. Every module first keeps the best of the
+        ranks that it cannot do without. Exact ties go by module order, then rank order.
+
+        Args:
+            scores: per module (r,), higher = keep.
+
+        Returns:
+            Per module, the indices of the ranks to keep, ascending.
+
+        Raises:
+            BudgetError: a score is not a number.
+        """
+        owners = [(name, rank) for name, values in scores.items() for rank in range(len(values))]
+        flat = torch.cat([values.detach().double().cpu() for values in scores.values()])  # (R,)
+        if flat.isnan().any():
+            name, rank = owners[int(flat.isnan().nonzero()[0])]
+            raise BudgetError(f"the score of rank {rank} of {name} is not a number: ranks cannot be ordered by it")
+        best_first = [owners[i] for i in torch.sort(flat, descending=True, stable=True).indices.tolist()]
+        kept: dict[str, list[int]] = {name: [] for name in scores}
+        needed = []
+        for name, rank in best_first:
+            if len(kept[name]) < self.minima.get(name, 0):
+                kept[name].append(rank)
+                needed.append((name, rank))
+        ranks = {name: len(some) for name, some in kept.items()}
+        spare = [c.limit - c.cost(ranks) for c in self.constraints]
+        costs = {name: [c.costs[name] for c in self.constraints] for name in scores}
+        taken = set(needed)
+        for name, rank in best_first:
+            if (name, rank) in taken or len(kept[name]) >= self.caps[name]:
+                continue
+            if all(cost <= left for cost, left in zip(costs[name], spare, strict=True)):
+                kept[name].append(rank)
+                spare = [left - cost for cost, left in zip(costs[name], spare, strict=True)]
+        return {name: tuple(sorted(some)) for name, some in kept.items()}
+
+    def relaxed(self, start_ranks: Mapping[str, int], fraction: float) -> Limits:
+        """Limits on the way from ``start_ranks`` down to these: L becomes ⌊L + (cost(start) − L) · fraction⌋, caps too.
+
+        Args:
+            start_ranks: ranks that are allowed at ``fraction`` 1. Where they are under the budget, L stays.
+            fraction: from 1 (the start) to 0 (this budget).
+        """
+        if not 0 <= fraction <= 1:
+            raise BudgetError(f"fraction={fraction}: expected 0 (the budget itself) to 1 (the ranks at the start)")
+
+        def between(limit: int, start: int) -> int:
+            return max(limit, int((start - limit) * fraction + limit))
+
+        return replace(
+            self,
+            constraints=tuple(replace(c, limit=between(c.limit, c.cost(start_ranks))) for c in self.constraints),
+            caps={name: between(cap, start_ranks[name]) for name, cap in self.caps.items()},
+        )
+
+    def _level(self, rank: int) -> dict[str, int]:
+        return {name: max(self.minima[name], min(rank, cap)) for name, cap in self.caps.items()}

@@ -1,0 +1,34 @@
+"""AdaLoRA's regulariser, which keeps P and Q near orthonormal, as its gradient in closed form.
+
+    R(P, Q) = ‖PᵀP − I‖² + ‖QQᵀ − I‖²        ∂R/∂P = 4 P (PᵀP − I)        ∂R/∂Q = 4 (QQᵀ − I) Q
+
+with the squared Frobenius norm, summed over the modules (arXiv 2303.10512, equations 4 and 5). P is B, (d_out, r), and
+Q is A, (r, d_in). Added to the gradients after the backward pass, it trains as a term of the loss would, and the loss
+that is reported, in training and in evaluation, stays the task's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorank.lora import AdapterLayers
+
+
+@torch.no_grad()
+def add_orthogonality_gradient_(layers: AdapterLayers, gamma: float) -> None:
+    """Adds γ ∂R/∂A and γ ∂R/∂B to the gradients; a weight that has none (the loss did not reach it) is left alone."""
+    groups: dict[tuple[object, ...], list[tuple[Tensor, Tensor]]] = {}  # one product for all matrices of one shape
+    for layer in layers.values():
+        for weight, by_rank in ((layer.A, False), (layer.B, True)):
+            if weight.grad is None or not layer.rank:
+                continue
+            rows, gradient = (weight.T, weight.grad.T) if by_rank else (weight, weight.grad)  # (r, d) each
+            groups.setdefault((rows.shape, rows.dtype, rows.device), []).append((rows, gradient))
+    for pairs in groups.values():
+        X = torch.stack([rows for rows, _ in pairs])  # (n, r, d)
+        X = X.to(torch.promote_types(X.dtype, torch.float32))
+        excess = X @ X.mT - torch.eye(X.shape[1], dtype=X.dtype, device=X.device)  # (n, r, r)
+        added = (excess @ X).mul_(4 * gamma)  # (n, r, d)
+        gradients = [gradient for _, gradient in pairs]
+        torch._foreach_add_(gradients, list(added.to(gradients[0].dtype).unbind()))

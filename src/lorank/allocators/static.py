@@ -1,0 +1,40 @@
+"""LoRA (Hu et al., ICLR 2022, arXiv 2106.09685): the ranks stay as they are. The baseline of every comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lorank.allocators.base import Allocation, Allocator, Context, Run, State
+from lorank.allocators.budget import BudgetLike, as_budget, limits_of, uniform_plan
+from lorank.allocators.limits import Limits
+from lorank.lora import AdapterLayers, Plan
+
+
+@dataclass(frozen=True)
+class StaticLoRA(Allocator):
+    """Plain LoRA: every module keeps one rank through the whole run.
+
+    Args:
+        budget: what the adapter may cost, see :class:`~lorank.allocators.budget.Budget`; the run starts with ranks as
+            even as it allows. None: with those that the adapter was made with.
+
+    Raises:
+        BudgetError: a budget that cannot be read; at the start of a run, one that does not fit the modules.
+    """
+
+    budget: BudgetLike = None
+
+    moves_ranks: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", as_budget(self.budget))
+
+    def limits(self, layers: AdapterLayers, run: Run) -> Limits | None:
+        return limits_of(self.budget, layers)
+
+    def initial_plan(self, layers: AdapterLayers, run: Run) -> Plan:
+        return uniform_plan(self.budget, layers)
+
+    def allocate(self, context: Context, state: State) -> Allocation | None:
+        return None

@@ -1,0 +1,132 @@
+"""What is wrong with a configuration, in the user's terms: dotted paths, what was given, the nearest known key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from lorank.errors import LorankError
+
+OTHER_NAMES = {
+    "batch": "batch_size",
+    "dataset": "data",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "learning_rate": "lr",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lr_scheduler_type": "scheduler",
+    "num_train_epochs": "epochs",
+    "optim": "optimizer",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "rank": "r",
+    "save_total_limit": "keep_checkpoints",
+    "warmup_ratio": "warmup",
+}
+"""What transformers and PEFT call a key: named in the message, never accepted in its place."""
+
+
+class ConfigError(LorankError):
+    """A configuration cannot be read, or has unknown keys or wrong values; the message lists all of them."""
+
+
+def explain(error: ValidationError, root: type[BaseModel], source: str) -> str:
+    """One line per mistake, in the order of the file."""
+    # `input` is shown where it helps; pydantic's links to its own documentation never do
+    lines = [_line(detail, root) for detail in error.errors(include_url=False)]
+    count = f"{len(lines)} error{'s' if len(lines) > 1 else ''}"
+    return f"{source}: {count}\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _line(detail: Any, root: type[BaseModel]) -> str:
+    path, model = _walk(detail["loc"], root)
+    where = ".".join(path) or "(top level)"
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key{_suggest(path, model, root)}"
+    if kind == "missing":
+        return f"{where}: is missing{_described(path, model)}"
+    if kind == "union_tag_not_found":
+        return f"{where}.name: is missing, expected one of {', '.join(_names(root, path[-1]))}"
+    if kind == "union_tag_invalid":
+        names = _names(root, path[-1])
+        given = detail["ctx"]["tag"]
+        return f"{where}.name: {given!r} is not one of {', '.join(names)}{_nearest(given, names)}"
+    if kind == "value_error":
+        return f"{where}: {detail['ctx']['error']}"
+    return f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}, given {detail['input']!r}"
+
+
+def _walk(loc: Sequence[int | str], root: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
+    """The dotted path without the tags that pydantic adds for unions, and the model that holds its last key."""
+    path: list[str] = []
+    holder: type[BaseModel] | None = None
+    choices = [root]
+    for part in loc:
+        if len(choices) > 1 and (tagged := [choice for choice in choices if _tag(choice) == part]):
+            choices = tagged
+            continue
+        holder = choices[0] if len(choices) == 1 else None
+        path.append(str(part))
+        field = holder.model_fields.get(str(part)) if holder else None
+        choices = list(_models(field.annotation)) if field else []
+    return path, holder
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    name = model.model_fields.get("name")
+    values = get_args(name.annotation) if name else ()
+    return values[0] if values else None
+
+
+def _names(root: type[BaseModel], section: str) -> list[str]:
+    return [tag for model in _models(root.model_fields[section].annotation) if (tag := _tag(model))]
+
+
+def _all_keys(root: type[BaseModel]) -> dict[str, str]:
+    """Every key of the file with what it belongs to, if that is one of several (`task.name=generation`)."""
+    keys: dict[str, str] = {}
+    for section, field in root.model_fields.items():
+        keys[section] = ""
+        for model in _models(field.annotation):
+            owner = f" of {section}.name={_tag(model)}" if _tag(model) else ""
+            for key in model.model_fields:
+                keys.setdefault(f"{section}.{key}", owner)
+    return keys
+
+
+def _suggest(path: Sequence[str], model: type[BaseModel] | None, root: type[BaseModel]) -> str:
+    """The key that was probably meant: of another variant, of another section, or a near miss."""
+    keys = _all_keys(root)
+    if owner := keys.get(".".join(path)):
+        return f" here; it is a key{owner}"
+    leaves = {key.rpartition(".")[2]: key for key in reversed(keys)}  # the first key of each name wins
+    meant = OTHER_NAMES.get(path[-1], path[-1])
+    if meant in leaves:
+        return f"; did you mean {leaves[meant]}?"
+    siblings = list(model.model_fields) if model else []
+    if near := get_close_matches(path[-1], siblings, n=1):
+        return f"; did you mean {'.'.join([*path[:-1], near[0]])}?"
+    if near := get_close_matches(path[-1], [leaf for leaf, key in leaves.items() if not keys[key]], n=1):
+        return f"; did you mean {leaves[near[0]]}?"
+    return f"; known here: {', '.join(siblings)}" if siblings else ""
+
+
+def _nearest(given: Any, names: Sequence[str]) -> str:
+    near = get_close_matches(str(given), names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _described(path: Sequence[str], model: type[BaseModel] | None) -> str:
+    field = model.model_fields.get(path[-1]) if model else None
+    return f" ({' '.join(field.description.split())})" if field and field.description else ""

@@ -1,0 +1,153 @@
+"""A run's folder: what lies in it, whether a run may begin or go on in it, and where it would go on.
+
+config.yaml          the configuration with every default
+checkpoint-<step>/   what the Trainer needs to go on, a plain PEFT adapter among it
+rank_history.jsonl   one line per allocation
+adapter/             the result: a plain PEFT adapter
+metrics.json         the figures; written last, so its presence says that the run is complete
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorank.config import RunConfig, load_config, to_yaml
+from lorank.experiments.errors import RunFolderError
+
+CONFIG, METRICS, HISTORY = "config.yaml", "metrics.json", "rank_history.jsonl"
+ADAPTER, FULL_MODEL = "adapter", "model"
+_CHECKPOINT = "checkpoint-"
+_COMPLETE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+# an adapter, or a whole model in one file or several
+_WEIGHTS = (
+    ("adapter_config.json", "adapter_model.safetensors"),
+    ("model.safetensors",),
+    ("model.safetensors.index.json",),
+)
+
+
+def prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> Path | None:
+    """Makes the folder ready and writes the configuration into it.
+
+    Args:
+        config: the run; its `output_dir` is the folder.
+        resume: go on with the run that is there.
+        overwrite: remove the run that is there. Files that no run writes are left alone.
+
+    Returns:
+        The checkpoint to go on from; None to begin at the first step (also when a resumed run had not saved any).
+
+    Raises:
+        RunFolderError: the folder is not empty and neither option was given; there is nothing to resume; the run
+            there is complete or has another configuration.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"output_dir {folder} is a file: name a folder.")
+    if resume and overwrite:
+        raise RunFolderError("--resume goes on with a run and --overwrite removes it: give one of them.")
+    if resume:
+        _check_resumable(config, folder)
+        return last_checkpoint(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise RunFolderError(
+                f"output_dir {folder} is not empty. Go on with the run in it (--resume), remove that run "
+                "(--overwrite), or name another folder (output_dir=…)."
+            )
+        remove_run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / CONFIG, to_yaml(config))
+    return None
+
+
+def abandon(folder: Path) -> None:
+    """Undo `prepare` for a run that never took a step."""
+    remove_run(folder)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that was written to its end, or None."""
+    steps = sorted(
+        (int(path.name.removeprefix(_CHECKPOINT)), path)
+        for path in folder.glob(f"{_CHECKPOINT}*")
+        if path.name.removeprefix(_CHECKPOINT).isdecimal()
+    )
+    complete = (path for step, path in reversed(steps) if _is_complete(path, step))
+    return next(complete, None)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file in one go: a reader sees the old content or the new, never a part."""
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key: old → new` for everything in which two nested mappings differ."""
+    found = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before!r} → {after!r}")
+    return found
+
+
+def remove_run(folder: Path) -> None:
+    """Removes what a run writes and leaves everything else alone.
+
+    Raises:
+        RunFolderError: it is not the folder of a run.
+    """
+    if not (folder / CONFIG).is_file():
+        raise RunFolderError(
+            f"--overwrite: {folder} is not empty and holds no run (no {CONFIG}); nothing was removed. "
+            "Name another folder."
+        )
+    for path in [*folder.glob(f"{_CHECKPOINT}*"), folder / ADAPTER, folder / FULL_MODEL]:
+        if path.is_dir():
+            shutil.rmtree(path)
+    # the configuration goes last: if removing is cut short, the folder is still known as a run's
+    for path in [*folder.glob("rank_history*.jsonl"), folder / METRICS, folder / CONFIG]:
+        path.unlink(missing_ok=True)
+
+
+def _is_complete(path: Path, step: int) -> bool:
+    # the Trainer writes its state last, after everything that it belongs to
+    try:
+        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+    def there(names: tuple[str, ...]) -> bool:
+        return all((path / name).is_file() for name in names)
+
+    return bool(state.get("global_step") == step and there(_COMPLETE) and any(map(there, _WEIGHTS)))
+
+
+def _check_resumable(config: RunConfig, folder: Path) -> None:
+    if not (folder / CONFIG).is_file():
+        raise RunFolderError(f"--resume: there is no run in {folder} (no {CONFIG}). Start it without --resume.")
+    if (folder / METRICS).is_file():
+        raise RunFolderError(
+            f"--resume: the run in {folder} is complete, its figures are in {METRICS}. "
+            "Name another output_dir, or give --overwrite to run it again."
+        )
+    there = load_config(folder / CONFIG).model_dump(mode="json", exclude={"output_dir"})
+    changed = differences(there, config.model_dump(mode="json", exclude={"output_dir"}))
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed)
+        raise RunFolderError(
+            f"--resume: the run in {folder} has another configuration; with another one its schedules would not fit:\n"
+            f"{lines}\nResume with {folder / CONFIG}, or name another output_dir."
+        )

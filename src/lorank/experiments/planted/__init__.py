@@ -1,0 +1,6 @@
+"""Planted ranks: a problem whose right allocation is known, and how near each method comes to it (docs/planted.md)."""
+
+from lorank.experiments.planted.problem import Problem, Scenario, make_problem
+from lorank.experiments.planted.study import Row, run_study
+
+__all__ = ["Problem", "Row", "Scenario", "make_problem", "run_study"]

@@ -1,0 +1,150 @@
+"""The methods that the planted study compares: each one entry, with what may be tuned.
+
+All of them get as many settings to choose from (``GRID``): four learning rates, or two and two values of one more knob
+where a method has one of its own that its paper says to tune.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorank.allocators import AdaLoRA, Allocator, ALoRA, ALoRADNAS, ALoRASensi, ARDLoRA, SoRA, StaticLoRA
+from lorank.experiments.planted.problem import Problem
+
+GRID = 4
+Ranks = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Args:
+        title: its name in tables.
+        ranks: the ranks that its student begins with.
+        allocator: the allocator, for a problem and a value of the knob.
+        lrs: learning rates to try.
+        knob: the name of its own setting to try, if it has one.
+        knobs: values of it.
+        where: the scenarios that it is for.
+    """
+
+    title: str
+    ranks: Callable[[Problem], Ranks]
+    allocator: Callable[[Problem, Any], Allocator]
+    lrs: tuple[float, ...]
+    knob: str | None = None
+    knobs: tuple[Any, ...] = (None,)
+    where: tuple[str, ...] = ("modules", "heads")
+
+    @property
+    def grid(self) -> list[tuple[float, Any]]:
+        """All (learning rate, knob) to try."""
+        return [(lr, knob) for lr in self.lrs for knob in self.knobs]
+
+
+def uniform(problem: Problem, total: int | None = None) -> Ranks:
+    """``total`` ranks (the budget) dealt evenly; the remainder to modules drawn from the problem's seed."""
+    names = list(problem.true)
+    each, rest = divmod(problem.budget if total is None else total, len(names))
+    draw = torch.Generator().manual_seed(problem.seed + 7)
+    more = set(torch.randperm(len(names), generator=draw)[:rest].tolist())
+    return {name: each + (i in more) for i, name in enumerate(names)}
+
+
+def generous(problem: Problem) -> Ranks:
+    """The highest rank that may be planted, in every place: where methods that prune down to the budget begin."""
+    most = problem.scenario.most
+    return {name: most * max(1, len(problem.true_heads.get(name, ()))) for name in problem.true}
+
+
+def oracle(problem: Problem) -> Ranks:
+    """The true ranks."""
+    return problem.true
+
+
+def random(problem: Problem) -> Ranks:
+    """The budget, rank by rank to a module drawn evenly."""
+    names = list(problem.true)
+    draw = torch.Generator().manual_seed(problem.seed + 11)
+    owners = torch.randint(0, len(names), (problem.budget,), generator=draw)
+    return dict(zip(names, torch.bincount(owners, minlength=len(names)).tolist(), strict=True))
+
+
+def rounds(problem: Problem, number: int = 8) -> dict[str, Any]:
+    """The schedule of ALoRA and its variants, in a run's first 56 % (8 rounds) or 70 % (4 rounds).
+
+    Eight rounds each move an eighth of the budget, so that all together could place every rank anew. Four move a sixth
+    each and come further apart: the ranks of one round have longer to show what they are worth before the next.
+    """
+    steps, many = problem.scenario.steps, number == 8
+    return {
+        "unit": "steps",
+        "k1": steps / 8 if many else steps / 4,
+        "k2": steps / 16 if many else 3 * steps / 20,
+        "rounds": number,
+        "per_round": max(1, round(problem.budget / (8 if many else 6))),
+    }
+
+
+def _budget(problem: Problem) -> str:
+    return f"{problem.budget} ranks"
+
+
+def _static(problem: Problem, _: Any) -> Allocator:
+    return StaticLoRA()
+
+
+LRS = (1e-2, 2e-2, 4e-2, 8e-2)
+FEWER = (1e-2, 3e-2)
+
+METHODS: Mapping[str, Method] = {
+    "uniform": Method("LoRA, uniform", uniform, _static, LRS),
+    "oracle": Method("LoRA, true ranks", oracle, _static, LRS),
+    "random": Method("LoRA, random ranks", random, _static, LRS),
+    "alora": Method("ALoRA, both terms", uniform, lambda p, n: ALoRA(**rounds(p, n)), FEWER, "rounds", (8, 4)),
+    "alora-without": Method(
+        "ALoRA, without", uniform, lambda p, n: ALoRA(**rounds(p, n), terms="without"), FEWER, "rounds", (8, 4)
+    ),
+    "alora-dnas": Method(
+        "ALoRA-DNAS",
+        uniform,
+        lambda p, gate_lr: ALoRADNAS(**rounds(p), gate_lr=gate_lr),
+        FEWER,
+        "gate_lr",
+        (1e-2, 5e-2),
+    ),
+    "alora-sensi": Method("ALoRA-Sensi", uniform, lambda p, _: ALoRASensi(**rounds(p)), LRS),
+    "adalora": Method(
+        "AdaLoRA",
+        generous,
+        lambda p, gamma: AdaLoRA(orthogonality=gamma, budget=_budget(p)),
+        FEWER,
+        "orthogonality",
+        (0.01, 0.1),
+    ),
+    "sora": Method(
+        "SoRA", generous, lambda p, gate_lr: SoRA(gate_lr=gate_lr, budget=_budget(p)), FEWER, "gate_lr", (0.03, 0.3)
+    ),
+    "ard": Method(
+        "ARD-LoRA",
+        generous,
+        lambda p, alpha_lr: ARDLoRA(
+            r0=p.scenario.most,
+            heads="auto" if p.scenario.where == "heads" else "module",
+            min_rank=0,
+            alpha_lr=alpha_lr,
+            resize_every=5,
+            hold=2,
+            reach=0.5,  # as SoRA, and nearly as AdaLoRA, they have their last ranks in the middle of the run
+            budget=_budget(p),
+        ),
+        FEWER,
+        "alpha_lr",
+        (1e-2, 3e-2),
+    ),
+}

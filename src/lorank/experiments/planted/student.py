@@ -1,0 +1,147 @@
+"""One student: a LoRA with the ranks that a method begins with, trained on the teacher's logits."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorank.allocators import Allocator
+from lorank.experiments.planted.metrics import energy_found, rank_overlap
+from lorank.experiments.planted.problem import Problem
+from lorank.lora import AdapterLayers, find_layers, plan_for_rank, resize_, wrap
+from lorank.training import attach
+
+WARMUP = 0.06
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a student came to.
+
+    Args:
+        test: its loss on the test part, 1 for the untrained model.
+        selection: its loss on the selection part, for choosing settings.
+        ranks: found, per module.
+        overlap: the part of the true ranks that have a place (:func:`rank_overlap`).
+        energy: per module with a planted update, the part of it that was found (:func:`energy_found`).
+        parameters: trained at the most, and at the end.
+        seconds: of training, scoring included.
+        scoring: seconds spent on allocation.
+    """
+
+    test: float
+    selection: float
+    ranks: Mapping[str, int]
+    overlap: float
+    energy: Mapping[str, float]
+    parameters: tuple[int, int]
+    seconds: float
+    scoring: float
+
+
+def train_student(
+    problem: Problem,
+    ranks: Mapping[str, int],
+    allocator: Allocator,
+    *,
+    lr: float,
+    tick: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Trains one student, deterministic given its arguments.
+
+    AdamW without weight decay, learning rate rising over the first 6 % of the steps and falling linearly to 0, gradient
+    norm clipped at 1.
+
+    Args:
+        problem: what to learn; its seed also draws the order of the samples and the student's first A.
+        ranks: per module, at the beginning. Modules at 0 are left in, empty.
+        allocator: what moves them.
+        lr: peak learning rate.
+        tick: called with the steps done.
+    """
+    scenario, seed = problem.scenario, problem.seed
+    model = wrap(
+        copy.deepcopy(problem.base),
+        r=1,
+        lora_alpha=scenario.scaling,
+        target_modules=list(problem.true),
+        lora_dropout=0.0,
+    )
+    layers = find_layers(model)
+    resize_(layers, {name: plan_for_rank(0, rank) for name, rank in ranks.items()}, seed=seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, scenario.steps))
+    running = attach(
+        model,
+        optimizer,
+        allocator,
+        total_steps=scenario.steps,
+        steps_per_epoch=scenario.train / scenario.batch,
+        validation_batch=problem.batch("validation"),
+        loss_fn=problem.loss,
+        seed=seed,
+        progress=False,
+    )
+    most = trained_parameters(layers)
+    order = torch.Generator().manual_seed(seed + 1_000_003)
+    waiting: list[int] = []
+    began = time.perf_counter()
+    model.train()
+    for step in range(scenario.steps):
+        if len(waiting) < scenario.batch:
+            waiting = torch.randperm(scenario.train, generator=order).tolist()
+        rows, waiting = waiting[: scenario.batch], waiting[scenario.batch :]
+        problem.loss(model, {k: v[rows] for k, v in problem.batch("train").items()}).backward()  # type: ignore[no-untyped-call]  # torch
+        torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        most = max(most, trained_parameters(layers))
+        if tick is not None:
+            tick(step + 1)
+    seconds = time.perf_counter() - began
+    running.detach()
+    model.eval()
+    with torch.no_grad():
+        losses = {part: float(problem.loss(model, problem.batch(part))) for part in ("test", "selection")}
+    changes = updates_of(layers, list(problem.updates))
+    return Outcome(
+        test=losses["test"],
+        selection=losses["selection"],
+        ranks=layers.ranks,
+        overlap=rank_overlap(layers.ranks, problem.true),
+        energy={
+            name: energy_found(changes[name], planted, problem.roots[name]) for name, planted in problem.updates.items()
+        },
+        parameters=(most, trained_parameters(layers)),
+        seconds=seconds,
+        scoring=sum(record.seconds for record in running.history.allocations),
+    )
+
+
+def lr_factor(step: int, steps: int) -> float:
+    """Part of the peak learning rate in the step after ``step`` steps: a linear warm-up, then linearly to 0."""
+    return min((step + 1) / max(1.0, WARMUP * steps), (steps - step) / (steps * (1 - WARMUP)), 1.0)
+
+
+def trained_parameters(layers: AdapterLayers) -> int:
+    """Numbers in A and B that are trained: for a LoRA per head, those inside the heads' blocks."""
+    return sum(layer.rank * layer.rank_parameters for layer in layers.values())
+
+
+@torch.no_grad()
+def updates_of(layers: AdapterLayers, names: list[str]) -> dict[str, Tensor]:
+    """ΔW = s·B diag(g) A of the named modules, (d_out, d_in)."""
+    found = {}
+    for name in names:
+        layer = layers[name]
+        B = layer.B if layer.gate is None else layer.B * layer.gate
+        found[name] = layer.scaling * B @ layer.A
+    return found

@@ -1,0 +1,230 @@
+"""The study: every method tuned on seeds of its own, then run on the seeds that are reported. Restartable.
+
+Each finished run is one line of runs.jsonl, appended when it ends; a call does what is missing. A line counts as long
+as the scenario and the method's settings are what they were: its fingerprint says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorank.errors import LorankError
+from lorank.experiments.planted.methods import METHODS
+from lorank.experiments.planted.problem import Scenario, make_problem
+from lorank.experiments.planted.student import Outcome, train_student
+
+RUNS = "runs.jsonl"
+SEEDS = (0, 1, 2, 3, 4)
+TUNING_SEEDS = (100, 101)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One student to train."""
+
+    scenario: Scenario
+    method: str
+    lr: float
+    knob: Any
+    seed: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides its outcome, the code left out."""
+        problem = make_problem(self.scenario, self.seed)
+        method = METHODS[self.method]
+        described = [asdict(self), method.allocator(problem, self.knob).describe(), dict(method.ranks(problem))]
+        return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    @property
+    def settings(self) -> tuple[float, Any]:
+        """What is tuned."""
+        return self.lr, self.knob
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's figures on the seeds that are reported.
+
+    Attributes:
+        method: its key in ``METHODS``.
+        lr: the learning rate that was chosen.
+        knob: the value of its own knob that was chosen, or None.
+        tuning: selection loss of every setting that was tried, mean over the tuning seeds.
+        runs: per seed, the line of runs.jsonl.
+    """
+
+    method: str
+    lr: float
+    knob: Any
+    tuning: Mapping[tuple[float, Any], float]
+    runs: Mapping[int, Mapping[str, Any]]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best learning rate is the lowest or highest that was tried: a better one may lie beyond."""
+        return self.lr in (min(METHODS[self.method].lrs), max(METHODS[self.method].lrs))
+
+
+def run_trial(trial: Trial) -> dict[str, Any]:
+    """Trains one student; a line for runs.jsonl. A loss that is not a number is written as null."""
+    torch.set_num_threads(1)
+    logging.getLogger("lorank").setLevel(logging.ERROR)
+    problem = make_problem(trial.scenario, trial.seed)
+    method = METHODS[trial.method]
+    try:
+        outcome: Outcome | None = train_student(
+            problem, method.ranks(problem), method.allocator(problem, trial.knob), lr=trial.lr
+        )
+        failure = None
+    except LorankError as error:  # a method that diverged, or switched everything off: a result, not an accident
+        outcome, failure = None, f"{type(error).__name__}: {error}"
+    record = {
+        "fingerprint": trial.fingerprint,
+        "scenario": trial.scenario.where,
+        "method": trial.method,
+        "lr": trial.lr,
+        "knob": trial.knob,
+        "seed": trial.seed,
+        "budget": problem.budget,
+        "true": dict(problem.true),
+        "failure": failure,
+        **({} if outcome is None else asdict(outcome)),
+    }
+    for part in ("test", "selection"):
+        loss = record.get(part)
+        record[part] = loss if loss is not None and math.isfinite(loss) else None
+    read: dict[str, Any] = json.loads(json.dumps(record))  # as it is when it is read again
+    return read
+
+
+def run_study(
+    scenario: Scenario,
+    methods: Sequence[str],
+    out: Path,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    tuning_seeds: Sequence[int] = TUNING_SEEDS,
+    jobs: int = 1,
+    report: Callable[[int, int, str], None] | None = None,
+) -> list[Row]:
+    """Tunes and runs what is not finished, and gives all rows.
+
+    Args:
+        scenario: what is planted, and how students learn.
+        methods: keys of ``METHODS``.
+        out: the folder of runs.jsonl.
+        seeds: reported; each draws another teacher, text, order and beginning.
+        tuning_seeds: for choosing each method's settings, none of them reported.
+        jobs: processes.
+        report: called with (runs done, runs in all, the one that was finished last).
+
+    Raises:
+        PlantedError: a seed is in both lists, one of them is empty, or a method is unknown.
+    """
+    _check(scenario, methods, seeds, tuning_seeds)
+    out.mkdir(parents=True, exist_ok=True)
+    known = {record["fingerprint"]: record for record in _read(out / RUNS)}
+    tuning = [
+        Trial(scenario, method, lr, knob, seed)
+        for seed in tuning_seeds  # the same problem in a row: it is made once
+        for method in methods
+        for lr, knob in METHODS[method].grid
+    ]
+    total = len(tuning) + len(methods) * len(seeds)
+    done = 0
+
+    def carry_out(trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
+        nonlocal done
+        records = {}
+        for trial, record in _carry_out(trials, known, out / RUNS, jobs):
+            records[trial] = record
+            done += 1
+            if report is not None:
+                report(done, total, f"{trial.method}, lr {trial.lr:g}, seed {trial.seed}")
+        return records
+
+    tuned = carry_out(tuning)
+    losses: dict[str, dict[tuple[float, Any], float]] = {method: {} for method in methods}
+    for method in methods:
+        for settings in METHODS[method].grid:
+            found = [_loss(r) for t, r in tuned.items() if t.method == method and t.settings == settings]
+            losses[method][settings] = sum(found) / len(found)
+    best = {method: min(tried, key=lambda settings: tried[settings]) for method, tried in losses.items()}
+    final = carry_out([Trial(scenario, method, *best[method], seed) for seed in seeds for method in methods])
+    return [
+        Row(method, *best[method], losses[method], {t.seed: r for t, r in final.items() if t.method == method})
+        for method in methods
+    ]
+
+
+class PlantedError(LorankError):
+    """The study cannot be run as asked for."""
+
+
+def _carry_out(
+    trials: Sequence[Trial], known: dict[str, dict[str, Any]], file: Path, jobs: int
+) -> Iterator[tuple[Trial, dict[str, Any]]]:
+    """Yields every trial with its line, those that are known first; the others are appended to the file."""
+    missing = []
+    for trial in trials:
+        record = known.get(trial.fingerprint)
+        if record is None:
+            missing.append(trial)
+        else:
+            yield trial, record
+
+    def keep(record: dict[str, Any]) -> dict[str, Any]:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
+        known[record["fingerprint"]] = record
+        return record
+
+    if jobs == 1:
+        for trial in missing:
+            yield trial, keep(run_trial(trial))
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(run_trial, trial): trial for trial in missing}
+        for future in as_completed(futures):
+            yield futures[future], keep(future.result())
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """All complete lines: one that was cut short by an interruption is left out."""
+    if not file.is_file():
+        return []
+    text = file.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        file.write_text(text, encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _loss(record: Mapping[str, Any]) -> float:
+    return math.inf if record["selection"] is None else float(record["selection"])
+
+
+def _check(scenario: Scenario, methods: Sequence[str], seeds: Sequence[int], tuning_seeds: Sequence[int]) -> None:
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or not methods:
+        raise PlantedError(f"no method {', '.join(unknown) or 'given'}: expected some of {', '.join(METHODS)}")
+    both = sorted(set(seeds) & set(tuning_seeds))
+    if both or not seeds or not tuning_seeds:
+        raise PlantedError(
+            f"seeds {list(seeds)}, tuning seeds {list(tuning_seeds)}: expected at least one of each, and none in both"
+        )
+    unfit = [method for method in methods if scenario.where not in METHODS[method].where]
+    if unfit:
+        raise PlantedError(f"{', '.join(unfit)}: not for the scenario {scenario.where!r}")

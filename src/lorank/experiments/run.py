@@ -1,0 +1,287 @@
+"""One training run from its configuration: model, adapter, task, allocator, Trainer; results in the run's folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from lorank._version import __version__
+from lorank.allocators import Run, initial_ranks_
+from lorank.config import FullSettings, RunConfig, TrainingSettings
+from lorank.errors import LorankError
+from lorank.experiments import folder
+from lorank.experiments.errors import SettingsError
+from lorank.experiments.models import load_model, load_tokenizer
+from lorank.experiments.progress import TrainingProgress
+from lorank.lora import find_layers, save_adapter, wrap
+from lorank.tasks import Task, build_task, mean_loss
+from lorank.training import RankCallback
+
+logger = logging.getLogger("lorank")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Args:
+        folder: where it lies.
+        metrics: what `metrics.json` holds (see `docs/recipes.md`).
+    """
+
+    folder: Path
+    metrics: Mapping[str, Any]
+
+
+def train(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> RunResult:
+    """Run a configuration to its end.
+
+    The validation part serves evaluation while training, the scoring of ranks and the choice of the best checkpoint;
+    the test split is read at the beginning, so that a mistake shows, and evaluated once, at the end.
+
+    Args:
+        config: what to run; `config.output_dir` is the run's folder.
+        resume: go on from the last complete checkpoint in that folder.
+        overwrite: remove the run that is there first.
+        console: where progress goes; None: standard error.
+
+    Raises:
+        LorankError: the folder, the data or the model cannot be used, or ranks cannot be allocated; each with a message
+            that says what to do.
+    """
+    console = console or Console(stderr=True)
+    tokenizer = load_tokenizer(config.model)
+    task = build_task(config.task, tokenizer)
+    if task.has_test:
+        _ = task.test  # a split or column that is not there must not show after hours of training
+    # new weights, the classifier's and the adapter's, are drawn from the run's seed
+    set_seed(config.training.seed)
+    model = _adapted(config, task)
+    _spread_ranks(config, task, model)
+    started_with = _budget(model)
+    arguments = _arguments(config, len(task.train))
+    # last of what can fail on bad input: an error above leaves no folder behind, and no earlier run removed
+    checkpoint = folder.prepare(config, resume=resume, overwrite=overwrite)
+
+    settings = config.training
+    batch = settings.eval_batch_size
+    before = mean_loss(model, task.validation, task.collator, batch_size=batch, progress=console.is_terminal)
+    progress = TrainingProgress(console)
+    ranks = _rank_callback(config, task, progress)
+    trainer = _trainer(config, arguments, task, model, [*([ranks] if ranks else []), progress])
+    began = time.perf_counter()
+    try:
+        with progress:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except LorankError:
+        if not checkpoint and not trainer.state.global_step:
+            # settings that do not fit the model show when training begins; the folder is free for the next attempt
+            folder.abandon(Path(config.output_dir))
+        raise
+    trained = time.perf_counter() - began
+
+    out = Path(config.output_dir)
+    if ranks:
+        save_adapter(find_layers(model), out / folder.ADAPTER)
+    else:
+        trainer.save_model(str(out / folder.FULL_MODEL))
+    began = time.perf_counter()
+    after = mean_loss(model, task.validation, task.collator, batch_size=batch, progress=console.is_terminal)
+    test = task.evaluate(model, "test", batch_size=batch, progress=console.is_terminal) if task.has_test else {}
+    evaluated = time.perf_counter() - began
+    records = ranks.ranks.history.allocations if ranks and ranks.ranks else []
+    resumed = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
+    metrics = {
+        "lorank": __version__,
+        "model": config.model.name,
+        "data": config.task.data,
+        "allocator": config.allocator.name,
+        "seed": settings.seed,
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step if settings.load_best_model_at_end else None,
+        "resumed_from_step": resumed,
+        "examples": {"train": len(task.train), "validation": len(task.validation)},
+        "budget": started_with,
+        "final": _budget(model),
+        "allocations": len(records),
+        "validation": {"loss_before": before, "loss_after": after},
+        "test": test,
+        "seconds": {
+            "training": trained,
+            "scoring": sum(record.seconds for record in records if record.step > (resumed or 0)),
+            "final_evaluation": evaluated,
+        },
+    }
+    folder.write(out / folder.METRICS, json.dumps(metrics, indent=2) + "\n")
+    return RunResult(out, metrics)
+
+
+def _rank_callback(config: RunConfig, task: Task, progress: TrainingProgress) -> RankCallback | None:
+    """What moves the ranks; None for full fine-tuning, which has none."""
+    if isinstance(config.allocator, FullSettings):
+        return None
+    return RankCallback(
+        config.allocator.build(),
+        validation_batch=task.collator(task.validation[: config.allocator_samples]),
+        seed=config.training.seed,
+        history_path=Path(config.output_dir) / folder.HISTORY,
+        progress=progress.scoring,
+    )
+
+
+def _adapted(config: RunConfig, task: Task) -> nn.Module:
+    """The base model with its new adapter, or for full fine-tuning by itself with all weights trainable."""
+    base = load_model(config.model, task)
+    if isinstance(config.allocator, FullSettings):
+        return base.requires_grad_()
+    lora = config.lora
+    targets = lora.target_modules
+    try:
+        return wrap(
+            base,
+            task_type="CAUSAL_LM" if task.model_kind == "causal_lm" else "SEQ_CLS",
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
+        )
+    except ValueError as error:  # PEFT's, where no module has such a name
+        raise SettingsError(f"lora.target_modules {targets!r} does not fit {config.model.name!r}: {error}") from error
+
+
+def _spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:
+    """Initial ranks from data, if the configuration wants them. A resumed run finds the same ones again."""
+    if config.lora.initial_ranks == "uniform" or isinstance(config.allocator, FullSettings):
+        return
+    settings, began = config.training, time.perf_counter()
+    examples = task.train[: config.lora.initial_batches * settings.batch_size]
+    parts = [examples[start : start + settings.batch_size] for start in range(0, len(examples), settings.batch_size)]
+    # An allocator that begins at its budget shares that; one that comes down to it begins with the adapter's own ranks.
+    allocator, run, layers = config.allocator.build(), Run(total_steps=1), find_layers(model)
+    if allocator.heads_of(layers):
+        raise SettingsError(
+            f"lora.initial_ranks is {config.lora.initial_ranks!r}, and the allocator {config.allocator.name!r} begins "
+            "with ranks of its own for every head, which would undo them: set it to uniform"
+        )
+    limits, plan = allocator.limits(layers, run), allocator.initial_plan(layers, run)
+    begins = {name: plan[name].rank if name in plan else layer.rank for name, layer in layers.items()}
+    at_budget = limits is not None and begins == limits.uniform()
+    ranks = initial_ranks_(
+        model,
+        [task.collator(part) for part in parts],
+        method=config.lora.initial_ranks,
+        budget=getattr(allocator, "budget", None) if at_budget else None,
+        seed=settings.seed,
+    )
+    logger.info(
+        "initial ranks by %s on %d batches in %.1f s: %d to %d in %d modules",
+        config.lora.initial_ranks,
+        len(parts),
+        time.perf_counter() - began,
+        min(ranks.values()),
+        max(ranks.values()),
+        len(ranks),
+    )
+
+
+def _budget(model: nn.Module) -> dict[str, int]:
+    """Ranks in all, the modules that hold them, and the trainable parameters (heads trained in full included)."""
+    layers = find_layers(model) if hasattr(model, "peft_config") else None
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    ranks = {"ranks": layers.total_rank, "modules": len(layers)} if layers else {"ranks": 0, "modules": 0}
+    return {**ranks, "trainable_parameters": trainable}
+
+
+def _trainer(
+    config: RunConfig,
+    arguments: TrainingArguments,
+    task: Task,
+    model: nn.Module,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    if config.training.patience is not None:
+        callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=config.training.patience)]
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=task.collator,
+        train_dataset=task.train,
+        eval_dataset=task.validation,
+        callbacks=callbacks,
+    )
+    # prints every log as a Python dictionary where transformers' own bar is off
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def total_steps(settings: TrainingSettings, examples: int) -> int:
+    """Optimiser steps of the whole run: the epochs, counted as the Trainer counts them, or `max_steps` if fewer."""
+    batches = math.ceil(examples / settings.batch_size)
+    steps = math.ceil(settings.epochs * math.ceil(batches / settings.gradient_accumulation))
+    return min(steps, settings.max_steps or steps)
+
+
+def _arguments(config: RunConfig, examples: int) -> TrainingArguments:
+    settings = config.training
+    checkpointing: dict[str, Any] = {}
+    if settings.gradient_checkpointing:
+        # transformers renamed it on the way to version 6
+        renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+        key = "activation_checkpointing" if renamed else "gradient_checkpointing"
+        # reentrant checkpoints would cut the graph at the frozen embeddings, whose output has no gradient
+        checkpointing = {key: True, f"{key}_kwargs": {"use_reentrant": False}}
+    try:
+        return TrainingArguments(
+            output_dir=config.output_dir,
+            max_steps=total_steps(settings, examples),
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=settings.eval_batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            learning_rate=settings.lr,
+            lr_scheduler_type=settings.scheduler,
+            warmup_steps=settings.warmup,
+            optim=settings.optimizer,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            bf16=settings.bf16,
+            eval_strategy="steps",
+            eval_steps=settings.eval_steps,
+            save_strategy="steps",
+            save_steps=settings.save_steps or settings.eval_steps,
+            save_total_limit=settings.keep_checkpoints,
+            load_best_model_at_end=settings.load_best_model_at_end,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+            # a resumed run must not forget how long it has waited for a better loss
+            restore_callback_states_from_checkpoint=True,
+            logging_steps=settings.logging_steps,
+            prediction_loss_only=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            # transformers refuses bf16 on a CPU unless it is told that a CPU is meant
+            use_cpu=not torch.accelerator.is_available(),
+            report_to="none",
+            disable_tqdm=True,
+            seed=settings.seed,
+            **checkpointing,
+        )
+    except ValueError as error:  # bf16 on a GPU without it
+        raise SettingsError(f"The training settings do not fit this machine: {error}") from error

@@ -1,0 +1,236 @@
+"""`lorank sweep`: one recipe under many settings, every run restartable, one table and one picture at the end.
+
+    base: recipes/e2e_ard.yaml          # or a configuration, written out here
+    variants:                           # named settings; several keys may change together
+      both: {}
+      tv only: {allocator.l1_term: false}
+    grid:                               # every combination of these
+      allocator.l1: [0.001, 0.01, 0.1]
+    seeds: [0, 1]
+    output_dir: runs/my_sweep
+
+Runs = variants × grid × seeds. All of their configurations are checked before the first one starts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+from rich.console import Console
+
+from lorank.config import ConfigError, RunConfig, load_config, make_config
+from lorank.config_errors import explain
+from lorank.config_yaml import apply_overrides, read_yaml
+from lorank.experiments import folder
+from lorank.experiments.errors import RunFolderError
+from lorank.experiments.run import RunResult, train
+from lorank.tasks.settings import Settings
+
+
+class SweepFile(Settings):
+    """A sweep as it is written."""
+
+    base: str | dict[str, Any]
+    """A recipe, relative to the current folder or to this file, or a configuration written out."""
+    variants: dict[str, dict[str, Any]] = Field(default={"": {}}, min_length=1)
+    """Named settings: dotted keys of the configuration with their values."""
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    """Dotted keys of the configuration, each with a list of values; every combination is run."""
+    seeds: list[int] = Field(default_factory=list)
+    """Seeds (`training.seed`) of every setting; none: the base's own."""
+    output_dir: str = Field(min_length=1)
+    """The folder for all runs and the results."""
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep.
+
+    Args:
+        settings: what tells it from the others, seed left out: dotted keys, and `variant` where variants are named.
+        config: the whole configuration; its `output_dir` lies in the sweep's folder.
+    """
+
+    settings: Mapping[str, Any]
+    config: RunConfig
+
+    @property
+    def label(self) -> str:
+        """Its settings in a line."""
+        return _label(self.settings)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is complete, and its figures (see `docs/recipes.md`)."""
+
+    run: SweepRun
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What came of a sweep.
+
+    Args:
+        finished: all complete runs, those of earlier calls too, in order.
+        failures: label, seed and message of the others.
+        new: how many of the finished were run now.
+    """
+
+    finished: Sequence[Finished]
+    failures: Sequence[tuple[str, int, str]]
+    new: int
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, list[SweepRun]]:
+    """A sweep's folder and its runs, all of them checked.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.key=value` for every run's configuration, under what the sweep sets; `output_dir` is the
+            sweep's own.
+
+    Raises:
+        ConfigError: the file cannot be read; an unknown key or a wrong value, in the file or in the configuration of
+            any run; a setting that does not change anything, because it occurs twice.
+    """
+    path = Path(path)
+    own = [text for text in overrides if text.partition("=")[0].strip() == "output_dir"]
+    values = apply_overrides(read_yaml(path), own)
+    try:
+        sweep = SweepFile.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, SweepFile, str(path))) from error
+    _check_keys(sweep, path)
+    base = dict(sweep.base) if isinstance(sweep.base, dict) else read_yaml(_base_file(sweep.base, path))
+    base = apply_overrides({"output_dir": sweep.output_dir, **base}, [text for text in overrides if text not in own])
+    out = Path(sweep.output_dir)
+    runs, wrong, folders = [], [], set()
+    for (variant, changes), combination in itertools.product(
+        sweep.variants.items(), itertools.product(*sweep.grid.values())
+    ):
+        chosen = dict(zip(sweep.grid, combination, strict=True))
+        settings = {**({"variant": variant} if variant else {}), **chosen}
+        seeds: list[int | None] = [*sweep.seeds] or [None]
+        for seed in seeds:
+            keys = {**changes, **chosen, **({} if seed is None else {"training.seed": seed})}
+            name = _folder_name(_label(settings))
+            try:
+                run = make_config(base, [f"{key}={_as_yaml(value)}" for key, value in keys.items()], source=name)
+            except ConfigError as error:
+                wrong.append(str(error))
+                continue
+            place = out / name / f"seed{run.training.seed}"
+            if place in folders:
+                raise ConfigError(f"{path}: two runs would share the folder {place}; a value or a seed occurs twice")
+            folders.add(place)
+            runs.append(SweepRun(settings, run.model_copy(update={"output_dir": str(place)})))
+    if wrong:
+        raise ConfigError(f"{path}:\n" + "\n".join(dict.fromkeys(wrong)))
+    return out, runs
+
+
+def run_sweep(
+    runs: Sequence[SweepRun],
+    *,
+    console: Console | None = None,
+    train_run: Callable[..., RunResult] = train,
+) -> SweepResult:
+    """Runs what is not finished; a run that was interrupted goes on from its last checkpoint.
+
+    A run that fails does not end the sweep: it is reported, and tried again by the next call.
+
+    Args:
+        runs: from :func:`load_sweep`.
+        console: where progress goes; None: standard error.
+        train_run: what runs a configuration.
+
+    Raises:
+        RunFolderError: a run's folder holds a run with another configuration; nothing was started.
+    """
+    console = console or Console(stderr=True)
+    metrics = [_finished(run) for run in runs]  # all of them before the first one starts
+    finished, failures, new = [], [], 0
+    for number, (run, known) in enumerate(zip(runs, metrics, strict=True), 1):
+        seed, there = run.config.training.seed, known
+        if there is None:
+            console.print(f"[bold]{number} of {len(runs)}:[/] {run.label}, seed {seed}", highlight=False)
+            began = (Path(run.config.output_dir) / folder.CONFIG).is_file()
+            try:
+                there = train_run(run.config, resume=began, console=console).metrics
+                new += 1
+            except Exception as error:  # whatever it was, the other runs are worth having
+                message = f"{type(error).__name__}: {error}"
+                console.print(f"[red]failed[/] {message}", highlight=False, markup=True)
+                failures.append((run.label, seed, message))
+                continue
+        finished.append(Finished(run, there))
+    return SweepResult(finished, failures, new)
+
+
+def _finished(run: SweepRun) -> Mapping[str, Any] | None:
+    """The figures of a run that is complete, or None.
+
+    Raises:
+        RunFolderError: another run is in its folder.
+    """
+    place = Path(run.config.output_dir)
+    if not (place / folder.CONFIG).is_file():
+        return None
+    there = load_config(place / folder.CONFIG).model_dump(mode="json", exclude={"output_dir"})
+    changed = folder.differences(there, run.config.model_dump(mode="json", exclude={"output_dir"}))
+    if changed:
+        raise RunFolderError(
+            f"{place} holds a run with another configuration ({'; '.join(changed)}). Name another output_dir for the "
+            "sweep, or remove that folder."
+        )
+    metrics = place / folder.METRICS
+    loaded: dict[str, Any] | None = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
+    return loaded
+
+
+def _check_keys(sweep: SweepFile, path: Path) -> None:
+    empty = [key for key, values in sweep.grid.items() if not values]
+    if empty:
+        raise ConfigError(f"{path}: grid.{empty[0]} has no values: give at least one")
+    for name, changes in sweep.variants.items():
+        both = sorted(set(changes) & set(sweep.grid))
+        if both:
+            raise ConfigError(f"{path}: {both[0]} is in the grid and in the variant {name!r}: say it in one of them")
+    changed = {*sweep.grid, *itertools.chain(*sweep.variants.values())}
+    taken = [key for key in ("output_dir", "training.seed") if key in changed]
+    if taken:
+        instead = {"output_dir": "output_dir", "training.seed": "seeds"}[taken[0]]
+        raise ConfigError(f"{path}: {taken[0]} is not for variants or the grid: use the sweep's own key {instead}")
+
+
+def _base_file(base: str, sweep: Path) -> Path:
+    choices = [Path(base).expanduser(), sweep.parent / base]
+    for choice in choices:
+        if choice.is_file():
+            return choice
+    raise ConfigError(f"{sweep}: base {base!r} is neither {choices[0].absolute()} nor {choices[1].absolute()}")
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as an override has it; unlike str(), 1e-05 stays a number."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix("...\n").strip()
+
+
+def _label(settings: Mapping[str, Any]) -> str:
+    """Settings in a line, keys without the sections that they are in."""
+    parts = [str(v) if k == "variant" else f"{k.rpartition('.')[2]}={v}" for k, v in settings.items()]
+    return ", ".join(parts) or "base"
+
+
+def _folder_name(label: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "_", label).strip("_.") or "base"

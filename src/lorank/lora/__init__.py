@@ -1,0 +1,42 @@
+"""A LoRA layer physically: the only room that knows PEFT's classes and that changes a shape."""
+
+from lorank.lora.base_size import base_parameters
+from lorank.lora.compact import compact_, expand_, take_form_
+from lorank.lora.export import fold_gates_, save_adapter, wrap
+from lorank.lora.gates import LearnedGates
+from lorank.lora.heads import head_groups
+from lorank.lora.layer import AdapterLayer, AdapterLayers, find_layers
+from lorank.lora.loading import follow_loaded_ranks, plan_for_rank
+from lorank.lora.opening import open_adapter, read_adapter_config
+from lorank.lora.optimizer_state import check_state, regrow, unwrap
+from lorank.lora.per_head import HeadGroups
+from lorank.lora.plan import LayerPlan, Plan, plan_for_heads, taken
+from lorank.lora.resize import resize_
+
+__all__ = [
+    "AdapterLayer",
+    "AdapterLayers",
+    "HeadGroups",
+    "LayerPlan",
+    "LearnedGates",
+    "Plan",
+    "base_parameters",
+    "check_state",
+    "compact_",
+    "expand_",
+    "find_layers",
+    "fold_gates_",
+    "follow_loaded_ranks",
+    "head_groups",
+    "open_adapter",
+    "plan_for_heads",
+    "plan_for_rank",
+    "read_adapter_config",
+    "regrow",
+    "resize_",
+    "save_adapter",
+    "take_form_",
+    "taken",
+    "unwrap",
+    "wrap",
+]

@@ -1,0 +1,56 @@
+"""How many parameters the base model has, as its users count them: real numbers, packed or not, and no adapter's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+def base_parameters(model: nn.Module) -> int:
+    """Parameters of the base model inside ``model``: adapters and trained copies are not counted, tied ones once.
+
+    Layers whose weights are packed (4-bit bitsandbytes, GPTQ, HQQ) count d_in · d_out, as before quantisation.
+    """
+    seen: set[int] = set()
+    return sum(_parameters(module, seen) for module in _base_modules(model))
+
+
+def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and what it holds, without what PEFT has put around and beside the base layers."""
+    if isinstance(module, BaseTunerLayer):
+        yield from _base_modules(module.base_layer)
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        yield from _base_modules(module.original_module)
+    else:
+        yield module
+        if not _is_packed(module):
+            for child in module.children():
+                yield from _base_modules(child)
+
+
+def _parameters(module: nn.Module, seen: set[int]) -> int:
+    """The numbers that the module itself holds, without those of its children."""
+    total = 0
+    packed = _is_packed(module)
+    if packed and id(module) not in seen:
+        seen.add(id(module))
+        sizes: Any = module
+        bias = getattr(module, "bias", None)
+        total += int(sizes.in_features) * int(sizes.out_features) + (0 if bias is None else bias.numel())
+    for parameter in () if packed else module.parameters(recurse=False):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            total += parameter.numel()
+    return total
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a linear layer holds its weight in fewer or other numbers than d_in · d_out."""
+    if not (hasattr(module, "in_features") and hasattr(module, "out_features")) or any(module.children()):
+        return False
+    weight = getattr(module, "weight", None)
+    return weight is None or weight.numel() != int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]  # whole numbers on every linear layer

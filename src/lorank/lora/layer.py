@@ -1,0 +1,328 @@
+"""A view on one PEFT LoRA layer, and on all of them: A, B, the gate, s and the rank.
+
+    y = W x + s · B (g ⊙ (A x))        A: (r, d_in)   B: (d_out, r)   g: (r,)   s: constant
+
+Layers are found once, through objects, never through patterns in parameter names. Everything else in this package
+reaches PEFT's tensors through these two classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from lorank.errors import AdapterError
+from lorank.lora.dora import is_dora
+from lorank.lora.gated import GatedLora, show_plain
+from lorank.lora.gates import LearnedGates
+from lorank.lora.head_lora import HeadLora
+from lorank.lora.per_head import HeadGroups
+
+# Classes whose forward hands a LoraVariant its turn, so that a gate is seen. The others (AWQ, AQLM, EETQ, INC) ignore
+# variants silently: a gate on them would change nothing, and every score would be zero.
+SUPPORTED = frozenset(
+    {
+        "Linear",
+        "Embedding",
+        "Linear8bitLt",
+        "Linear4bit",
+        "GPTQLoraLinear",
+        "HqqLoraLinear",
+        "TorchaoLoraLinear",
+    }
+)
+
+
+class AdapterLayer:
+    """One module's LoRA: a view, never a copy.
+
+    Args:
+        name: full name of the module in the base model, e.g. ``model.layers.0.self_attn.q_proj``.
+        module: PEFT's LoRA layer.
+        adapter: name of the adapter in it.
+
+    Attributes:
+        scaling: s, a constant. Taken when the view is made and kept through every resize: PEFT would compute
+            ``alpha / r`` anew and silently rescale the update.
+    """
+
+    def __init__(self, name: str, module: LoraLayer, adapter: str) -> None:
+        self.name = name
+        self.module = module
+        self.adapter = adapter
+        self.is_embedding = adapter in module.lora_embedding_A
+        self.scaling = float(module.scaling[adapter])
+        self.use_rslora = bool(module.use_rslora[adapter])
+
+    @property
+    def A(self) -> nn.Parameter:
+        """``lora_A``, (r, d_in); for an embedding (r, number of embeddings); for heads of columns (r, d_h)."""
+        table = self.module.lora_embedding_A if self.is_embedding else self.module.lora_A
+        entry = table[self.adapter]
+        return entry if self.is_embedding else entry.weight  # type: ignore[no-any-return]  # PEFT is untyped
+
+    @property
+    def B(self) -> nn.Parameter:
+        """``lora_B``, (d_out, r); for an embedding (embedding width, r); for heads of rows (d_h, r)."""
+        table = self.module.lora_embedding_B if self.is_embedding else self.module.lora_B
+        entry = table[self.adapter]
+        return entry if self.is_embedding else entry.weight  # type: ignore[no-any-return]  # PEFT is untyped
+
+    @property
+    def rank(self) -> int:
+        """r, the number of ranks physically there (0 is possible)."""
+        return int(self.A.shape[0])
+
+    @property
+    def d_in(self) -> int:
+        """Inputs of the module, whatever form its A has."""
+        groups = self.groups
+        return int(self.A.shape[1]) if groups is None or groups.kind == "rows" else groups.count * groups.size
+
+    @property
+    def d_out(self) -> int:
+        """Outputs of the module, whatever form its B has."""
+        groups = self.groups
+        return int(self.B.shape[0]) if groups is None or groups.kind == "columns" else groups.count * groups.size
+
+    @property
+    def rank_parameters(self) -> int:
+        """Numbers that are trained per rank: d_in + d_out, or fewer in per-head form."""
+        return int(self.A.shape[1] + self.B.shape[0])
+
+    @property
+    def max_rank(self) -> int:
+        """min(d_in, d_out): a higher rank cannot add anything. In per-head form, as much for all heads together."""
+        groups = self.groups
+        if groups is not None:
+            return groups.count * groups.capacity(self.d_in, self.d_out)
+        return min(self.d_in, self.d_out)
+
+    @property
+    def groups(self) -> HeadGroups | None:
+        """The heads, where the layer is in per-head form (:func:`lorank.lora.compact_`); else None."""
+        heads = self._variant()
+        return heads.groups if isinstance(heads, HeadLora) else None
+
+    @property
+    def head_ranks(self) -> tuple[int, ...]:
+        """r_h of every head, (H,), in per-head form; else (r,): one group."""
+        heads = self._variant()
+        return heads.ranks if isinstance(heads, HeadLora) else (self.rank,)
+
+    def set_heads(self, groups: HeadGroups | None, ranks: Sequence[int] = ()) -> None:
+        """Says what A and B hold: blocks of heads, or (None) a plain LoRA. Their shapes are the caller's business."""
+        gate = self.gate
+        self.gate = None
+        if groups is None:
+            self.module.lora_variant.pop(self.adapter, None)
+        else:
+            self.module.lora_variant[self.adapter] = HeadLora(groups, ranks)
+            show_plain(self.module)
+        self.gate = gate
+
+    @property
+    def min_rank(self) -> int:
+        """1 for DoRA, whose magnitudes a file can only hold beside a LoRA; else 0."""
+        return int(is_dora(self._variant()))
+
+    def _variant(self) -> Any:
+        """PEFT's own variant of this layer, gated or not."""
+        variant = self.module.lora_variant.get(self.adapter)
+        return variant.replaced if isinstance(variant, GatedLora) else variant
+
+    @property
+    def gate(self) -> Tensor | None:
+        """g: None (all ones, PEFT's own forward runs), (r,), or (n, r) with a gate per sample of the batch."""
+        variant = self.module.lora_variant.get(self.adapter)
+        return variant.gate if isinstance(variant, GatedLora) else None
+
+    @gate.setter
+    def gate(self, gate: Tensor | None) -> None:
+        own = self._variant()
+        if gate is None:
+            self.module.lora_variant.pop(self.adapter, None)
+            if own is not None:
+                self.module.lora_variant[self.adapter] = own
+            return
+        if gate.dim() not in (1, 2) or gate.shape[-1] != self.rank:
+            raise AdapterError(
+                f"a gate for {self.name} must have shape ({self.rank},) or (samples, {self.rank}), "
+                f"got {tuple(gate.shape)}"
+            )
+        variant = self.module.lora_variant.get(self.adapter)
+        if isinstance(variant, GatedLora):
+            variant.gate = gate
+        else:
+            self.module.lora_variant[self.adapter] = GatedLora(gate, own)
+            show_plain(self.module)
+
+    def __repr__(self) -> str:
+        return f"AdapterLayer({self.name}, rank={self.rank}, d_in={self.d_in}, d_out={self.d_out}, s={self.scaling:g})"
+
+
+class AdapterLayers(Mapping[str, AdapterLayer]):
+    """All LoRA layers of one adapter, in the model's own order, by full module name.
+
+    Attributes:
+        model: the model that was searched.
+        adapter: the adapter's name.
+        config: the adapter's live ``LoraConfig``; :func:`lorank.lora.resize_` keeps its patterns true, so that
+            ``model.save_pretrained`` writes a correct adapter at any moment.
+        gates: the trainable gates of all layers, after :meth:`learn_gates`; else None.
+        prefix: what stands before a layer's name in ``model``, e.g. ``base_model.model.``.
+    """
+
+    def __init__(
+        self, model: nn.Module, adapter: str, config: LoraConfig, layers: Mapping[str, AdapterLayer], prefix: str = ""
+    ) -> None:
+        self.model = model
+        self.prefix = prefix
+        self.adapter = adapter
+        self.config = config
+        self.gates: LearnedGates | None = None
+        self._layers = dict(layers)
+        # As the user gave it: restored whenever no module is at rank 0.
+        self.target_modules = config.target_modules
+
+    def __getitem__(self, name: str) -> AdapterLayer:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each module, in order."""
+        return {name: layer.rank for name, layer in self.items()}
+
+    @property
+    def total_rank(self) -> int:
+        """Σ r over all modules: the budget that is used."""
+        return sum(layer.rank for layer in self.values())
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers A and B of all modules hold, in the form that they are trained in."""
+        return sum(layer.A.numel() + layer.B.numel() for layer in self.values())
+
+    def learn_gates(self, values: Tensor | None = None) -> LearnedGates:
+        """Gives every layer a gate that a backward pass reaches; the optimiser does not know of it.
+
+        Args:
+            values: (R,) for all ranks of all layers, in order; None: ones.
+        """
+        self.gates = LearnedGates(self.ranks, values, self._device())
+        for name, leaf in self.gates.leaves.items():
+            self[name].gate = leaf
+        return self.gates
+
+    def drop_gates(self) -> None:
+        """Takes every gate away, without folding it."""
+        self.gates = None
+        for layer in self.values():
+            layer.gate = None
+
+    def _device(self) -> torch.device:
+        return next(iter(self.values())).A.device
+
+
+def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
+    """All LoRA layers of one adapter of ``model``.
+
+    Args:
+        model: a ``PeftModel``, or a transformers model with an adapter added by ``add_adapter``.
+        adapter: the adapter's name; default: the one that is active.
+
+    Raises:
+        AdapterError: no LoRA layer there, no such adapter, several adapters active, an adapter that is merged, a
+            layer whose forward ignores gates, a LoRA variant such as DoRA, or weights tied between two LoRA layers.
+    """
+    configs: Mapping[str, Any] | None = getattr(model, "peft_config", None)
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if not found or not configs:
+        raise AdapterError(
+            f"no LoRA layer found in {type(model).__name__}. Give the model an adapter first: "
+            "model = get_peft_model(model, LoraConfig(r=8, target_modules='all-linear'))"
+        )
+    adapter = _adapter_name(model, configs, adapter)
+    layers: dict[str, AdapterLayer] = {}
+    owners: dict[int, str] = {}
+    # PEFT matches patterns against names inside the model that it wrapped.
+    inner = _wrapped_model(model)
+    inner_name = next(name for name, module in model.named_modules() if module is inner)
+    prefix = f"{inner_name}." if inner_name else ""
+    for full_name, module in found:
+        if adapter not in module.lora_A and adapter not in module.lora_embedding_A:
+            continue
+        name = full_name.removeprefix(prefix)
+        _check_layer(name, module, adapter)
+        layer = AdapterLayer(name, module, adapter)
+        for parameter in (layer.A, layer.B):
+            if id(parameter) in owners:
+                raise AdapterError(
+                    f"{name} and {owners[id(parameter)]} share a LoRA weight, so their ranks cannot differ. "
+                    "Adapt only one of them, or make the adapter without ensure_weight_tying"
+                )
+            owners[id(parameter)] = name
+        layers[name] = layer
+    return AdapterLayers(model, adapter, configs[adapter], layers, prefix)
+
+
+def _wrapped_model(model: nn.Module) -> nn.Module:
+    """The model inside a PeftModel (names in patterns start there), or the model itself."""
+    tuner = getattr(model, "base_model", None)
+    inner = getattr(tuner, "model", None)
+    return inner if isinstance(inner, nn.Module) and hasattr(tuner, "targeted_module_names") else model
+
+
+def _adapter_name(model: nn.Module, configs: Mapping[str, Any], adapter: str | None) -> str:
+    if adapter is None:
+        names = _active_adapters(model) or list(configs)
+        if len(names) != 1:
+            raise AdapterError(f"{len(names)} adapters are active ({', '.join(names)}): name one with adapter=…")
+        adapter = names[0]
+    if adapter not in configs:
+        raise AdapterError(f"there is no adapter {adapter!r}; the model has: {', '.join(configs)}")
+    if not isinstance(configs[adapter], LoraConfig):
+        raise AdapterError(
+            f"adapter {adapter!r} is a {type(configs[adapter]).__name__}, not a LoraConfig: only LoRA has ranks to move"
+        )
+    return adapter
+
+
+def _active_adapters(model: nn.Module) -> list[str]:
+    active = getattr(model, "active_adapters", None)  # a property of PeftModel, a method of PreTrainedModel
+    try:
+        return list(active() if callable(active) else active or ())
+    except ValueError:  # PreTrainedModel raises where a PeftModel around it did the loading
+        return []
+
+
+def _check_layer(name: str, module: LoraLayer, adapter: str) -> None:
+    kind = type(module).__name__
+    if kind not in SUPPORTED:
+        raise AdapterError(
+            f"{name} is a {kind}, whose ranks cannot be gated or resized. "
+            f"Supported: {', '.join(sorted(SUPPORTED))}. "
+            "Leave the module out with LoraConfig(exclude_modules=…), or load the base model unquantised or with "
+            "bitsandbytes, GPTQ or HQQ"
+        )
+    if module.merged:
+        raise AdapterError(f"{name}: adapter {adapter!r} is merged into the base weights. Call model.unmerge_adapter()")
+    variant = module.lora_variant.get(adapter)
+    if variant is not None and not isinstance(variant, GatedLora | HeadLora) and not is_dora(variant):
+        raise AdapterError(
+            f"{name}: the adapter uses {type(variant).__name__}, which has a forward of its own. "
+            "Make the adapter as plain LoRA or with use_dora=True"
+        )
+    if getattr(module, "tp_layer", None) is not None:
+        raise AdapterError(f"{name}: LoRA weights sharded by tensor parallelism cannot be resized")

@@ -1,0 +1,164 @@
+"""Sensitivity and its uncertainty, smoothed over training steps: AdaLoRA's score of a rank (arXiv 2303.10512, 3.2).
+
+For every weight w of A, B and the gate λ, with the gradients of each training step
+
+    I(w) = |w · ∂L/∂w|        Ī ← β₁ Ī + (1 − β₁) I        Ū ← β₂ Ū + (1 − β₂) |I − Ī|        s(w) = Ī · Ū
+
+Ū is measured against the Ī that this step has already updated. The triplet of rank i (row A_i, column B_i, λ_i) has
+
+    S_i = s(λ_i) + mean_j s(A_ij) + mean_j s(B_ji)
+
+The gate needs no gradient of its own: the loss sees λ_i and A_i only as their product, so
+
+    λ_i · ∂L/∂λ_i = Σ_j A_ij · ∂L/∂A_ij
+
+which also holds where there is no gate (λ = 1), and keeps the three terms comparable when the loop clips the gradients
+of A and B. The memory is a flat dictionary of tensors, twice as many numbers as the adapter has, kept in float32 at
+least; a step is a handful of fused operations on lists of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lorank.lora import AdapterLayers
+from lorank.lora.following import follow
+
+BETA = 0.85
+"""β₁ and β₂ of the paper."""
+
+_MEAN, _UNCERTAINTY = "sensitivity", "uncertainty"
+
+
+def start_sensitivity(layers: AdapterLayers) -> dict[str, Tensor]:
+    """Ī = Ū = 0 for every weight of every layer."""
+    state: dict[str, Tensor] = {}
+    for kind in (_MEAN, _UNCERTAINTY):
+        for label, weight in _weights(layers).items():
+            state[f"{kind}.{label}"] = torch.zeros_like(weight, dtype=_at_least_float32(weight.dtype))
+        state[f"{kind}.gate"] = rank_products(layers).zero_()
+    return state
+
+
+@torch.no_grad()
+def rank_products(layers: AdapterLayers) -> Tensor:
+    """λ_i · ∂L/∂λ_i = Σ_j A_ij · ∂L/∂A_ij for every rank, from the gradients that are there now.
+
+    Returns:
+        (R,), all layers in order, on the first layer's device; 0 where A has no gradient.
+    """
+    groups: dict[tuple[object, ...], list[str]] = {}  # one product for all layers of one width
+    for name, layer in layers.items():
+        groups.setdefault((layer.A.shape[1], layer.A.dtype, layer.A.device), []).append(name)
+    products: dict[str, Tensor] = {}
+    for names in groups.values():
+        A = _precise([layers[name].A for name in names])  # (r, d_in) each
+        gradients = _precise([_gradient(layers[name].A) for name in names])
+        sums = (torch.cat(A) * torch.cat(gradients)).sum(1)  # (Σ r, d_in) → (Σ r,)
+        products.update(zip(names, torch.split(sums, [len(rows) for rows in A]), strict=True))
+    first = next(iter(layers.values())).A
+    return torch.cat([products[name].to(first.device) for name in layers])
+
+
+@torch.no_grad()
+def update_sensitivity_(
+    state: MutableMapping[str, Tensor],
+    layers: AdapterLayers,
+    gate_products: Tensor,
+    beta1: float = BETA,
+    beta2: float = BETA,
+) -> None:
+    """One step of Ī and Ū, with the gradients that are in ``.grad`` now and weights that have not moved yet.
+
+    Args:
+        state: from :func:`start_sensitivity`, changed in place.
+        gate_products: λ · ∂L/∂λ, (R,), see :func:`rank_products`.
+        beta1, beta2: β₁ and β₂, in [0, 1).
+    """
+    weights = _weights(layers)
+    sensitivities = list(
+        torch._foreach_mul(_precise(list(weights.values())), _precise([_gradient(w) for w in weights.values()]))
+    )
+    sensitivities.append(gate_products.clone())
+    homes = {label: weight.device for label, weight in weights.items()} | {"gate": gate_products.device}
+    for kind in (_MEAN, _UNCERTAINTY):
+        for label, device in homes.items():
+            if state[f"{kind}.{label}"].device != device:  # the Trainer loads a checkpoint's optimiser to the CPU
+                state[f"{kind}.{label}"] = state[f"{kind}.{label}"].to(device)
+    means = [state[f"{_MEAN}.{label}"] for label in homes]
+    uncertainties = [state[f"{_UNCERTAINTY}.{label}"] for label in homes]
+    torch._foreach_abs_(sensitivities)  # I
+    torch._foreach_lerp_(means, sensitivities, 1 - beta1)
+    torch._foreach_sub_(sensitivities, means)
+    torch._foreach_abs_(sensitivities)  # |I − Ī|
+    torch._foreach_lerp_(uncertainties, sensitivities, 1 - beta2)
+
+
+@torch.no_grad()
+def sensitivity_scores(state: Mapping[str, Tensor], layers: AdapterLayers) -> dict[str, Tensor]:
+    """S_i of every rank: per layer (r,) float64 on the CPU, ≥ 0, higher = keep."""
+    smoothed = {label: state[f"{_MEAN}.{label}"] * state[f"{_UNCERTAINTY}.{label}"] for label in _weights(layers)}
+    gates = (state[f"{_MEAN}.gate"] * state[f"{_UNCERTAINTY}.gate"]).double().cpu()  # (R,)
+    vectors = [
+        smoothed[f"A.{name}"].double().mean(1) + smoothed[f"B.{name}"].double().mean(0)  # (r, d_in), (d_out, r) → (r,)
+        for name in layers
+    ]
+    scores = gates + torch.cat([values.to(vectors[0].device) for values in vectors]).cpu()  # (R,)
+    return dict(zip(layers, torch.split(scores, list(layers.ranks.values())), strict=True))
+
+
+def resize_sensitivity_(state: MutableMapping[str, Tensor], layers: AdapterLayers, origins: Tensor) -> None:
+    """After a resize: kept ranks keep their Ī and Ū, new ones start at 0. Nothing to do once they have been dropped.
+
+    Args:
+        layers: with the ranks after.
+        origins: (R after,), see :func:`lorank.lora.taken`.
+    """
+    if f"{_MEAN}.gate" not in state:
+        return
+    for kind in (_MEAN, _UNCERTAINTY):
+        first = 0
+        for (name, rank), moved in zip(
+            layers.ranks.items(), torch.split(origins, list(layers.ranks.values())), strict=True
+        ):
+            before = len(state[f"{kind}.A.{name}"])
+            own = torch.where(moved < 0, moved, moved - first)  # (r,)
+            if before != rank or not torch.equal(own, torch.arange(rank)):
+                state[f"{kind}.A.{name}"] = follow(state[f"{kind}.A.{name}"], own, 0)
+                state[f"{kind}.B.{name}"] = follow(state[f"{kind}.B.{name}"], own, 1)
+            first += before
+        state[f"{kind}.gate"] = follow(state[f"{kind}.gate"], origins)
+
+
+def drop_sensitivity_(state: MutableMapping[str, Tensor]) -> None:
+    """Once no score will be asked for any more: frees the memory."""
+    for key in [key for key in state if key.split(".")[0] in (_MEAN, _UNCERTAINTY)]:
+        del state[key]
+
+
+def has_sensitivity(state: Mapping[str, Tensor]) -> bool:
+    """Whether anything has been measured yet (or still is kept)."""
+    return f"{_MEAN}.gate" in state and bool(state[f"{_MEAN}.gate"].any())
+
+
+def _weights(layers: AdapterLayers) -> Mapping[str, Tensor]:
+    return {f"A.{name}": layer.A for name, layer in layers.items()} | {
+        f"B.{name}": layer.B for name, layer in layers.items()
+    }
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    """A weight that the loss did not reach in this step has a gradient of zero."""
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def _precise(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In float32 at least: a product of two float16 numbers may be below the smallest one."""
+    return [tensor.detach().to(_at_least_float32(tensor.dtype)) for tensor in tensors]
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

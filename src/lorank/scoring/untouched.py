@@ -1,0 +1,62 @@
+"""Scoring leaves no trace: a context manager that puts everything back, also when it is left by an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lorank.lora.layer import AdapterLayers
+
+_ABSENT = object()
+
+
+@contextmanager
+def untouched(model: nn.Module, layers: AdapterLayers) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards everything is as it was.
+
+    Inside, modules are in evaluation mode, gradients are off, and compiled modules run uncompiled (a gate that changes
+    with every forward would make each of them compile again and again). Restored afterwards: each module's training
+    mode, every layer's gate, instance-level ``forward`` methods, the random generators of the CPU and of each GPU in
+    use, and the module attributes that this changed. Parameters, their gradients and ``requires_grad`` are not touched.
+
+    A cache of autocast that was filled without gradients holds weights without gradients, and a training step in the
+    same autocast region would pick them up, so that its parameters learn nothing: the cache is emptied.
+    """
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    forwards = [module.__dict__.get("forward", _ABSENT) for module in modules]
+    compiled = [module for module in modules if getattr(module, "_compiled_call_impl", None) is not None]
+    calls = [module._compiled_call_impl for module in compiled]
+    # bitsandbytes repacks 4-bit weights for the CPU in its first forward in evaluation mode; a repacked weight gives no
+    # gradient to what lies before it when training goes on.
+    packing = [module for module in modules if getattr(module, "support_avx512bf16_for_cpu", False) is True]
+    gates: list[Tensor | None] = [layer.gate for layer in layers.values()]
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch
+    gpus = list(range(torch.cuda.device_count())) if in_use else []
+    try:
+        with torch.random.fork_rng(devices=gpus), torch.no_grad():
+            # Attributes, not eval(): some modules do more in train() than set a flag.
+            for module in modules:
+                module.training = False
+            for module in compiled:
+                module._compiled_call_impl = None
+            for module in packing:
+                module.__dict__["support_avx512bf16_for_cpu"] = False
+            yield
+    finally:
+        for module, mode, forward in zip(modules, training, forwards, strict=True):
+            module.training = mode
+            if forward is not _ABSENT:
+                module.__dict__["forward"] = forward
+            else:
+                module.__dict__.pop("forward", None)
+        for module, call in zip(compiled, calls, strict=True):
+            module._compiled_call_impl = call
+        for module in packing:
+            module.__dict__["support_avx512bf16_for_cpu"] = True
+        for layer, gate in zip(layers.values(), gates, strict=True):
+            layer.gate = gate
+        torch.clear_autocast_cache()

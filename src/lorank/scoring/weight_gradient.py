@@ -1,0 +1,158 @@
+"""Singular values of ∂L/∂W of frozen weights, from a few batches: where a low-rank update has most to win.
+
+The gradient is never formed by autograd. A layer y = W x with inputs x and output gradients dy (one row per token) has
+
+    G = ∂L/∂W = Σ_tokens dy xᵀ          (d_out, d_in)
+
+so hooks on x and dy are enough: no ``.grad`` on the base, whose weights may be quantised. Small matrices are summed
+whole. For larger ones a randomised range finder (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.1) takes two
+passes over the batches and holds (k + p)(d_in + d_out) numbers, with p = 8 columns more than the k values wanted:
+
+    Y = G Ω = Σ dy (xᵀ Ω),  Q = orth(Y)          Z = Qᵀ G = Σ (Qᵀ dy) xᵀ,   σ(Z) ≈ σ(G), never above
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorank.errors import ValidationBatchError
+from lorank.lora.layer import AdapterLayer, AdapterLayers
+from lorank.scoring.gate_gradient import loss_with_graph
+from lorank.scoring.loss import LossFn, prepare_batch, require_finite, unwrap
+from lorank.scoring.untouched import untouched
+
+OVERSAMPLING = 8
+WHOLE = 2**18
+"""A gradient of at most so many numbers (1 MiB in float32) is summed whole, and its singular values are exact."""
+
+
+def weight_gradient_singular_values(
+    model: nn.Module,
+    layers: AdapterLayers,
+    batches: Sequence[Mapping[str, Any]],
+    count: int,
+    *,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """The largest singular values of the gradient of the mean loss over ``batches``, in evaluation mode.
+
+    The model is left as it was, no ``.grad`` is written.
+
+    Args:
+        model: the model that the layers belong to.
+        layers: its LoRA layers. Their update is part of the function, and zero for a fresh adapter.
+        batches: one or a few, each with the arguments of the model's forward, ``labels`` included.
+        count: k, how many values per layer at most.
+        loss_fn: ``loss_fn(model, batch)`` → a scalar with a graph, in place of ``model(**batch).loss``.
+        seed: of the random directions Ω; the global random state is neither read nor advanced.
+
+    Returns:
+        Per layer (min(count, d_in, d_out),) float64 on the CPU, descending.
+
+    Raises:
+        ValidationBatchError: no batch, or one without labels, without a loss, or with a loss that is not finite.
+    """
+    if not batches:
+        raise ValidationBatchError("there is no batch to take gradients on: give at least one")
+    model = unwrap(model)
+    sums = {
+        name: _Sum(layer, min(count, layer.max_rank), seed * 1_000_003 + index)
+        for index, (name, layer) in enumerate(layers.items())
+    }
+    passes = 1 if all(one.is_whole for one in sums.values()) else 2
+    with untouched(model, layers), torch.enable_grad(), _watched(layers, sums) as leaves:
+        for _ in range(passes):
+            for batch in batches:
+                loss = loss_with_graph(model, prepare_batch(model, batch, needs_labels=loss_fn is None), loss_fn)
+                require_finite(loss.detach(), "the model")
+                torch.autograd.grad(loss, leaves, allow_unused=True)
+            for one in sums.values():
+                one.end_pass()
+    return {name: one.singular_values() / len(batches) for name, one in sums.items()}
+
+
+class _Sum:
+    """One layer's G, or what the range finder keeps of it."""
+
+    def __init__(self, layer: AdapterLayer, count: int, seed: int) -> None:
+        self.layer, self.count = layer, count
+        width = min(count + OVERSAMPLING, layer.max_rank)
+        self.is_whole = layer.d_in * layer.d_out <= max(WHOLE, width * (layer.d_in + layer.d_out))
+        self.total: Tensor | None = None
+        self.done = False
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        self.omega = None if self.is_whole else torch.randn(layer.d_in, width, generator=generator)  # (d_in, k + p)
+        self.q: Tensor | None = None  # (d_out, k + p), after the first pass
+
+    @torch.no_grad()
+    def add(self, x: Tensor, dy: Tensor) -> None:
+        """x: (…, d_in), or token ids (…); dy: (…, d_out)."""
+        if self.done:
+            return
+        dy = dy.reshape(-1, self.layer.d_out).float()  # (tokens, d_out)
+        if self.omega is not None and self.q is None:
+            self._accumulate(dy.T @ self._project(x, self.omega.to(dy.device)))  # (d_out, k + p)
+        else:
+            rows = dy if self.q is None else dy @ self.q.to(dy.device)  # (tokens, d_out) or (tokens, k + p)
+            self._accumulate(self._outer(rows, x))  # (d_out or k + p, d_in)
+
+    def end_pass(self) -> None:
+        if self.omega is not None and self.q is None:
+            self.q = None if self.total is None else torch.linalg.qr(self.total).Q
+            self.done = self.q is None  # no batch reaches this layer
+            self.total = None
+        else:
+            self.done = True
+
+    def singular_values(self) -> Tensor:
+        if self.total is None:
+            return torch.zeros(self.count, dtype=torch.float64)
+        values: Tensor = torch.linalg.svdvals(self.total.double().cpu())
+        return values[: self.count]
+
+    def _project(self, x: Tensor, matrix: Tensor) -> Tensor:
+        rows: Tensor = matrix[x.reshape(-1)] if self.layer.is_embedding else self._rows(x) @ matrix
+        return rows  # (tokens, k + p)
+
+    def _outer(self, rows: Tensor, x: Tensor) -> Tensor:
+        if self.layer.is_embedding:
+            return rows.new_zeros(rows.shape[1], self.layer.d_in).index_add_(1, x.reshape(-1), rows.T)
+        return rows.T @ self._rows(x)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.layer.d_in).float()  # (…, d_in) → (tokens, d_in)
+
+    def _accumulate(self, part: Tensor) -> None:
+        self.total = part if self.total is None else self.total + part
+
+
+@contextmanager
+def _watched(layers: AdapterLayers, sums: Mapping[str, _Sum]) -> Iterator[list[Tensor]]:
+    """Hooks that hand every layer's x and dy to its sum; yields the tensors that a backward pass must reach."""
+
+    def watch(one: _Sum) -> Any:
+        def after_forward(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                x = inputs[0].detach()
+                output.register_hook(lambda dy: one.add(x, dy))  # type: ignore[no-untyped-call]  # untyped in torch
+
+        return after_forward
+
+    leaves: list[Tensor] = [part for layer in layers.values() for part in (layer.A, layer.B)]
+    wanted = [leaf.requires_grad for leaf in leaves]
+    handles = [layer.module.register_forward_hook(watch(sums[name])) for name, layer in layers.items()]
+    try:
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        yield leaves
+    finally:
+        for handle in handles:
+            handle.remove()
+        for leaf, before in zip(leaves, wanted, strict=True):
+            leaf.requires_grad_(before)

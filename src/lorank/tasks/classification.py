@@ -1,0 +1,118 @@
+"""Text classification: accuracy on rotten_tomatoes, clinc150 or any data set with text and a label."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lorank.tasks.base import ModelKind, Split, Task, batches, judging, pad_id
+from lorank.tasks.collate import Collator, Example
+from lorank.tasks.errors import DataError
+from lorank.tasks.settings import ClassificationSettings
+from lorank.tasks.sources import Row, load_rows
+from lorank.tasks.splits import draw, read_parts, read_test
+from lorank.tasks.template import render, require_columns
+
+Label = int | str
+
+
+class ClassificationTask(Task):
+    """Labels are numbered in sorted order of those in the whole training split, whatever part of it is drawn.
+
+    Raises:
+        DataError: a split or column is not there; a label is neither a whole number nor a string, or does not occur in
+            the training split; all rows have one label.
+    """
+
+    model_kind: ModelKind = "sequence_classification"
+
+    def __init__(self, settings: ClassificationSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self.collator = Collator(pad_id(tokenizer))
+        self.has_test = settings.test_split is not None
+        kept, held = read_parts(settings, self._load)
+        # also when a part is held out: a label that lies in that part alone is known all the same
+        rows = kept if settings.holdout is None else [*kept, *held]
+        self._numbers = number_labels(rows, settings.label, self._where(settings.train_split))
+        self.label_names = _label_names(rows, settings.label, self._numbers)
+        self.train = self._encode(draw(kept, settings.max_train, settings.seed), settings.train_split)
+        self.validation = self._encode(
+            draw(held, settings.max_eval, settings.seed), settings.validation_split or settings.train_split
+        )
+
+    @cached_property
+    def test(self) -> Sequence[Example]:
+        """Encoded test examples (see `Task.test`)."""
+        settings = self._settings
+        rows = draw(read_test(settings, self._load), settings.max_eval, settings.seed)
+        return self._encode(rows, settings.test_split or "")
+
+    def evaluate(
+        self, model: nn.Module, split: Split = "test", *, batch_size: int = 32, progress: bool = True
+    ) -> dict[str, float]:
+        """`loss` (nats per example) and `accuracy` (0 to 1); see `Task.evaluate`."""
+        examples = self.test if split == "test" else self.validation
+        # batches of similar length waste least on padding
+        examples = sorted(examples, key=lambda example: len(example["input_ids"]))
+        loss, correct = 0.0, 0
+        with judging(model) as device:
+            for part in batches(examples, batch_size, "Classifying", progress):
+                batch = {name: value.to(device) for name, value in self.collator(part).items()}
+                output = model(**batch)
+                loss += float(output.loss.double()) * len(part)
+                correct += int((output.logits.argmax(-1) == batch["labels"]).sum())  # (batch, labels) → (batch,)
+        return {"loss": loss / len(examples), "accuracy": correct / len(examples)}
+
+    def _load(self, split: str) -> list[Row]:
+        return load_rows(self._settings.data, split, subset=self._settings.subset)
+
+    def _where(self, split: str) -> str:
+        return f"Data set {self._settings.data!r}, split {split!r}"
+
+    def _encode(self, rows: Sequence[Row], split: str) -> list[Example]:
+        settings, where = self._settings, self._where(split)
+        firsts = [render(settings.template, row, where) for row in rows]
+        seconds = [render(settings.second, row, where) for row in rows] if settings.second else None
+        encoded = self._tokenizer(firsts, seconds, truncation=True, max_length=settings.max_length)
+        examples: list[Example] = []
+        for index, row in enumerate(rows):
+            require_columns(row, (settings.label,), where)
+            if row[settings.label] not in self._numbers:
+                raise DataError(
+                    f"{where}: the label {row[settings.label]!r} does not occur in {settings.train_split!r}, which has "
+                    f"{len(self._numbers)} labels. A test split without labels often carries -1: name a labelled split."
+                )
+            inputs = {name: values[index] for name, values in encoded.items()}
+            examples.append({**inputs, "labels": self._numbers[row[settings.label]]})
+        return examples
+
+
+def number_labels(rows: Sequence[Row], column: str, where: str) -> dict[Label, int]:
+    """Every label that occurs, numbered from 0: whole numbers in their order, then strings in theirs.
+
+    Raises:
+        DataError: the column is not there, holds something else, or holds one value only.
+    """
+    labels: set[Label] = set()
+    for index, row in enumerate(rows):
+        require_columns(row, (column,), f"{where}, row {index}")
+        if isinstance(row[column], bool) or not isinstance(row[column], int | str):
+            raise DataError(
+                f"{where}, row {index}: the label {row[column]!r} in column {column!r} is neither a whole number nor a "
+                "string. Name the right column as label."
+            )
+        labels.add(row[column])
+    if len(labels) < 2:
+        raise DataError(f"{where}: every row has the label {labels.pop()!r}; there is nothing to tell apart.")
+    return {label: number for number, label in enumerate(sorted(labels, key=lambda v: (isinstance(v, str), v)))}
+
+
+def _label_names(rows: Sequence[Row], column: str, numbers: dict[Label, int]) -> tuple[str, ...]:
+    """Names from a column `<label>_name` where there is one, else the labels themselves."""
+    names = {number: str(label) for label, number in numbers.items()}
+    for row in rows:
+        if row.get(f"{column}_name") is not None:
+            names[numbers[row[column]]] = str(row[f"{column}_name"])
+    return tuple(names[number] for number in range(len(names)))

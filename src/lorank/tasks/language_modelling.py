@@ -1,0 +1,84 @@
+"""Language modelling on plain text: loss per token and perplexity over blocks of equal length."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lorank.tasks.base import ModelKind, Split, Task, mean_loss, pad_id
+from lorank.tasks.collate import Collator, Example
+from lorank.tasks.errors import DataError
+from lorank.tasks.settings import LanguageModellingSettings
+from lorank.tasks.sources import Row, load_rows
+from lorank.tasks.splits import draw, read_parts, read_test
+from lorank.tasks.template import render
+
+
+class LanguageModellingTask(Task):
+    """Texts joined by the end-of-text token and cut into blocks; limits count blocks.
+
+    Raises:
+        DataError: a split or column is not there, the tokenizer has no end-of-text token, or a split does not fill one
+            block.
+    """
+
+    model_kind: ModelKind = "causal_lm"
+    label_names = ()
+
+    def __init__(self, settings: LanguageModellingSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self.collator = Collator(pad_id(tokenizer))
+        self.has_test = settings.test_split is not None
+        kept, held = read_parts(settings, self._load)
+        self.train = self._encode(kept, settings.train_split, settings.max_train)
+        self.validation = self._encode(held, settings.validation_split or settings.train_split, settings.max_eval)
+
+    @cached_property
+    def test(self) -> Sequence[Example]:
+        """Encoded test blocks (see `Task.test`)."""
+        settings = self._settings
+        return self._encode(read_test(settings, self._load), settings.test_split or "", settings.max_eval)
+
+    def evaluate(
+        self, model: nn.Module, split: Split = "test", *, batch_size: int = 32, progress: bool = True
+    ) -> dict[str, float]:
+        """`loss` (nats per token) and `perplexity`, its exponential; see `Task.evaluate`."""
+        examples = self.test if split == "test" else self.validation
+        loss = mean_loss(model, examples, self.collator, batch_size=batch_size, progress=progress)
+        return {"loss": loss, "perplexity": math.exp(loss)}
+
+    def _load(self, split: str) -> list[Row]:
+        return load_rows(self._settings.data, split, subset=self._settings.subset)
+
+    def _encode(self, rows: Sequence[Row], split: str, limit: int | None) -> list[Example]:
+        settings = self._settings
+        where = f"Data set {settings.data!r}, split {split!r}"
+        blocks = pack([render(settings.template, row, where) for row in rows], self._tokenizer, settings.block_size)
+        if not blocks:
+            raise DataError(
+                f"{where}: its text does not fill one block of {settings.block_size} tokens. "
+                "Give more text or a smaller block_size."
+            )
+        return draw(blocks, limit, settings.seed)
+
+
+def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> list[Example]:
+    """Texts, each ended by the end-of-text token, as one stream cut into blocks of `block_size`; a rest is dropped.
+
+    Raises:
+        DataError: the tokenizer has no end-of-text token to put between texts.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"The tokenizer {type(tokenizer).__name__} has no end-of-text token to put between texts. "
+            "Use a causal language model's own tokenizer."
+        )
+    # `verbose=False`: whole texts may be longer than the model's context, which the blocks will not be
+    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    stream = [token for tokens in encoded for token in (*tokens, tokenizer.eos_token_id)]
+    starts = range(0, len(stream) - block_size + 1, block_size)
+    blocks = [stream[start : start + block_size] for start in starts]
+    return [{"input_ids": block, "attention_mask": [1] * block_size, "labels": list(block)} for block in blocks]

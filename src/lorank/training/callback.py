@@ -1,0 +1,210 @@
+"""The transformers Trainer, and TRL's: a thin adapter over :mod:`lorank.training.attach`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorank.allocators import Allocator, Run
+from lorank.errors import ResumeError, ScheduleError, ValidationBatchError
+from lorank.lora import AdapterLayers, find_layers, follow_loaded_ranks, unwrap
+from lorank.training.attach import STATE_KEY, Ranks
+from lorank.training.checks import LossFn
+from lorank.training.distributed import is_first_process
+from lorank.training.history import RankHistory
+from lorank.training.progress import Report
+
+logger = logging.getLogger("lorank")
+
+PAPER_SAMPLES = 32
+
+Rows = Sequence[Mapping[str, Any]]
+ValidationData = Mapping[str, Any] | Rows | Callable[[], Mapping[str, Any] | Rows]
+
+
+class RankCallback(TrainerCallback):
+    """Allocates ranks in a ``transformers.Trainer`` or a TRL trainer.
+
+        trainer = Trainer(..., callbacks=[lorank.RankCallback(lorank.ALoRA(), validation_batch=eval_rows)])
+
+    Checkpoints that the Trainer writes are plain PEFT adapters; ``resume_from_checkpoint`` continues exactly, and
+    ``load_best_model_at_end`` restores the best ranks with the best weights.
+
+    Args:
+        allocator: the method, with its settings.
+        validation_batch: what ranks are scored on: a batch (mapping of tensors, labels included); or rows of a data
+            set, which the Trainer's own collator makes a batch of; or a function that returns either, called when
+            training begins (``lambda: trainer.eval_dataset``). None: the first rows of the *training* set, with a
+            notice, if the method needs a batch at all.
+        samples: how many rows are taken where rows are given. The paper takes 32.
+        loss_fn: your own loss, ``(model, batch) -> scalar tensor``; None: the model's.
+        adapter: name of the adapter; None: the active one.
+        seed: of everything that is drawn here; None: the Trainer's.
+        history_path: where the rank history goes; None: ``rank_history.jsonl`` in the Trainer's output folder.
+        progress: whether scoring shows a progress bar; None: on a terminal, unless the Trainer's own is off; or a
+            function, called with (evaluations done, in all) instead.
+
+    Attributes:
+        ranks: the running :class:`~lorank.training.attach.Ranks`, from the beginning of training on.
+    """
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        *,
+        validation_batch: ValidationData | None = None,
+        samples: int = PAPER_SAMPLES,
+        loss_fn: LossFn | None = None,
+        adapter: str | None = None,
+        seed: int | None = None,
+        history_path: str | Path | None = None,
+        progress: bool | Report | None = None,
+    ) -> None:
+        if samples < 1:
+            raise ValidationBatchError(f"RankCallback(samples={samples}): expected at least 1")
+        self.allocator = allocator
+        self.ranks: Ranks | None = None
+        self._validation_data = validation_batch
+        self._samples = samples
+        self._loss_fn = loss_fn
+        self._adapter = adapter
+        self._seed = seed
+        self._history_path = history_path
+        self._progress = progress
+        self._layers: AdapterLayers | None = None
+        self._initial_ranks: dict[str, int] = {}
+        self._within_budget = False
+        self._following: RemovableHandle | None = None  # while no optimiser is there, or no longer
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Before any checkpoint is loaded: from here on, loading one resizes the layers to it.
+        self._meet(kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        layers = self._meet(kwargs["model"])
+        if self.ranks is not None:
+            self.ranks.detach()
+            if not state.global_step:  # a second train() that resumes nothing is a run of its own
+                self._initial_ranks = layers.ranks
+        if state.global_step and STATE_KEY not in unwrap(kwargs["optimizer"]).param_groups[0]:
+            raise ResumeError(
+                f"training goes on after step {state.global_step}, but the checkpoint's optimiser holds no rank state: "
+                "it was written without RankCallback (or with save_only_model). Start a new run, or resume from a "
+                "checkpoint of a run with this callback"
+            )
+        if self._following is not None:
+            self._following.remove()  # Ranks follows from here on, its optimiser too
+        loader = kwargs["train_dataloader"]
+        per_epoch = _length(loader)
+        if per_epoch is not None:
+            per_epoch = -(-per_epoch // args.gradient_accumulation_steps)
+        history_path = self._history_path or Path(args.output_dir or ".") / "rank_history.jsonl"
+        self.ranks = Ranks(
+            layers,
+            kwargs["optimizer"],
+            self.allocator,
+            Run(state.max_steps, per_epoch, args.seed if self._seed is None else self._seed),
+            # A method that does not need one may still look at a batch that it is given.
+            validation_batch=self._validation_batch(loader)
+            if self.allocator.needs_validation_batch or self._validation_data is not None
+            else None,
+            loss_fn=self._loss_fn,
+            history=RankHistory(history_path if is_first_process() else None),
+            progress=False
+            if not is_first_process() or (self._progress is None and args.disable_tqdm)
+            else self._progress,
+            initial_ranks=self._initial_ranks,
+        )
+        if args.fp16 and self.ranks.layers.gates is not None:
+            self.ranks.detach()
+            raise ScheduleError(
+                f"{type(self.allocator).__name__} learns gates, and fp16's gradient scaler would leave their gradients "
+                "scaled. Train with bf16=True, or without mixed precision"
+            )
+        limits = self.ranks.limits
+        self._within_budget = limits is not None and limits.fits(self.ranks.layers.ranks)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # load_best_model_at_end must not bring back a checkpoint from before the budget was kept.
+        if self.ranks is None or self.ranks.limits is None or self._within_budget:
+            return
+        self._within_budget = self.ranks.limits.fits(self.ranks.layers.ranks)
+        if self._within_budget and state.best_metric is not None:
+            logger.info("step %d: the budget is kept; checkpoints from before no longer count as best", self.ranks.step)
+            state.best_metric = None
+            state.best_model_checkpoint = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.ranks is not None:
+            self.ranks.finish()  # an early stop, or a best checkpoint that was loaded
+            self.ranks.detach()
+            self._following = follow_loaded_ranks(self.ranks.layers)
+
+    def _meet(self, model: nn.Module) -> AdapterLayers:
+        if self._layers is None or self._layers.model is not model:
+            if self._following is not None:
+                self._following.remove()
+            self._layers = find_layers(model, self._adapter)
+            self._initial_ranks = self._layers.ranks
+            self._following = follow_loaded_ranks(self._layers)
+        return self._layers
+
+    def _validation_batch(self, loader: Any) -> Mapping[str, Any]:
+        data = self._validation_data
+        if callable(data):
+            data = data()
+        if data is None:
+            logger.warning(
+                "%s scores ranks on the first %d rows of the training set, since RankCallback was given no "
+                "validation_batch. Held-out data judges ranks better: validation_batch=…",
+                type(self.allocator).__name__,
+                self._samples,
+            )
+            data = loader.dataset
+        if isinstance(data, Mapping) and all(isinstance(value, torch.Tensor) for value in data.values()):
+            return data
+        return _collate(data, self._samples, loader)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # an iterable data set
+        return None
+
+
+def _collate(rows: Any, samples: int, loader: Any) -> Mapping[str, Any]:
+    """The first rows as one batch, by the Trainer's own collator, with the columns that the Trainer kept."""
+    try:
+        chosen = [rows[i] for i in range(min(samples, len(rows)))]
+    except (TypeError, KeyError, NotImplementedError) as error:
+        raise ValidationBatchError(
+            f"validation_batch: expected a batch of tensors or rows that can be indexed, got {type(rows).__name__}. "
+            "For a streamed data set, collect rows first: validation_batch=list(dataset.take(32))"
+        ) from error
+    if not chosen:
+        raise ValidationBatchError(
+            "validation_batch: no rows were given to score ranks on; give at least one (paper: 32)"
+        )
+    kept = getattr(loader.dataset, "column_names", None)
+    if kept and isinstance(chosen[0], Mapping):
+        chosen = [{key: value for key, value in row.items() if key in kept} for row in chosen]
+    try:
+        return dict(loader.collate_fn(chosen))
+    except Exception as error:
+        raise ValidationBatchError(
+            f"the Trainer's collator cannot make a batch of the validation rows ({error}). Give rows in the form of "
+            f"the training set's ({', '.join(kept or ['as the training data set returns them'])}), e.g. "
+            "validation_batch=lambda: trainer.eval_dataset, or a ready batch of tensors"
+        ) from error

@@ -1,0 +1,119 @@
+"""What must hold before a run starts, and before a saved one is continued: each with an error that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorank.allocators import Allocator, Run
+from lorank.errors import LorankError, OptimizerStateError, ResumeError, ScheduleError, ValidationBatchError
+from lorank.lora import AdapterLayers, check_state
+from lorank.scoring import validation_loss
+
+VERSION = 2
+
+LossFn = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+
+
+def check_run(layers: AdapterLayers, optimizer: torch.optim.Optimizer, run: Run) -> None:
+    """The run and its optimiser.
+
+    Raises:
+        ScheduleError: no step to take.
+        LorankError: parameters or optimiser state that are sharded over processes, or DeepSpeed.
+        OptimizerStateError: an optimiser that does not hold the LoRA parameters.
+    """
+    if run.total_steps < 1:
+        raise ScheduleError(f"total_steps={run.total_steps}: expected the run's optimiser steps, at least 1")
+    if "deepspeed" in type(optimizer).__module__.lower():
+        raise LorankError(
+            "DeepSpeed keeps its own copies of the parameters: a rank that went would silently come back (ZeRO-1 "
+            "and -2), or raise (ZeRO-3). Train without DeepSpeed"
+        )
+    check_whole(layers, optimizer)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, layer in layers.items():
+        if id(layer.A) not in held or id(layer.B) not in held:
+            raise OptimizerStateError(
+                f"the optimiser does not hold the LoRA parameters of {name}: make it after get_peft_model, from "
+                "the PEFT model's parameters, e.g. AdamW(p for p in model.parameters() if p.requires_grad)"
+            )
+
+
+def check_whole(layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None:
+    """Ranks can only move where each process has the whole adapter and its whole optimiser state.
+
+    Raises:
+        LorankError: they are sharded.
+    """
+    whole = (
+        "A change of rank needs the whole adapter in every process, which costs little: keep its parameters out of "
+        "what is sharded, or train through DistributedDataParallel (docs/distributed.md)"
+    )
+    for name, layer in layers.items():
+        if hasattr(layer.A, "placements") or hasattr(layer.B, "placements"):
+            raise LorankError(f"the LoRA weights of {name} are sharded over processes (DTensor). {whole}")
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in layers.model.modules()):
+        raise LorankError(f"the model is wrapped in FullyShardedDataParallel, which flattens its parameters. {whole}")
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise LorankError(
+            "ZeroRedundancyOptimizer keeps each parameter's state in one process only, where it would not follow a "
+            "change of rank. An adapter's state is small: use the optimiser itself"
+        )
+
+
+def check_batch(
+    layers: AdapterLayers, allocator: Allocator, batch: Mapping[str, Any] | None, loss_fn: LossFn | None
+) -> None:
+    """The batch that ranks are scored on: one forward now, so that a mistake is not found out after an epoch.
+
+    Raises:
+        ValidationBatchError: there is none, or it cannot be scored on.
+    """
+    if not allocator.needs_validation_batch:
+        return
+    if batch is None:
+        raise ValidationBatchError(
+            f"{type(allocator).__name__} scores ranks on a fixed batch of held-out data and none was given: "
+            "attach(…, validation_batch=batch), where model(**batch) gives a loss (32 samples in the paper)"
+        )
+    validation_loss(layers.model, layers, batch, loss_fn)
+
+
+def check_optimizer_state(layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None:
+    """PyTorch loads a state of any shape, and a fused optimiser then steps with it silently, or crashes."""
+    for name, layer in layers.items():
+        check_state(optimizer, f"{name}.lora_A", layer.A)
+        check_state(optimizer, f"{name}.lora_B", layer.B)
+
+
+def check_resumable(state: Mapping[str, Any], layers: AdapterLayers, allocator: Allocator, run: Run) -> None:
+    """Whether a saved rank state is of this run.
+
+    Raises:
+        ResumeError: it is of another version, method, setting, seed, model or budget.
+    """
+    if state.get("version") != VERSION:
+        raise ResumeError(f"the saved rank state has version {state.get('version')!r}, this lorank reads {VERSION}")
+    ours: dict[str, Any] = {**allocator.describe(), "seed": run.seed}
+    theirs: dict[str, Any] = {**state["allocator"], "seed": state["seed"]}
+    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if differing:
+        listed = "; ".join(f"{key}: saved {theirs.get(key)!r}, now {ours.get(key)!r}" for key in differing)
+        raise ResumeError(f"the checkpoint is of another run ({listed}). Resume with the settings it was made with")
+    shapes = {name: (layer.d_in, layer.d_out) for name, layer in layers.items()}
+    if {name: tuple(shape) for name, shape in state["shapes"].items()} != shapes:
+        raise ResumeError(
+            f"the checkpoint is of another model: its {len(state['shapes'])} adapted modules differ in name or "
+            f"shape from the {len(shapes)} here. Load the base model that the run was started with, and adapt the "
+            "same modules"
+        )
+    if state["initial_ranks"] != run.initial_ranks:
+        saved, now = sum(state["initial_ranks"].values()), sum(run.initial_ranks.values())
+        raise ResumeError(
+            f"the checkpoint's run began with another budget: {saved} ranks in {len(shapes)} modules, here {now}. "
+            "Make the model as that run did, with get_peft_model and the same LoraConfig, not from the checkpoint"
+        )

@@ -1,0 +1,31 @@
+"""Weights that came from elsewhere (the best checkpoint's) may be over the budget: what is too much goes."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from lorank.allocators import Allocation, Limits
+from lorank.lora import AdapterLayers, LayerPlan, resize_
+
+logger = logging.getLogger("lorank")
+
+
+def cut_(layers: AdapterLayers, limits: Limits, optimizer: torch.optim.Optimizer) -> Allocation:
+    """Removes the ranks with the smallest updates, ‖A_i‖ ‖B_i‖ s, until the rest is within ``limits``; warns of it."""
+    before = layers.ranks
+    sizes = {
+        name: layer.A.detach().double().norm(dim=1) * layer.B.detach().double().norm(dim=0) * layer.scaling  # (r,)
+        for name, layer in layers.items()
+    }
+    kept = limits.keep_best(sizes)
+    plan = {name: LayerPlan(kept[name]) for name, rank in before.items() if len(kept[name]) < rank}
+    resize_(layers, plan, optimizer)
+    logger.warning(
+        "the weights that were loaded last have %d ranks, more than the budget allows: those with the smallest "
+        "updates went, %d are left. Evaluate again, or choose the best among checkpoints within the budget",
+        sum(before.values()),
+        layers.total_rank,
+    )
+    return Allocation(plan, sizes, {"cut": True})

@@ -1,0 +1,32 @@
+"""A progress bar for scoring, on a terminal only: it is gone when it is done."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Report = Callable[[int, int], None]
+"""Called with (evaluations done, in all)."""
+
+
+@contextmanager
+def scoring_progress(label: str, shown: bool | Report | None = None) -> Iterator[Report | None]:
+    """Yields a function to call with (evaluations done, in all), or None where nothing is shown.
+
+    Args:
+        shown: whether a bar is; None: where standard error is a terminal; a function: that one, and no bar.
+    """
+    if callable(shown):
+        yield shown
+        return
+    if not (sys.stderr.isatty() if shown is None else shown):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,119 @@
+"""What a run asks of the other processes that train the same model. In one process there is nothing to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorank.allocators import Allocation, Allocator, Run
+from lorank.allocators.base import State
+from lorank.lora import AdapterLayers
+from lorank.scoring import Share
+from lorank.training.agreement import require_same_tensors, require_same_text
+from lorank.training.ddp import Reducers
+from lorank.training.distributed import Processes
+
+_SAME_START = (
+    "Make model, adapter and lorank alike in all of them: torch.manual_seed before get_peft_model (or wrap the model "
+    "in DistributedDataParallel before attach, which copies process 0's weights), the same settings, the same batch"
+)
+_SAME_STEP = (
+    "Gradients must be averaged over the processes before every optimiser step: train through "
+    "DistributedDataParallel or accelerate, step in all processes, and skip a step in all or none"
+)
+
+
+class Together:
+    """The processes that a run's ranks are shared by.
+
+    Args:
+        layers: the LoRA layers, the same modules in every process.
+        outer: the model as the loop calls it, where that is known.
+        optimizer: the one that steps.
+    """
+
+    def __init__(self, layers: AdapterLayers, outer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.processes = Processes.now(next(iter(layers.values())).A.device)
+        self._layers, self._optimizer = layers, optimizer
+        self._reducers = Reducers(layers.model, outer) if self.processes.several else None
+
+    @property
+    def share(self) -> Share | None:
+        """This process's share of scoring."""
+        return self.processes if self.processes.several else None
+
+    def close(self) -> None:
+        if self._reducers is not None:
+            self._reducers.close()
+
+    def check_start(self, allocator: Allocator, run: Run, batch: Mapping[str, Any] | None) -> None:
+        """Raises DisagreementError if method, settings, run, ranks or validation batch differ."""
+        if not self.processes.several:
+            return
+        settings = {**allocator.describe(), "seed": run.seed, "total_steps": run.total_steps}
+        settings["steps_per_epoch"] = run.steps_per_epoch
+        settings |= {f"rank of {name}": rank for name, rank in run.initial_ranks.items()}
+        if batch is None:
+            settings["validation batch"] = None
+        else:
+            settings |= {f"validation batch's {key}": _described(value) for key, value in batch.items()}
+        lines = "\n".join(f"{name}: {value!r}" for name, value in settings.items())
+        require_same_text(self.processes, lines, "settings", _SAME_START)
+        tensors = {key: value for key, value in (batch or {}).items() if isinstance(value, Tensor)}
+        require_same_tensors(self.processes, tensors, "validation batch", _SAME_START)
+
+    def average_gates(self) -> None:
+        """Learned gates are no parameters of the model, so nobody else averages their gradients."""
+        if self._layers.gates is not None:
+            self.processes.mean_(self._layers.gates.grad)
+
+    def check_decision(self, step: int, allocation: Allocation | None) -> None:
+        """Raises DisagreementError if the processes are about to move different ranks; nothing has moved yet."""
+        if not self.processes.several:
+            return
+        plan = {} if allocation is None else allocation.plan
+        lines = [f"allocation: {allocation is not None}", *(f"{name}: {change}" for name, change in plan.items())]
+        what = f"plan after step {step}"
+        require_same_text(self.processes, "\n".join(lines), what, _SAME_STEP)
+
+    def follow(self) -> None:
+        """Ranks have moved: what holds on to the old shapes is made anew."""
+        if self._reducers is not None:
+            self._reducers.rebuild()
+
+    def check_state(self, step: int, state: State) -> None:
+        """Raises DisagreementError if ranks, trained weights, optimiser, gates or the method's memory differ."""
+        if not self.processes.several:
+            return
+        layers = self._layers
+        lines = "\n".join(f"{name}: {layer.head_ranks}" for name, layer in layers.items())
+        advice = _SAME_STEP if step else _SAME_START
+        require_same_text(self.processes, lines, f"ranks after step {step}", advice)
+        tensors = dict(_trained(layers.model, self._optimizer))
+        if layers.gates is not None:
+            tensors["gates"] = layers.gates.values
+        tensors |= {f"{name} of the method's state": value for name, value in state.items()}
+        require_same_tensors(self.processes, tensors, f"adapter after step {step}", advice)
+
+
+def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter that the optimiser holds whole in each process, and its state."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        if hasattr(parameter, "placements"):  # sharded: each process has its own part
+            continue
+        name = names.get(id(parameter), f"parameter {index}")
+        yield name, parameter
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                yield f"{key} of {name}", value
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__

@@ -1,0 +1,270 @@
+"""`lorank score` and `lorank prune` on adapters that plain PEFT trained, without lorank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner, Result
+
+from lorank.cli import app
+from lorank.experiments.finished import open_finished
+from lorank.tasks import mean_loss
+from tests.elsewhere import Case, reload
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. "
+
+
+def lorank(*arguments: str | Path) -> Result:
+    return CliRunner(env={"COLUMNS": "400", "LORANK_DATA": None}).invoke(app, [str(part) for part in arguments])
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for split, count in {"train": 20, "validation": 30}.items():
+        rows = [{"text": TEXT * 3 + f"Line {index} of {split}."} for index in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps of plain PEFT; modules differ in cost per rank."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
+    )
+    ids = torch.tensor([tokenizer(TEXT * 2)["input_ids"]])
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(20):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("plain") / "adapter"
+    model.save_pretrained(folder)
+    return folder
+
+
+def size(folder: Path) -> int:
+    return sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("by", ["ablation", "sensitivity"])
+def test_half_of_an_adapter(adapter: Path, texts: Path, tmp_path: Path, by: str) -> None:
+    before = contents(adapter)
+    out = tmp_path / "half"
+    result = lorank("prune", adapter, "--budget", "50%", "--data", texts, "--by", by, "--samples", 4, "--out", out,
+                    "task.block_size=32")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert contents(adapter) == before
+    assert 0.4 * size(adapter) < size(out) <= 0.5 * size(adapter)
+    assert f"{size(adapter):,} → {size(out):,}" in result.stdout
+    assert "lorank" not in (out / "adapter_config.json").read_text()
+
+    # the loss that was reported is the loss of what is on disk, loaded without lorank, on examples held apart
+    opened = open_finished(adapter, data=str(texts), overrides=["task.block_size=32"])
+    held = opened.task.validation[4:]
+    losses = []
+    for folder in (adapter, out):
+        base = AutoModelForCausalLM.from_pretrained(opened.config.model.name)
+        model = PeftModel.from_pretrained(base, str(folder)).eval()
+        losses.append(mean_loss(model, held, opened.task.collator, batch_size=8, progress=False))
+    assert f"{losses[0]:.4f} → {losses[1]:.4f} ({len(held)} examples)" in result.stdout
+    batch = opened.task.collator(held[:2])
+    batch.pop("labels")
+    torch.save(batch, tmp_path / "batch.pt")
+    case = Case(opened.config.model.name, str(out), str(tmp_path / "batch.pt"), str(tmp_path / "out.pt"))
+    (elsewhere,) = reload([case], tmp_path)
+    torch.testing.assert_close(elsewhere["logits"], elsewhere["merged"], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        here = model(**batch).logits
+    assert torch.equal(elsewhere["logits"], here)
+
+
+@pytest.mark.parametrize(
+    ("options", "met"),
+    [
+        (["--budget", "1"], lambda ranks, folder: sum(ranks) == 6),
+        (["--budget", "7 ranks"], lambda ranks, folder: sum(ranks) == 7),
+        (["--budget", "1k"], lambda ranks, folder: size(folder) <= 1000),
+        (["--budget", "0.2% of base"], lambda ranks, folder: 250 < size(folder) <= 0.002 * 277_664),
+        (["--budget", "4kB"], lambda ranks, folder: 4 * size(folder) <= 4000),
+        (["--max-lora-rank", "2"], lambda ranks, folder: set(ranks) == {2}),
+        (["--budget", "50%", "--max-lora-rank", "2"], lambda ranks, folder: max(ranks) <= 2),
+    ],
+)
+def test_every_unit_of_a_budget(adapter: Path, texts: Path, tmp_path: Path, options: list[str], met) -> None:
+    out = tmp_path / "small"
+    result = lorank("prune", adapter, *options, "--data", texts, "--by", "sensitivity", "--samples", 4, "--out", out)
+    assert result.exit_code == 0, result.output
+    weights = load_file(out / "adapter_model.safetensors")
+    ranks = [len(tensor) for key, tensor in weights.items() if "lora_A" in key]
+    assert met(ranks, out), ranks
+
+
+def test_scores_are_shown_and_written_and_change_nothing(adapter: Path, texts: Path, tmp_path: Path) -> None:
+    before = contents(adapter)
+    written = tmp_path / "scores.json"
+    result = lorank("score", adapter, "--data", texts, "--samples", 4, "--terms", "without", "--out", written)
+    assert result.exit_code == 0, result.output
+    assert contents(adapter) == before
+    scores = json.loads(written.read_text())
+    assert (scores["by"], scores["samples"]) == ("ablation", 4)
+    assert {len(values) for values in scores["scores"].values()} == {4}
+    for name, values in scores["scores"].items():
+        line = next(line for line in result.stdout.splitlines() if name in line)
+        assert f"{min(values):.3g}" in line
+        assert f"{max(values):.3g}" in line
+        lowest = sorted(range(4), key=lambda rank: values[rank])
+        assert " ".join(map(str, lowest)) in line
+    # the scores are what their name says: the loss without one rank, by hand
+    opened = open_finished(adapter, data=str(texts))
+    batch = opened.task.collator(opened.task.validation[:4])
+    name, layer = next(iter(opened.layers.items()))
+    with torch.no_grad():
+        whole = float(opened.model(**batch).loss)
+        layer.B[:, 1] = 0
+        without = float(opened.model(**batch).loss)
+    assert scores["loss"] == pytest.approx(whole, abs=1e-5)
+    assert scores["scores"][name][1] == pytest.approx(without - whole, abs=1e-5)
+
+
+def test_the_best_ranks_are_kept_value_for_value(adapter: Path, texts: Path, tmp_path: Path) -> None:
+    options = ["--data", texts, "--by", "sensitivity", "--samples", 4]
+    assert lorank("score", adapter, *options, "--out", tmp_path / "scores.json").exit_code == 0
+    assert lorank("prune", adapter, *options, "--budget", "9 ranks", "--out", tmp_path / "nine").exit_code == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    order = sorted(
+        ((value, name, rank) for name, row in scores.items() for rank, value in enumerate(row)), reverse=True
+    )
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "nine"))
+    for name in scores:
+        kept = sorted(rank for _, owner, rank in order[:9] if owner == name)
+        key = f"base_model.model.{name}.lora_A.weight"
+        if kept:
+            assert torch.equal(new[key], old[key][kept])
+        else:
+            assert key not in new
+
+
+def test_a_classifier_and_the_folder_of_a_run(recipe: Path, values: dict, tmp_path: Path) -> None:
+    assert lorank("train", recipe, "training.max_steps=4", "allocator={name: static}").exit_code == 0
+    run = Path(values["output_dir"])
+    for place in (run, run / "adapter"):
+        result = lorank("prune", place, "--budget", "50%", "--samples", 8, "--out", tmp_path / f"half_{place.name}")
+        assert result.exit_code == 0, result.output
+        assert "16 → 8" in result.stdout
+    base = AutoModelForSequenceClassification.from_pretrained(values["model"]["name"], num_labels=2)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "half_adapter"))
+    trained = load_file(run / "adapter" / "adapter_model.safetensors")
+    head = next(value for key, value in trained.items() if key.endswith("score.weight"))
+    assert torch.equal(loaded.base_model.model.score.modules_to_save["default"].weight, head)
+    again = lorank("prune", run, "--budget", "25%", "--samples", 8, "--out", tmp_path / "half_adapter")
+    assert again.exit_code == 2
+    assert "is there already" in again.stderr
+    assert (
+        lorank(
+            "prune", run, "--budget", "25%", "--samples", 8, "--out", tmp_path / "half_adapter", "--overwrite"
+        ).exit_code
+        == 0
+    )
+
+
+def test_the_adapter_itself_is_never_overwritten(adapter: Path, texts: Path) -> None:
+    before = contents(adapter)
+    result = lorank("prune", adapter, "--budget", "50%", "--data", texts, "--out", adapter, "--overwrite")
+    assert result.exit_code == 2
+    assert "is the adapter itself" in result.stderr
+    assert contents(adapter) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "100%"], "less than 100 per cent of the adapter"),
+        (["--budget", "4"], "already fits the budget (4 of 4 ranks_per_module)"),
+        (["--budget", "200 ranks"], "is more than the 160 ranks that 6 modules can hold"),
+        (["--budget", "3 apples"], "'3 apples': expected"),
+        (["--budget", "1 params"], "is less than the 48 parameters that 6 modules need"),
+        ([], "name a budget: --budget 50%"),
+        (["--budget", "50%", "--by", "magic"], "--by 'magic': expected one of ablation, sensitivity"),
+        (["--budget", "50%", "task.blok_size=3"], "did you mean task.block_size"),
+        (["--budget", "50%", "--model", "./nowhere"], "'./nowhere' cannot be loaded"),
+    ],
+)
+def test_mistakes_in_options(adapter: Path, texts: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    result = lorank("prune", adapter, *options, "--data", texts, "--samples", 4, "--out", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_data(adapter: Path) -> None:
+    result = lorank("score", adapter)
+    assert result.exit_code == 2
+    assert "no data to judge the ranks by: give --data" in result.stderr
+
+
+def test_folders_that_are_no_adapter(model_folder: Path, texts: Path, adapter: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(merged)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    (broken / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes()[:-100])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    for folder, message in (
+        (tmp_path / "nowhere", "there is no such folder"),
+        (texts, "has no adapter_config.json"),
+        (merged, "is a whole model; if an adapter was merged into it, its ranks are gone"),
+        (broken, "cannot be read"),
+        (other, "of kind 'IA3', not 'LORA'"),
+    ):
+        result = lorank("score", folder, "--data", texts)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"hidden_size": 16}, "size mismatch"), ({"layers": 1}, "only in the file")]
+)
+def test_another_model_than_the_adapters(
+    changes: dict, message: str, model_folder: Path, adapter: Path, texts: Path, tmp_path: Path
+) -> None:
+    from tests.models import tiny_llama
+
+    settings = {"vocab_size": 4096, "max_position_embeddings": 256, "pad_token_id": 2, "eos_token_id": 1}
+    tiny_llama(**settings, **changes).save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "other")
+    result = lorank("score", adapter, "--data", texts, "--model", tmp_path / "other", "task.block_size=32")
+    assert result.exit_code == 2, result.output
+    assert "does not fit this model" in result.stderr
+    assert message in result.stderr
+
+
+def test_an_adapter_that_names_no_model(adapter: Path, texts: Path, tmp_path: Path) -> None:
+    for path in adapter.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    result = lorank("score", tmp_path, "--data", texts)
+    assert result.exit_code == 2
+    assert "does not name its base model: give --model" in result.stderr
+    assert lorank("score", tmp_path, "--data", texts, "--by", "sensitivity", "--model",
+                  config["base_model_name_or_path"]).exit_code == 0  # fmt: skip

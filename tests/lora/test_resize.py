@@ -1,0 +1,339 @@
+"""Resizing: the output stays, what is kept is kept bitwise, the optimiser follows, errors leave nothing half-done."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.optimization import Adafactor
+
+from lorank.errors import OptimizerStateError, PlanError
+from lorank.lora import LayerPlan, find_layers, resize_
+from tests.models import adapted, tiny_bert, tiny_gpt2, tiny_llama, token_batch
+
+Q = "model.layers.0.self_attn.q_proj"
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "adamw_amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
+    "sgd_momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+}
+FACTORED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adafactor_torch": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "adafactor_transformers": lambda p: Adafactor(p, lr=1e-2, relative_step=False, beta1=0.9),
+}
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> float:
+    optimizer.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+@st.composite
+def changes(draw: st.DrawFn, ranks: list[int], capacity: int = 32) -> list[LayerPlan]:
+    """One plan for each layer: any subset of its ranks in any order, and some new ones; at least one rank in all."""
+    plans = []
+    for rank in ranks:
+        keep = draw(st.permutations(range(rank)))[: draw(st.integers(0, rank))]
+        plans.append(LayerPlan(tuple(keep), draw(st.integers(0, min(3, capacity - len(keep))))))
+    if not any(plan.rank for plan in plans):
+        plans[0] = LayerPlan(plans[0].keep, 1)
+    return plans
+
+
+@pytest.mark.parametrize(
+    ("make", "lora"),
+    [
+        (tiny_llama, {"target_modules": ["q_proj", "k_proj", "down_proj", "embed_tokens"]}),
+        (tiny_gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+        (tiny_bert, {"target_modules": ["query", "dense"], "use_rslora": True}),
+    ],
+    ids=["llama_and_embedding", "gpt2_conv1d", "bert_rslora"],
+)
+@pytest.mark.parametrize("optimizer_name", ["adamw_fused", "sgd_momentum"])
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_random_sequences_of_prunes_and_growths(make, lora, optimizer_name, data) -> None:
+    """Dropped ranks had gate 0, so the output stays; kept ones keep value, gradient and moments bitwise.
+
+    In float64: the bound is for what resizing does, and single precision's rounding of small logits may exceed it.
+    """
+    model = adapted(make(), **lora).double()
+    optimizer = OPTIMIZERS[optimizer_name](trainable(model))
+    batch = token_batch()
+    if make is tiny_bert:
+        batch["labels"] = torch.arange(4) % 3
+    layers = find_layers(model)
+    parameters = {name: (layer.A, layer.B) for name, layer in layers.items()}
+    scalings = {name: layer.scaling for name, layer in layers.items()}
+    for _ in range(3):
+        model.train()
+        train_step(model, optimizer, batch)
+        model.eval()
+        plans = dict(zip(layers, data.draw(changes([layer.rank for layer in layers.values()])), strict=True))
+        for name, layer in layers.items():
+            gate = torch.zeros(layer.rank)
+            gate[list(plans[name].keep)] = 1
+            layer.gate = gate
+        before = {name: _snapshot(layer, optimizer) for name, layer in layers.items()}
+        with torch.no_grad():
+            expected = model(**batch).logits
+        rng = torch.get_rng_state()
+        resize_(layers, plans, optimizer, seed=7)
+        assert torch.equal(torch.get_rng_state(), rng)
+        for name, layer in layers.items():
+            keep = list(plans[name].keep)
+            assert layer.rank == plans[name].rank == layer.module.r["default"]
+            assert parameters[name] == (layer.A, layer.B)
+            assert layer.gate.tolist() == [1.0] * layer.rank
+            assert layer.module.scaling["default"] == pytest.approx(scalings[name], rel=1e-15)
+            for old, new, axis in _pairs(before[name], _snapshot(layer, optimizer)):
+                assert torch.equal(new.narrow(axis, 0, len(keep)), old.index_select(axis, torch.tensor(keep).long()))
+                grown = new.narrow(axis, len(keep), plans[name].add)
+                assert (
+                    (old is before[name]["A"][0] and not layer.is_embedding)
+                    or (old is before[name]["B"][0] and layer.is_embedding)
+                    or not grown.any()
+                )
+            layer.gate = None
+        with torch.no_grad():
+            actual = model(**batch).logits
+        assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()
+    train_step(model, optimizer, batch)
+
+
+def _snapshot(layer: Any, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
+    """A's and B's value, gradient and full-shaped state, as copies."""
+    found = {}
+    for label, parameter in (("A", layer.A), ("B", layer.B)):
+        state = [value for value in optimizer.state[parameter].values() if value is not None and value.dim() == 2]
+        found[label] = [tensor.detach().clone() for tensor in (parameter, parameter.grad, *state)]
+    return found
+
+
+def _pairs(before: dict[str, list[Tensor]], after: dict[str, list[Tensor]]) -> list[tuple[Tensor, Tensor, int]]:
+    return [
+        (old, new, axis)
+        for label, axis in (("A", 0), ("B", 1))
+        for old, new in zip(before[label], after[label], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_after_a_prune_equals_training_with_a_dead_rank_mask(name: str) -> None:
+    """50 steps in float64: the pruned model against a twin whose dead ranks are zeroed after every step."""
+    pruned = adapted(tiny_llama(), lora_dropout=0.0).double()
+    twin = copy.deepcopy(pruned)
+    optimizers = [OPTIMIZERS[name](trainable(model)) for model in (pruned, twin)]
+    layers, twin_layers = find_layers(pruned), find_layers(twin)
+    dead = {layer: [0, 2] for i, layer in enumerate(layers) if i % 2 == 0}
+    for step in range(5):
+        for model, optimizer in zip((pruned, twin), optimizers, strict=True):
+            train_step(model, optimizer, token_batch(seed=step))
+    resize_(layers, {layer: LayerPlan((1, 3)) for layer in dead}, optimizers[0])
+    with torch.no_grad():
+        for step in range(5, 55):
+            for layer_name, ranks in dead.items():
+                layer = twin_layers[layer_name]
+                for parameter, index in ((layer.A, (ranks,)), (layer.B, (slice(None), ranks))):
+                    for tensor in (parameter, *optimizers[1].state[parameter].values()):
+                        if isinstance(tensor, Tensor) and tensor.dim() == 2:
+                            tensor[index] = 0
+            with torch.enable_grad():
+                loss = train_step(pruned, optimizers[0], token_batch(seed=step))
+                expected = train_step(twin, optimizers[1], token_batch(seed=step))
+            assert loss == pytest.approx(expected, rel=1e-6)
+    for layer_name, layer in layers.items():
+        other = twin_layers[layer_name]
+        alive = [rank for rank in range(4) if rank not in dead.get(layer_name, [])]
+        torch.testing.assert_close(layer.A.data, other.A.data[alive], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(layer.B.data, other.B.data[:, alive], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", FACTORED)
+@pytest.mark.parametrize("rank", [1, 4])
+def test_adafactors_factored_moments_follow(name: str, rank: int) -> None:
+    """Kept entries bitwise, the axis without ranks untouched, also where rank 1 makes both layouts look alike."""
+    model = adapted(tiny_llama(), r=rank)
+    optimizer = FACTORED[name](trainable(model))
+    layers = find_layers(model)
+    train_step(model, optimizer, token_batch())
+    layer = layers[Q]
+    before = {
+        p: {k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, Tensor)} for p in (layer.A, layer.B)
+    }
+    keep = (rank - 1,)
+    resize_(layers, {Q: LayerPlan(keep, 2)}, optimizer)
+    row, column = ("row_var", "col_var") if "torch" in name else ("exp_avg_sq_row", "exp_avg_sq_col")
+    of_A, of_B = optimizer.state[layer.A], optimizer.state[layer.B]
+    assert torch.equal(of_A[row].flatten(), torch.cat([before[layer.A][row].flatten()[list(keep)], torch.zeros(2)]))
+    assert torch.equal(of_A[column], before[layer.A][column])
+    assert torch.equal(
+        of_B[column].flatten(), torch.cat([before[layer.B][column].flatten()[list(keep)], torch.zeros(2)])
+    )
+    assert torch.equal(of_B[row], before[layer.B][row])
+    assert torch.isfinite(torch.tensor([train_step(model, optimizer, token_batch(seed=i)) for i in range(3)])).all()
+
+
+def test_eight_bit_adamw_follows() -> None:
+    """Dequantised values of kept ranks agree within one step of the 8-bit code; training goes on."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    # 8-bit state needs 4096 numbers in a parameter: 8 × 512 and 512 × 8 have just that.
+    model = adapted(tiny_llama(hidden_size=512, intermediate_size=512), r=8)
+    optimizer = bitsandbytes.optim.AdamW8bit(trainable(model), lr=1e-3)
+    layers = find_layers(model)
+    for step in range(3):
+        train_step(model, optimizer, token_batch(seed=step))
+    layer = layers[Q]
+    assert optimizer.state[layer.A]["state1"].dtype == torch.uint8
+    before = {p: _dequantised(optimizer, p) for p in (layer.A, layer.B)}
+    resize_(layers, {Q: LayerPlan((6, 1, 3, 0), 5)}, optimizer)
+    for parameter, axis in ((layer.A, 0), (layer.B, 1)):
+        for old, new in zip(before[parameter], _dequantised(optimizer, parameter), strict=True):
+            kept = old.index_select(axis, torch.tensor([6, 1, 3, 0]))
+            error = (new.narrow(axis, 0, 4) - kept).abs().max()
+            assert error <= 0.02 * kept.abs().max()
+            # The 8-bit code has no exact zero: its smallest value stands for it.
+            assert new.narrow(axis, 4, 5).abs().max() <= 1e-4 * kept.abs().max()
+    losses = [train_step(model, optimizer, token_batch(seed=3)) for _ in range(3)]
+    assert losses[-1] < losses[0]
+    resize_(layers, {Q: LayerPlan(())}, optimizer)
+    train_step(model, optimizer, token_batch(seed=4))
+    resize_(layers, {Q: LayerPlan((), 8)}, optimizer)
+    train_step(model, optimizer, token_batch(seed=5))
+
+
+def _dequantised(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state = optimizer.state[parameter]
+    return [
+        dequantize_blockwise(state[f"state{i}"], absmax=state[f"absmax{i}"], code=state[f"qmap{i}"], blocksize=256)
+        for i in (1, 2)
+    ]
+
+
+def test_accumulated_gradients_survive() -> None:
+    """A resize between two backward passes, while the first one's graph is still alive."""
+    model = adapted(tiny_llama())
+    layers = find_layers(model)
+    optimizer = OPTIMIZERS["adamw"](trainable(model))
+    kept_loss = model(**token_batch()).loss
+    kept_loss.backward(retain_graph=True)
+    gradient = layers[Q].A.grad.clone()
+    resize_(layers, {Q: LayerPlan((3, 0), 1)}, optimizer)
+    assert torch.equal(layers[Q].A.grad[:2], gradient[[3, 0]])
+    model(**token_batch(seed=1)).loss.backward()
+    assert layers[Q].A.grad.shape == (3, 32)
+    optimizer.step()
+
+
+def test_a_module_at_rank_0_trains_on_and_can_grow_again() -> None:
+    for make in OPTIMIZERS.values():
+        model = adapted(tiny_llama())
+        optimizer = make(trainable(model))
+        layers = find_layers(model)
+        train_step(model, optimizer, token_batch())
+        resize_(layers, {Q: LayerPlan(())}, optimizer)
+        train_step(model, optimizer, token_batch())
+        assert layers[Q].rank == 0
+        resize_(layers, {Q: LayerPlan((), 2)}, optimizer)
+        train_step(model, optimizer, token_batch())
+        assert layers[Q].B.any()
+
+
+def test_new_ranks_are_drawn_as_peft_draws_them() -> None:
+    for init, check in (
+        (True, lambda A: A.abs().max() <= 32**-0.5 and A.abs().max() > 0.9 * 32**-0.5),
+        ("gaussian", lambda A: 0.8 / 28 < A.std() < 1.2 / 28),
+    ):
+        layers = find_layers(adapted(tiny_llama(), init_lora_weights=init))
+        resize_(layers, {Q: LayerPlan((0,), 27)})
+        assert check(layers[Q].A.data[1:])
+
+
+def test_new_ranks_depend_on_the_seed_and_the_module_alone() -> None:
+    drawn = []
+    for seed, names in ((5, [Q]), (5, list(find_layers(adapted(tiny_llama())))), (6, [Q])):
+        layers = find_layers(adapted(tiny_llama()))
+        torch.rand(17)
+        resize_(layers, {name: LayerPlan((0,), 1) for name in names}, seed=seed)
+        drawn.append(layers[Q].A.data[1])
+        if len(names) > 1:
+            others = torch.stack([layers[name].A.data[1] for name in names if layers[name].d_in == 32])
+            assert len(others.unique(dim=0)) == len(others)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("plan", "message"),
+        [
+            ({"nowhere": LayerPlan((0,))}, "names 'nowhere', which is not one of the 14"),
+            ({Q: LayerPlan((0, 4))}, r"has ranks 0 to 3; the plan keeps \[0, 4\]"),
+            ({Q: LayerPlan((1, 1))}, r"keeps \[1, 1\]"),
+            ({Q: LayerPlan((0,), 32)}, r"at most min\(d_in, d_out\) = 32 ranks; the plan asks for 33"),
+        ],
+    )
+    def test_a_plan_that_cannot_be(self, plan, message: str) -> None:
+        layers = find_layers(adapted(tiny_llama()))
+        with pytest.raises(PlanError, match=message):
+            resize_(layers, plan)
+        assert set(layers.ranks.values()) == {4}
+
+    def test_a_plan_that_leaves_nothing(self) -> None:
+        layers = find_layers(adapted(tiny_llama()))
+        with pytest.raises(PlanError, match="leaves no rank in any module"):
+            resize_(layers, dict.fromkeys(layers, LayerPlan(())))
+
+    def test_inference_mode(self) -> None:
+        layers = find_layers(adapted(tiny_llama()))
+        with torch.inference_mode(), pytest.raises(PlanError, match="inference_mode"):
+            resize_(layers, {Q: LayerPlan((0,))})
+
+    def test_merged(self) -> None:
+        model = adapted(tiny_llama())
+        layers = find_layers(model)
+        model.merge_adapter()
+        with pytest.raises(PlanError, match="merged"):
+            resize_(layers, {Q: LayerPlan((0,))})
+
+    def test_an_optimiser_without_the_parameters(self) -> None:
+        model = adapted(tiny_llama())
+        layers = find_layers(model)
+        other = torch.optim.SGD(adapted(tiny_llama()).parameters(), lr=0.1)
+        with pytest.raises(OptimizerStateError, match=r"does not hold .*q_proj.lora_A: make it from the PEFT model's"):
+            resize_(layers, {Q: LayerPlan((0,))}, other)
+        with pytest.raises(OptimizerStateError, match=r"expected a torch.optim.Optimizer .* got str"):
+            resize_(layers, {Q: LayerPlan((0,))}, "adamw")
+
+    def test_a_state_of_unknown_shape_stops_everything_before_anything_moved(self) -> None:
+        model = adapted(tiny_llama())
+        optimizer = OPTIMIZERS["adamw"](trainable(model))
+        train_step(model, optimizer, token_batch())
+        layers = find_layers(model)
+        last = list(layers)[-1]
+        optimizer.state[layers[last].B]["exp_avg"] = torch.zeros(3, 3)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(OptimizerStateError, match=rf"'exp_avg' of {last}.lora_B has shape \(3, 3\)"):
+            resize_(layers, {name: LayerPlan((0,)) for name in layers}, optimizer)
+        after = model.state_dict()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert set(layers.ranks.values()) == {4}

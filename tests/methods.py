@@ -1,0 +1,43 @@
+"""Every method, with settings under which a dozen steps of a tiny model show all that it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorank import Allocator, allocators
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to run a method in a conformance test.
+
+    Args:
+        make: the allocator for a budget (None: its default).
+        lora: what it wants of the adapter that it starts from.
+        heads: whether every attention head has ranks of its own, a form that DoRA does not have.
+    """
+
+    make: Callable[..., Allocator]
+    lora: dict[str, Any] = field(default_factory=dict)
+    heads: bool = False
+
+
+STEPS = 12
+ROUNDS = {"k1": 3, "k2": 3, "rounds": 3, "unit": "steps", "per_round": 5}
+QUICK = {"alpha_lr": 0.05, "l1": 0.05, "resize_every": 2, "hold": 1}
+
+METHODS: dict[str, Method] = {
+    "static": Method(lambda budget=None: allocators.StaticLoRA(budget=budget)),
+    "alora": Method(lambda budget=None: allocators.ALoRA(**ROUNDS, budget=budget)),
+    "alora-retry": Method(
+        lambda budget=None: allocators.ALoRA(**ROUNDS, budget=budget, retry_empty=True, terms="without")
+    ),
+    "alora-sensi": Method(lambda budget=None: allocators.ALoRASensi(**ROUNDS, budget=budget)),
+    "alora-dnas": Method(lambda budget=None: allocators.ALoRADNAS(**ROUNDS, budget=budget, search_rows=2)),
+    "adalora": Method(lambda budget=None: allocators.AdaLoRA(budget=budget, t_init=2, t_final=4, delta_t=2)),
+    "sora": Method(lambda budget=None: allocators.SoRA(budget=budget, prune_every=2)),
+    "ard": Method(lambda budget=None: allocators.ARDLoRA(**QUICK, budget=budget, heads="module")),
+    "ard-heads": Method(lambda budget=None: allocators.ARDLoRA(**QUICK, budget=budget, min_rank=0), heads=True),
+}

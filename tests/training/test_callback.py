@@ -1,0 +1,300 @@
+"""The real Trainer and TRL's: they allocate, their checkpoints are plain adapters, a killed run resumes bitwise."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+import lorank
+from lorank.allocators import AdaLoRA
+from lorank.errors import ResumeError, ScheduleError, ValidationBatchError
+from tests.elsewhere import Case, reload
+from tests.models import adapted, tiny_bert, tiny_llama, token_batch
+from tests.training.trainer_run import make_trainer, rows
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*pin_memory.*:UserWarning",
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+)
+
+
+def test_the_trainer_allocates_and_every_checkpoint_is_a_plain_adapter(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, save_steps=1)
+    logits = {}
+
+    class Snapshot(lorank.training.callback.TrainerCallback):
+        def on_save(self, args, state, control, model, **kwargs) -> None:
+            was_training = model.training
+            model.eval()
+            with torch.no_grad():
+                logits[state.global_step] = model(**token_batch(seed=5)).logits
+            model.train(was_training)
+
+    trainer.add_callback(Snapshot())
+    trainer.train()
+    history = lorank.read_history(tmp_path / "rank_history.jsonl")
+    assert [record.step for record in history] == [0, 1, 3, 5, 7, 9]
+    assert len({tuple(record.ranks.values()) for record in history}) == 6
+    assert sorted(logits) == list(range(1, 13))
+    tiny_llama().save_pretrained(tmp_path / "base")
+    torch.save(token_batch(seed=5), tmp_path / "batch.pt")
+    cases = [
+        Case(*(str(tmp_path / name) for name in ("base", f"checkpoint-{step}", "batch.pt", f"{step}.pt")))
+        for step in logits
+    ]
+    for (step, expected), out in zip(logits.items(), reload(cases, tmp_path), strict=True):
+        for found in out.values():
+            assert (found - expected).abs().max() <= 1e-6 * expected.abs().max(), step
+        folders = [path for path in (tmp_path / f"checkpoint-{step}").iterdir() if path.is_dir()]
+        assert not folders  # one with adapter files would be loaded by PEFT as a further adapter
+
+
+def test_load_best_model_at_end_takes_the_best_ranks(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        learning_rate=5e-2,
+        metric_for_best_model="eval_loss",
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    step = int(best.name.split("-")[1])
+    assert step < 12
+    history = lorank.read_history(tmp_path / "rank_history.jsonl")
+    at_best = next(record for record in reversed(history) if record.step <= step)
+    assert lorank.find_layers(trainer.model).ranks == at_best.ranks
+    assert at_best.ranks != history[-1].ranks
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+def shrinking_trainer(tmp_path: Path, **changes) -> Trainer:
+    """AdaLoRA from 56 ranks to 28 at step 8 of 12; by its metric, the earlier a checkpoint is, the better."""
+    evaluations = itertools.count()
+    settings = {
+        "max_steps": 12,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "order",
+        "greater_is_better": False,
+    }
+    trainer = make_trainer(tmp_path, **{**settings, **changes})
+    trainer.compute_metrics = lambda _: {"order": next(evaluations)}
+    trainer.pop_callback(lorank.RankCallback)
+    trainer.add_callback(lorank.RankCallback(AdaLoRA(t_init=2, t_final=4, delta_t=2)))
+    return trainer
+
+
+def test_the_best_checkpoint_is_one_within_the_budget(tmp_path: Path) -> None:
+    trainer = shrinking_trainer(tmp_path)
+    started = lorank.find_layers(trainer.model).total_rank
+    trainer.train()
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-8"
+    assert lorank.find_layers(trainer.model).total_rank <= started // 2
+
+
+def test_gates_are_refused_under_a_gradient_scaler(tmp_path: Path) -> None:
+    trainer = shrinking_trainer(tmp_path)
+    trainer.args.fp16 = True  # refused by TrainingArguments without a GPU, so set afterwards
+    with pytest.raises(ScheduleError, match="bf16=True"):
+        trainer.train()
+
+
+def test_weights_over_the_budget_that_come_back_at_the_end_are_cut_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = shrinking_trainer(tmp_path, max_steps=6)
+    trainer.pop_callback(lorank.RankCallback)
+    callback = lorank.RankCallback(AdaLoRA(t_init=2, t_final=2, delta_t=2))
+    trainer.add_callback(callback)
+
+    class StopsEarly(lorank.training.callback.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trainer.add_callback(StopsEarly())
+    started = lorank.find_layers(trainer.model).total_rank
+    trainer.train()  # the best checkpoint, of step 2, has all the ranks
+    layers = lorank.find_layers(trainer.model)
+    assert layers.total_rank <= started // 2
+    assert "more than the budget allows" in caplog.text
+    assert all(layer.gate is None for layer in layers.values())
+    assert callback.ranks.history[-1].details == {"cut": True}
+
+
+def run(output: Path, *arguments: str) -> int:
+    command = [sys.executable, "-m", "tests.training.trainer_run", str(output), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode in (0, -9), done.stderr
+    return done.returncode
+
+
+def test_a_run_killed_between_two_allocations_resumes_bitwise_in_a_new_process(tmp_path: Path) -> None:
+    """Allocations after steps 1, 3, 5, 7, 9; killed at the end of step 8, resumed from the checkpoint of step 6."""
+    assert run(tmp_path / "straight") == 0
+    assert run(tmp_path / "killed", "--kill-at", "8") == -9
+    assert not (tmp_path / "killed" / "result.json").exists()
+    assert run(tmp_path / "killed", "--resume") == 0
+    straight, resumed = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("straight", "killed"))
+    assert len(straight["losses"]) == 12
+    assert resumed == straight
+    assert resumed["history"] == [0, 1, 3, 5, 7, 9]
+
+
+def test_resuming_without_the_callbacks_state_or_with_other_settings_is_refused(tmp_path: Path) -> None:
+    plain = Trainer(
+        model=adapted(tiny_llama()),
+        args=TrainingArguments(str(tmp_path / "plain"), max_steps=2, save_steps=1, report_to=[], use_cpu=True),
+        train_dataset=rows(8, seed=0),
+    )
+    plain.train()
+    with pytest.raises(ResumeError, match="goes on after step 1, but the checkpoint's optimiser holds no rank state"):
+        make_trainer(tmp_path / "plain").train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-1"))
+    assert not list((tmp_path / "plain").glob("rank_history*"))  # a refusal leaves nothing half-done
+    make_trainer(tmp_path / "run", max_steps=3).train()
+    with pytest.raises(ResumeError, match="seed: saved 7, now 8"):
+        make_trainer(tmp_path / "run", seed=8).train(resume_from_checkpoint=True)
+
+
+def test_a_new_run_in_an_old_folder_moves_the_old_history_aside(tmp_path: Path) -> None:
+    for _ in range(2):
+        make_trainer(tmp_path, max_steps=1, save_strategy="no").train()
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {"rank_history.jsonl", "rank_history.1.jsonl"}
+
+
+def test_scoring_reports_how_far_it_is(tmp_path: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    allocator = lorank.ALoRA(k1=1, unit="steps", rounds=1, per_round=3)
+    Trainer(
+        model=adapted(tiny_llama()),
+        args=TrainingArguments(str(tmp_path), max_steps=2, save_strategy="no", report_to=[], use_cpu=True),
+        train_dataset=rows(8, seed=0),
+        callbacks=[lorank.RankCallback(allocator, progress=lambda done, total: heard.append((done, total)))],
+    ).train()
+    assert heard[-1] == (2 * 14 * 4 + 1, 2 * 14 * 4 + 1)
+    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+
+
+def test_a_second_train_is_a_run_of_its_own(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=2, save_strategy="no")
+    trainer.train()
+    after_first = lorank.find_layers(trainer.model).ranks
+    trainer.train()
+    history = lorank.read_history(tmp_path / "rank_history.jsonl")
+    assert [record.step for record in history] == [0, 1]
+    assert history[0].ranks == after_first
+
+
+def test_the_same_trainer_can_resume_from_its_own_checkpoint(tmp_path: Path) -> None:
+    """As in a notebook: training went on, and is taken back to an earlier checkpoint with other ranks."""
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    ranks = lorank.find_layers(trainer.model).ranks
+    weights = {key: value.clone() for key, value in trainer.model.state_dict().items() if "lora_" in key}
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert lorank.find_layers(trainer.model).ranks == ranks
+    again = trainer.model.state_dict()
+    assert all(torch.equal(again[key], weights[key]) for key in weights)
+
+
+def test_the_training_set_stands_in_with_a_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callback = lorank.RankCallback(lorank.ALoRA(k1=1, unit="steps", rounds=1, per_round=3), samples=5)
+    trainer = Trainer(
+        model=adapted(tiny_bert(), task_type="SEQ_CLS"),
+        args=TrainingArguments(str(tmp_path), max_steps=2, save_strategy="no", report_to=[], use_cpu=True),
+        train_dataset=[{**row, "labels": torch.tensor(i % 3)} for i, row in enumerate(rows(8, seed=0))],
+        callbacks=[callback],
+    )
+    with caplog.at_level("WARNING", "lorank"):
+        trainer.train()
+    assert "on the first 5 rows of the training set" in caplog.text
+    assert len(callback.ranks.history.allocations) == 1
+
+
+class TestErrors:
+    def start(self, tmp_path: Path, validation_batch) -> None:
+        callback = lorank.RankCallback(lorank.ALoRA(), validation_batch=validation_batch)
+        Trainer(
+            model=adapted(tiny_llama()),
+            args=TrainingArguments(str(tmp_path), max_steps=2, save_strategy="no", report_to=[], use_cpu=True),
+            train_dataset=rows(8, seed=0),
+            callbacks=[callback],
+        ).train()
+
+    def test_no_rows(self, tmp_path: Path) -> None:
+        with pytest.raises(ValidationBatchError, match="no rows were given"):
+            self.start(tmp_path, [])
+
+    def test_rows_in_another_form(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            ValidationBatchError,
+            match=r"(?s)collator cannot make a batch .* validation_batch=lambda: trainer\.eval_dataset",
+        ):
+            self.start(tmp_path, ["text", "that nobody tokenised"])
+
+    def test_a_stream(self, tmp_path: Path) -> None:
+        with pytest.raises(ValidationBatchError, match=r"rows that can be indexed, got .*take\(32\)"):
+            self.start(tmp_path, iter([]))
+
+    def test_no_samples(self) -> None:
+        with pytest.raises(ValidationBatchError, match="samples=0"):
+            lorank.RankCallback(lorank.ALoRA(), samples=0)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(60))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def test_trls_sft_trainer_allocates(tmp_path: Path) -> None:
+    """Raw text in, TRL makes the PEFT model and tokenises; B_val is its own evaluation set."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    texts = Dataset.from_list([{"text": " ".join(f"w{(i * j) % 60}" for j in range(1, 6 + i % 7))} for i in range(24)])
+    callback = lorank.RankCallback(
+        lorank.ALoRA(k1=2, k2=2, rounds=2, unit="steps", per_round=6), validation_batch=lambda: trainer.eval_dataset
+    )
+    trainer = trl.SFTTrainer(
+        model=tiny_llama(),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path),
+            max_steps=6,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            save_steps=5,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            max_length=16,
+        ),
+        train_dataset=texts.select(range(16)),
+        eval_dataset=texts.select(range(16, 24)),
+        processing_class=word_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[callback],
+    )
+    trainer.train()
+    allocations = callback.ranks.history.allocations
+    assert [record.step for record in allocations] == [2, 4]
+    assert all(record.details["engine"] == "exact" for record in allocations)
+    reloaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "checkpoint-5")
+    assert lorank.find_layers(reloaded).ranks == {k: r for k, r in allocations[-1].ranks.items() if r}
