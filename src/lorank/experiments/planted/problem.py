@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, cast
 
@@ -141,6 +141,18 @@ class Problem:
         """‖ΔW*‖/‖W‖ (Frobenius) of every module with an update."""
         weights = {name: cast(Tensor, self.base.get_submodule(name).weight) for name in self.updates}
         return {name: float(update.norm() / weights[name].norm()) for name, update in self.updates.items()}
+
+    def to(self, device: torch.device | str) -> Problem:
+        """The same problem, with what training reads on ``device``; what is only measured with stays where it is."""
+        if torch.device(device) == self.readout.device:
+            return self
+        return replace(
+            self,
+            base=copy.deepcopy(self.base).to(device),
+            readout=self.readout.to(device),
+            tokens={part: tokens.to(device) for part, tokens in self.tokens.items()},
+            hidden={part: hidden.to(device) for part, hidden in self.hidden.items()},
+        )
 
     def batch(self, part: str) -> dict[str, Tensor]:
         """All samples of a part, as :meth:`loss` takes them."""

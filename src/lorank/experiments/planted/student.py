@@ -51,6 +51,7 @@ def train_student(
     allocator: Allocator,
     *,
     lr: float,
+    device: str = "cpu",
     tick: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Trains one student, deterministic given its arguments.
@@ -63,8 +64,10 @@ def train_student(
         ranks: per module, at the beginning. Modules at 0 are left in, empty.
         allocator: what moves them.
         lr: peak learning rate.
+        device: where the student is trained.
         tick: called with the steps done.
     """
+    problem = problem.to(device)
     scenario, seed = problem.scenario, problem.seed
     model = wrap(
         copy.deepcopy(problem.base),
@@ -138,10 +141,10 @@ def trained_parameters(layers: AdapterLayers) -> int:
 
 @torch.no_grad()
 def updates_of(layers: AdapterLayers, names: list[str]) -> dict[str, Tensor]:
-    """ΔW = s·B diag(g) A of the named modules, (d_out, d_in)."""
+    """ΔW = s·B diag(g) A of the named modules, (d_out, d_in), on the CPU."""
     found = {}
     for name in names:
         layer = layers[name]
         B = layer.B if layer.gate is None else layer.B * layer.gate
-        found[name] = layer.scaling * B @ layer.A
+        found[name] = (layer.scaling * B @ layer.A).cpu()
     return found
