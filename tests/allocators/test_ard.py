@@ -322,3 +322,21 @@ def test_what_does_not_fit_the_model_is_refused(settings: Any, lora: Any, error:
 def test_no_group_left_leaves_one_rank() -> None:
     ranks, _ = run_loop(ARDLoRA(**{**FAST, "alpha_lr": 0.5, "l1": 10.0, "min_rank": 0}), 10)
     assert ranks.layers.total_rank == 1
+
+
+def test_settled_ranks_stay_and_their_weights_train_on() -> None:
+    """After the last resize α and the masks stand still, within the budget, and A and B go on."""
+    ard = ARDLoRA(**FAST, min_rank=0, heads="module", budget="40 ranks", reach=0.4, settle=0.5)
+    stopped, _ = run_loop(ard, 20, until=10, r=4)
+    whole, _ = run_loop(ard, 20, r=4)
+    assert sum(stopped.layers.ranks.values()) <= 40
+    assert whole.layers.ranks == stopped.layers.ranks
+    assert torch.equal(whole.state["alpha"], stopped.state["alpha"])
+    assert all(record.step in (10, 20) or record.step < 10 for record in whole.history.allocations)
+    name = next(name for name, layer in whole.layers.items() if layer.rank)
+    assert not torch.equal(whole.layers[name].A, stopped.layers[name].A)
+
+
+@pytest.mark.parametrize("stop", [6, 14], ids=["before it settles", "after it has settled"])
+def test_a_run_that_settles_early_is_resumed_bitwise(stop: int) -> None:
+    same_run(ARDLoRA(**FAST, heads="module", budget="40 ranks", reach=0.4, settle=0.5), stop, 20, r=4)

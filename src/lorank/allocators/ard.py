@@ -14,7 +14,9 @@ groups where that number has been another one for ``hold`` steps. A rank that en
 gates' gradients in closed form, as does the penalty's gradient, so that the loss that a loop reports is the task's own.
 α has an Adam of its own; its learning rate follows the schedule of the user's optimiser (ranks settle as weights do).
 The last resize rounds: r as above, of what is there; where a budget is named and r exceeds it, the ranks with the
-lowest r0·α − i go until it fits. The masks are then folded into B, and the heads of a module become one plain LoRA.
+lowest r0·α − i go until it fits. It comes after the last step, or after the part ``settle`` of the run: then α and the
+masks stand still, and the weights of the ranks that stay have the rest of the run to make up for those that went. In
+the end the masks are folded into B, and the heads of a module become one plain LoRA.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ class ARDLoRA(Allocator):
         min_rank: the fewest ranks of a group: 1, the paper's. 0 lets heads and modules go altogether.
         gain: how fast λ follows the budget. > 0.
         reach: the part of the run after which the ranks should be at the budget. Above 0, at most 1.
+        settle: the part of the run after which the last resize comes. Above 0, at most 1: after the last step.
 
     Raises:
         ScheduleError: a setting out of its range.
@@ -98,6 +101,7 @@ class ARDLoRA(Allocator):
     min_rank: int = 1
     gain: float = 0.2
     reach: float = 0.75
+    settle: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", as_budget(self.budget))
@@ -115,6 +119,7 @@ class ARDLoRA(Allocator):
             "min_rank": self.min_rank < 0,
             "gain": not 0 < self.gain < math.inf,
             "reach": not 0 < self.reach <= 1,
+            "settle": not 0 < self.settle <= 1,
         }
         expected = {
             "r0": "at least 1, or None",
@@ -127,6 +132,7 @@ class ARDLoRA(Allocator):
             "hold": "at least 1",
             "min_rank": "at least 0",
             "reach": "above 0 and at most 1",
+            "settle": "above 0 and at most 1",
         }
         for name, is_wrong in wrong.items():
             if is_wrong:
@@ -169,7 +175,12 @@ class ARDLoRA(Allocator):
         return plan_for_groups(layers, stored_ranks(r0, self.tau_start, self.epsilon, self.min_rank, caps))
 
     def due(self, step: int, run: Run) -> bool:
-        return step % self.resize_every == 0 and step < run.total_steps
+        settling = self._settling(run)
+        return step < run.total_steps and (step == settling or (step < settling and step % self.resize_every == 0))
+
+    def _settling(self, run: Run) -> int:
+        """The step after which the ranks are rounded for good."""
+        return max(1, round(self.settle * run.total_steps))
 
     def start(self, layers: AdapterLayers, run: Run) -> State:
         r0, counts = base_ranks(layers, run, self.r0), stored_counts(layers)
@@ -207,6 +218,8 @@ class ARDLoRA(Allocator):
         """α's own step, after the optimiser's; then the masks follow it."""
         gates, run = context.layers.gates, context.run
         assert gates is not None
+        if context.step > self._settling(run):
+            return
         come_home_(state, gates.values.device)
         alpha, r0, member, position = (state[key] for key in ("alpha", "r0", "member", "position"))
         # The forward pass had the masks of the step before.
@@ -228,6 +241,8 @@ class ARDLoRA(Allocator):
 
     @torch.no_grad()
     def allocate(self, context: Context, state: State) -> Allocation | None:
+        if context.step == self._settling(context.run):
+            return self._round(context, state)
         counts = torch.where(state["held"] >= self.hold, self._wanted(context, state), state["counts"])
         plan = plan_for_groups(context.layers, not_none(counts, state["r0"] * state["alpha"]))
         loss = self._loss(context)
@@ -257,6 +272,10 @@ class ARDLoRA(Allocator):
 
     @torch.no_grad()
     def finish(self, context: Context, state: State) -> Allocation | None:
+        return self._round(context, state)
+
+    def _round(self, context: Context, state: State) -> Allocation:
+        """The last resize. Of ranks that were rounded before it changes nothing."""
         effective = state["r0"] * state["alpha"]
         # A rank that was never trained is not worth storing, so at most what is there.
         ranks = torch.minimum(rounded_ranks(effective, self.min_rank, state["caps"]), state["counts"]).cpu()
