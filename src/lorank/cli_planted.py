@@ -36,7 +36,7 @@ def planted(
     methods: Annotated[str, typer.Option(help="Methods, by commas; all: every one that there is.")] = "all",
     seeds: Annotated[str, typer.Option(help="Seeds that are reported, by commas.")] = "0,1,2,3,4",
     tuning_seeds: Annotated[str, typer.Option(help="Seeds for choosing learning rates, by commas.")] = "100,101",
-    steps: Annotated[int | None, typer.Option(min=20, help="Optimiser steps of every student. [default: 400]")] = None,
+    steps: Annotated[int | None, typer.Option(min=20, help="Optimiser steps of every student. [default: 2400]")] = None,
     sized: Annotated[
         Sized,
         typer.Option(
@@ -45,6 +45,7 @@ def planted(
         ),
     ] = Sized.weight,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each on one core.")] = 1,
+    device: Annotated[str, typer.Option(help="Where students are trained: cpu, cuda, cuda:1, …")] = "cpu",
 ) -> None:
     """Plant updates of known ranks in the tiny Llama, and see which method finds where they are.
 
@@ -84,7 +85,9 @@ def planted(
             def report(done: int, total: int, last: str) -> None:
                 bar.update(task, completed=done, total=total, description=last)
 
-            rows = run_study(scenario, chosen, out, seeds=reported, tuning_seeds=tuning, jobs=jobs, report=report)
+            rows = run_study(
+                scenario, chosen, out, seeds=reported, tuning_seeds=tuning, jobs=jobs, device=device, report=report
+            )
         console = Console()
         console.print(rich_table(rows, scenario))
         for written in write_results(rows, scenario, out):

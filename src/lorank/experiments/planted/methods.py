@@ -76,18 +76,18 @@ def random(problem: Problem) -> Ranks:
 
 
 def rounds(problem: Problem, number: int = 8) -> dict[str, Any]:
-    """The schedule of ALoRA and its variants, in a run's first 56 % (8 rounds) or 70 % (4 rounds).
+    """The schedule of ALoRA and its variants, in a run's first half: a first wait, then rounds at equal distances.
 
-    Eight rounds each move an eighth of the budget, so that all together could place every rank anew. Four move a sixth
-    each and come further apart: the ranks of one round have longer to show what they are worth before the next.
+    Eight rounds move an eighth of the budget each, so that all together could place every rank anew; twelve move a
+    tenth each.
     """
-    steps, many = problem.scenario.steps, number == 8
+    steps, many = problem.scenario.steps, number == 12
     return {
         "unit": "steps",
-        "k1": steps / 8 if many else steps / 4,
-        "k2": steps / 16 if many else 3 * steps / 20,
+        "k1": steps * (0.06 if many else 0.125),
+        "k2": steps * (0.04 if many else 0.0625),
         "rounds": number,
-        "per_round": max(1, round(problem.budget / (8 if many else 6))),
+        "per_round": max(1, round(problem.budget / (10 if many else 8))),
     }
 
 
@@ -99,16 +99,16 @@ def _static(problem: Problem, _: Any) -> Allocator:
     return StaticLoRA()
 
 
-LRS = (1e-2, 2e-2, 4e-2, 8e-2)
-FEWER = (1e-2, 3e-2)
+LRS = (5e-3, 1e-2, 2e-2, 4e-2)
+FEWER = (1e-2, 2e-2)
 
 METHODS: Mapping[str, Method] = {
     "uniform": Method("LoRA, uniform", uniform, _static, LRS),
     "oracle": Method("LoRA, true ranks", oracle, _static, LRS),
     "random": Method("LoRA, random ranks", random, _static, LRS),
-    "alora": Method("ALoRA, both terms", uniform, lambda p, n: ALoRA(**rounds(p, n)), FEWER, "rounds", (8, 4)),
+    "alora": Method("ALoRA, both terms", uniform, lambda p, n: ALoRA(**rounds(p, n)), FEWER, "rounds", (8, 12)),
     "alora-without": Method(
-        "ALoRA, without", uniform, lambda p, n: ALoRA(**rounds(p, n), terms="without"), FEWER, "rounds", (8, 4)
+        "ALoRA, without", uniform, lambda p, n: ALoRA(**rounds(p, n), terms="without"), FEWER, "rounds", (8, 12)
     ),
     "alora-dnas": Method(
         "ALoRA-DNAS",
@@ -128,7 +128,7 @@ METHODS: Mapping[str, Method] = {
         (0.01, 0.1),
     ),
     "sora": Method(
-        "SoRA", generous, lambda p, gate_lr: SoRA(gate_lr=gate_lr, budget=_budget(p)), FEWER, "gate_lr", (0.03, 0.3)
+        "SoRA", generous, lambda p, gate_lr: SoRA(gate_lr=gate_lr, budget=_budget(p)), FEWER, "gate_lr", (0.03, 0.1)
     ),
     "ard": Method(
         "ARD-LoRA",
@@ -138,13 +138,16 @@ METHODS: Mapping[str, Method] = {
             heads="auto" if p.scenario.where == "heads" else "module",
             min_rank=0,
             alpha_lr=alpha_lr,
+            tau_start=1.0,  # the loss reaches farther than one rank, so that a module which fell early can come back
+            tau_end=0.2,
             resize_every=5,
             hold=2,
-            reach=0.5,  # as SoRA, and nearly as AdaLoRA, they have their last ranks in the middle of the run
+            reach=0.4,
+            settle=0.5,  # as with ALoRA and SoRA, and nearly as AdaLoRA, ranks are final in the middle of the run
             budget=_budget(p),
         ),
         FEWER,
         "alpha_lr",
-        (1e-2, 3e-2),
+        (3e-2, 1e-1),
     ),
 }

@@ -91,7 +91,7 @@ class Scenario:
     train: int = 512
     held_out: int = 128
     scored: int = 24
-    steps: int = 400
+    steps: int = 2400
     batch: int = 16
     scaling: float = 0.5
 

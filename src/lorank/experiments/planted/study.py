@@ -77,7 +77,7 @@ class Row:
         return self.lr in (min(METHODS[self.method].lrs), max(METHODS[self.method].lrs))
 
 
-def run_trial(trial: Trial) -> dict[str, Any]:
+def run_trial(trial: Trial, device: str = "cpu") -> dict[str, Any]:
     """Trains one student; a line for runs.jsonl. A loss that is not a number is written as null."""
     torch.set_num_threads(1)
     logging.getLogger("lorank").setLevel(logging.ERROR)
@@ -85,7 +85,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
     method = METHODS[trial.method]
     try:
         outcome: Outcome | None = train_student(
-            problem, method.ranks(problem), method.allocator(problem, trial.knob), lr=trial.lr
+            problem, method.ranks(problem), method.allocator(problem, trial.knob), lr=trial.lr, device=device
         )
         failure = None
     except LorankError as error:  # a method that diverged, or switched everything off: a result, not an accident
@@ -97,6 +97,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
         "lr": trial.lr,
         "knob": trial.knob,
         "seed": trial.seed,
+        "device": device,
         "budget": problem.budget,
         "true": dict(problem.true),
         "failure": failure,
@@ -117,6 +118,7 @@ def run_study(
     seeds: Sequence[int] = SEEDS,
     tuning_seeds: Sequence[int] = TUNING_SEEDS,
     jobs: int = 1,
+    device: str = "cpu",
     report: Callable[[int, int, str], None] | None = None,
 ) -> list[Row]:
     """Tunes and runs what is not finished, and gives all rows.
@@ -128,12 +130,14 @@ def run_study(
         seeds: reported; each draws another teacher, text, order and beginning.
         tuning_seeds: for choosing each method's settings, none of them reported.
         jobs: processes.
+        device: where students are trained. It is not part of what makes a run another one: results differ by rounding.
         report: called with (runs done, runs in all, the one that was finished last).
 
     Raises:
         PlantedError: a seed is in both lists, one of them is empty, or a method is unknown.
     """
     _check(scenario, methods, seeds, tuning_seeds)
+    _check_device(device)
     out.mkdir(parents=True, exist_ok=True)
     known = {record["fingerprint"]: record for record in _read(out / RUNS)}
     tuning = [
@@ -148,7 +152,7 @@ def run_study(
     def carry_out(trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
         nonlocal done
         records = {}
-        for trial, record in _carry_out(trials, known, out / RUNS, jobs):
+        for trial, record in _carry_out(trials, known, out / RUNS, jobs, device):
             records[trial] = record
             done += 1
             if report is not None:
@@ -174,7 +178,7 @@ class PlantedError(LorankError):
 
 
 def _carry_out(
-    trials: Sequence[Trial], known: dict[str, dict[str, Any]], file: Path, jobs: int
+    trials: Sequence[Trial], known: dict[str, dict[str, Any]], file: Path, jobs: int, device: str
 ) -> Iterator[tuple[Trial, dict[str, Any]]]:
     """Yields every trial with its line, those that are known first; the others are appended to the file."""
     missing = []
@@ -193,10 +197,10 @@ def _carry_out(
 
     if jobs == 1:
         for trial in missing:
-            yield trial, keep(run_trial(trial))
+            yield trial, keep(run_trial(trial, device))
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(run_trial, trial): trial for trial in missing}
+        futures = {pool.submit(run_trial, trial, device): trial for trial in missing}
         for future in as_completed(futures):
             yield futures[future], keep(future.result())
 
@@ -228,3 +232,11 @@ def _check(scenario: Scenario, methods: Sequence[str], seeds: Sequence[int], tun
     unfit = [method for method in methods if scenario.where not in METHODS[method].where]
     if unfit:
         raise PlantedError(f"{', '.join(unfit)}: not for the scenario {scenario.where!r}")
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown, or PyTorch was built without it
+        reason = str(error).splitlines()[0]
+        raise PlantedError(f"device {device!r}: expected cpu, or one that PyTorch finds here ({reason})") from error
