@@ -148,7 +148,7 @@ class Problem:
             return self
         return replace(
             self,
-            base=copy.deepcopy(self.base).to(device),
+            base=cast(PreTrainedModel, cast(nn.Module, copy.deepcopy(self.base)).to(device)),
             readout=self.readout.to(device),
             tokens={part: tokens.to(device) for part, tokens in self.tokens.items()},
             hidden={part: hidden.to(device) for part, hidden in self.hidden.items()},
