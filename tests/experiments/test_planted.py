@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lorank.cli import app
 from lorank.experiments.planted import Scenario, make_problem, run_study
 from lorank.experiments.planted import study as study_module
-from lorank.experiments.planted.methods import METHODS, random, uniform
+from lorank.experiments.planted.methods import GRID, METHODS, random, uniform
 from lorank.experiments.planted.metrics import energy_found, gap_closed, mean_and_interval, rank_overlap
 from lorank.experiments.planted.problem import last_hidden
 from lorank.experiments.planted.student import lr_factor, train_student, updates_of
@@ -116,7 +116,7 @@ def test_the_parts_share_no_sample_of_one_split() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_ends_within_the_true_budget(scenario: Scenario, name: str) -> None:
     problem, method = make_problem(scenario, 0), METHODS[name]
-    assert len(method.grid) == 4
+    assert len(method.grid) == GRID
     begins = method.ranks(problem)
     outcome = train_student(problem, begins, method.allocator(problem, method.knobs[-1]), lr=2e-3)
     if name in ("adalora", "sora", "ard"):
@@ -207,9 +207,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     made: Calls = []
     original = study_module.run_trial
 
-    def counting(trial: study_module.Trial) -> dict[str, Any]:
+    def counting(trial: study_module.Trial, device: str = "cpu") -> dict[str, Any]:
         made.append((trial.method, trial.lr, trial.seed))
-        return original(trial)
+        return original(trial, device)
 
     monkeypatch.setattr(study_module, "run_trial", counting)
     for name in ("uniform", "oracle"):
@@ -265,11 +265,10 @@ def hand_made() -> list[Row]:
             **{"ranks": dict(zip("ab", ranks, strict=True)), "parameters": [80, 40], "seconds": 2.0, "scoring": 0.5},
         }
 
-    edge = max(METHODS["alora"].lrs)
     return [
         Row("uniform", 1e-2, None, {(1e-2, None): 0.9}, {0: run(0.9, (2, 2), 0.5), 1: run(0.7, (2, 2), 0.5)}),
         Row("oracle", 1e-2, None, {(1e-2, None): 0.1}, {0: run(0.1, (4, 0), 1.0), 1: run(0.2, (4, 0), 0.9)}),
-        Row("alora", edge, 8, {(edge, 8): 0.2}, {0: run(0.3, (3, 1), 0.8), 1: run(0.2, (4, 0), 0.6)}),
+        Row("ard", 1e-2, 0.1, {(1e-2, 0.1): 0.2}, {0: run(0.3, (3, 1), 0.8), 1: run(0.2, (4, 0), 0.6)}),
     ]
 
 
@@ -279,10 +278,10 @@ def test_tables_and_picture(tmp_path: Path) -> None:
     assert closed_by_seed(rows[2], rows) == pytest.approx({0: 0.75, 1: 1.0})
     assert closed_by_seed(rows[2], rows[1:]) is None  # without the uniform yardstick there is no gap
     table, picture = write_results(rows, TINY, tmp_path)
-    line = next(line for line in table.read_text().splitlines() if line.startswith("| ALoRA, both terms |"))
+    line = next(line for line in table.read_text().splitlines() if line.startswith("| ARD-LoRA |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:8] == ["87.5% ± 12.5%", "76% to 99%", "75%, 100%", "0.2500", "70.0%", "87.5%", "4.0"]
-    assert cells[8:] == ["40", "2.0", "0.5", f"{rows[2].lr:g} (edge of the grid), rounds 8"]
+    assert cells[8:] == ["40", "2.0", "0.5", "0.01, alpha_lr 0.1"]
     assert imread(picture).ndim == 3
     assert rich_table(rows, TINY).row_count == 3
     assert [path.name for path in write_results(rows[1:], TINY, tmp_path)] == ["table.md"]

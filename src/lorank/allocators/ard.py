@@ -105,40 +105,26 @@ class ARDLoRA(Allocator):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", as_budget(self.budget))
-        wrong = {
-            "r0": self.r0 is not None and self.r0 < 1,
-            "heads": self.heads not in ("auto", "module"),
-            "l1": not 0 <= self.l1 < math.inf,
-            "tv": not 0 <= self.tv < math.inf,
-            "alpha_lr": not 0 < self.alpha_lr < math.inf,
-            "tau_start": not 0 < self.tau_start < math.inf,
-            "tau_end": not 0 < self.tau_end <= self.tau_start,
-            "epsilon": not 0 < self.epsilon < 0.5,
-            "resize_every": self.resize_every < 1,
-            "hold": self.hold < 1,
-            "min_rank": self.min_rank < 0,
-            "gain": not 0 < self.gain < math.inf,
-            "reach": not 0 < self.reach <= 1,
-            "settle": not 0 < self.settle <= 1,
+        positive, fraction = "a number above 0", "above 0 and at most 1"
+        checks = {
+            "r0": (self.r0 is None or self.r0 >= 1, "at least 1, or None"),
+            "heads": (self.heads in ("auto", "module"), "'auto' or 'module'"),
+            "l1": (0 <= self.l1 < math.inf, "a number from 0"),
+            "tv": (0 <= self.tv < math.inf, "a number from 0"),
+            "alpha_lr": (0 < self.alpha_lr < math.inf, positive),
+            "tau_start": (0 < self.tau_start < math.inf, positive),
+            "tau_end": (0 < self.tau_end <= self.tau_start, f"above 0 and at most tau_start={self.tau_start}"),
+            "epsilon": (0 < self.epsilon < 0.5, "above 0 and below 0.5"),
+            "resize_every": (self.resize_every >= 1, "at least 1"),
+            "hold": (self.hold >= 1, "at least 1"),
+            "min_rank": (self.min_rank >= 0, "at least 0"),
+            "gain": (0 < self.gain < math.inf, positive),
+            "reach": (0 < self.reach <= 1, fraction),
+            "settle": (0 < self.settle <= 1, fraction),
         }
-        expected = {
-            "r0": "at least 1, or None",
-            "heads": "'auto' or 'module'",
-            "l1": "a number from 0",
-            "tv": "a number from 0",
-            "tau_end": f"above 0 and at most tau_start={self.tau_start}",
-            "epsilon": "above 0 and below 0.5",
-            "resize_every": "at least 1",
-            "hold": "at least 1",
-            "min_rank": "at least 0",
-            "reach": "above 0 and at most 1",
-            "settle": "above 0 and at most 1",
-        }
-        for name, is_wrong in wrong.items():
-            if is_wrong:
-                raise ScheduleError(
-                    f"ARDLoRA({name}={getattr(self, name)!r}): expected {expected.get(name, 'a number above 0')}"
-                )
+        for name, (holds, expected) in checks.items():
+            if not holds:
+                raise ScheduleError(f"ARDLoRA({name}={getattr(self, name)!r}): expected {expected}")
         if self._driven and self.l1 == 0:
             raise ScheduleError(
                 "ARDLoRA(l1=0, budget=…): lambda is driven to the budget by factors, and 0 stays 0. Begin with a small "

@@ -71,11 +71,6 @@ class Row:
     tuning: Mapping[tuple[float, Any], float]
     runs: Mapping[int, Mapping[str, Any]]
 
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best learning rate is the lowest or highest that was tried: a better one may lie beyond."""
-        return self.lr in (min(METHODS[self.method].lrs), max(METHODS[self.method].lrs))
-
 
 def run_trial(trial: Trial, device: str = "cpu") -> dict[str, Any]:
     """Trains one student; a line for runs.jsonl. A loss that is not a number is written as null."""

@@ -75,7 +75,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
         _mean(whole, lambda run: run["parameters"][1], "{:,.0f}"),
         _mean(whole, lambda run: run["seconds"], "{:.1f}"),
         _mean(whole, lambda run: run["scoring"], "{:.1f}"),
-        f"{row.lr:g}{' (edge of the grid)' if row.at_edge else ''}{knob}",
+        f"{row.lr:g}{knob}",
     ]
 
 
