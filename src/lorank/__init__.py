@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from lorank.errors import LorankError
     from lorank.lora import find_layers, save_adapter
-    from lorank.training import RankCallback, Ranks, attach, read_history
+    from lorank.training import RankCallback, Ranks, attach, read_history, shard_base_
 
 # Where each public name lives. They are imported when they are first asked for: torch, transformers and PEFT take
 # seconds, which `lorank --help` and a mistake in a configuration need not wait for.
@@ -44,6 +44,7 @@ _HOMES = {
     "initial_ranks_": "allocators",
     "read_history": "training",
     "save_adapter": "lora",
+    "shard_base_": "training",
 }
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "initial_ranks_",
     "read_history",
     "save_adapter",
+    "shard_base_",
 ]
 
 

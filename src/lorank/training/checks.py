@@ -12,6 +12,7 @@ from lorank.allocators import Allocator, Run
 from lorank.errors import LorankError, OptimizerStateError, ResumeError, ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, check_state
 from lorank.scoring import validation_loss
+from lorank.training.fsdp import HOW
 
 VERSION = 2
 
@@ -50,14 +51,15 @@ def check_whole(layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None
         LorankError: they are sharded.
     """
     whole = (
-        "A change of rank needs the whole adapter in every process, which costs little: keep its parameters out of "
-        "what is sharded, or train through DistributedDataParallel (docs/distributed.md)"
+        f"A change of rank needs the whole adapter in every process, which costs little. {HOW} (docs/distributed.md)"
     )
     for name, layer in layers.items():
         if hasattr(layer.A, "placements") or hasattr(layer.B, "placements"):
             raise LorankError(f"the LoRA weights of {name} are sharded over processes (DTensor). {whole}")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in layers.model.modules()):
-        raise LorankError(f"the model is wrapped in FullyShardedDataParallel, which flattens its parameters. {whole}")
+        raise LorankError(
+            f"the model is wrapped in FullyShardedDataParallel (FSDP1), which flattens its parameters. {whole}"
+        )
     if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
         raise LorankError(
             "ZeroRedundancyOptimizer keeps each parameter's state in one process only, where it would not follow a "

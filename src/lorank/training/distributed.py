@@ -50,6 +50,10 @@ class Processes:
         dist.all_gather(parts, own)
         return torch.stack(parts).to(values.device)
 
+    def lockstep(self) -> Lockstep:
+        """For a model that only runs in all processes at once: every one of them does all the work."""
+        return Lockstep(self)
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Small Python objects, one of each process; for messages."""
         if not self.several:
@@ -57,6 +61,22 @@ class Processes:
         parts: list[Any] = [None] * self.count
         dist.all_gather_object(parts, value)
         return parts
+
+
+@dataclass(frozen=True)
+class Lockstep:
+    """A :class:`lorank.scoring.Share` that is everything, in every process.
+
+    Where parameters are sharded, a forward pass needs all processes, so they run the same ones at the same time. What
+    they find may differ in its last bits between GPUs; all go on with the mean.
+    """
+
+    processes: Processes
+    count: int = 1
+    index: int = 0
+
+    def gather(self, values: Tensor) -> Tensor:
+        return self.processes.gather(values).mean(0, keepdim=True)  # (1, n)
 
 
 def is_first_process() -> bool:

@@ -15,6 +15,7 @@ from lorank.scoring import Share
 from lorank.training.agreement import require_same_tensors, require_same_text
 from lorank.training.ddp import Reducers
 from lorank.training.distributed import Processes
+from lorank.training.fsdp import average_gradients_, is_sharded
 
 _SAME_START = (
     "Make model, adapter and lorank alike in all of them: torch.manual_seed before get_peft_model (or wrap the model "
@@ -22,7 +23,8 @@ _SAME_START = (
 )
 _SAME_STEP = (
     "Gradients must be averaged over the processes before every optimiser step: train through "
-    "DistributedDataParallel or accelerate, step in all processes, and skip a step in all or none"
+    "DistributedDataParallel, FSDP2 (lorank.shard_base_) or accelerate, step in all processes, and skip a step in all "
+    "or none"
 )
 
 
@@ -38,11 +40,16 @@ class Together:
     def __init__(self, layers: AdapterLayers, outer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.processes = Processes.now(next(iter(layers.values())).A.device)
         self._layers, self._optimizer = layers, optimizer
-        self._reducers = Reducers(layers.model, outer) if self.processes.several else None
+        self._sharded = self.processes.several and is_sharded(layers.model)
+        self._reducers = Reducers(layers.model, outer) if self.processes.several and not self._sharded else None
+        if self._sharded:
+            average_gradients_(layers.model, self.processes)
 
     @property
     def share(self) -> Share | None:
-        """This process's share of scoring."""
+        """This process's share of scoring: a part of it, or all of it where forward passes need all processes."""
+        if self._sharded:
+            return self.processes.lockstep()
         return self.processes if self.processes.several else None
 
     def close(self) -> None:
