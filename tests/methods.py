@@ -34,6 +34,7 @@ METHODS: dict[str, Method] = {
     "alora-retry": Method(
         lambda budget=None: allocators.ALoRA(**ROUNDS, budget=budget, retry_empty=True, terms="without")
     ),
+    "alora-first-order": Method(lambda budget=None: allocators.ALoRA(**ROUNDS, budget=budget, scores="first_order")),
     "alora-sensi": Method(lambda budget=None: allocators.ALoRASensi(**ROUNDS, budget=budget)),
     "alora-dnas": Method(lambda budget=None: allocators.ALoRADNAS(**ROUNDS, budget=budget, search_rows=2)),
     "adalora": Method(lambda budget=None: allocators.AdaLoRA(budget=budget, t_init=2, t_final=4, delta_t=2)),

@@ -56,12 +56,15 @@ Config = Annotated[Path | None, typer.Option(help="A YAML file as for `lorank tr
 By = Annotated[
     str,
     typer.Option(
-        help="ablation (AB-LoRA: every rank is taken away, and left alone, once) or sensitivity (gradients of the "
-        "loss: a few backward passes, however many ranks there are)."
+        help="ablation (AB-LoRA: every rank is taken away, and left alone, once), first_order (two backward passes "
+        "that estimate it, however many ranks there are) or sensitivity (magnitudes of gradients of small batches)."
     ),
 ]
 Terms = Annotated[
-    str, typer.Option(help="Which terms of ablation count: both (the paper's), without (the rank), or alone.")
+    str,
+    typer.Option(
+        help="Which terms of ablation or first_order count: both (the paper's), without (the rank), or alone."
+    ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Validation examples that ranks are scored on.")]
 

@@ -190,8 +190,9 @@ class RunConfig(Settings):
     """The data set, its prompt and its metric."""
     allocator: AnyAllocator
     """How ranks move; static: never; full: no ranks at all, every weight is trained."""
-    allocator_samples: int = Field(default=32, ge=1)
-    """Validation examples on which ranks are scored: the first ones of the shuffled validation part."""
+    allocator_samples: int | None = Field(default=None, ge=1)
+    """Validation examples on which ranks are scored, the first ones of the shuffled validation part; null is what the
+    allocator asks for, 32 unless it says otherwise."""
     training: TrainingSettings = TrainingSettings()
     """How long and how."""
     output_dir: str = Field(min_length=1)

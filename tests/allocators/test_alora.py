@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from lorank.allocators import ALoRA, Run
+from lorank.allocators import ALoRA, Context, Run, StaticLoRA
 from lorank.errors import ScheduleError
 from lorank.lora import find_layers
-from tests.models import adapted, tiny_llama
+from lorank.scoring import ablation_scores, first_order_scores
+from tests.models import adapted, tiny_llama, token_batch
 
 
 class TestSchedule:
@@ -39,6 +40,8 @@ class TestSchedule:
         ({"unit": "hours"}, r"unit='hours'\): expected one of epochs, steps"),
         ({"terms": "neither"}, "expected one of both, without, alone"),
         ({"engine": "magic"}, "expected one of exact, reference"),
+        ({"scores": "guess"}, r"scores='guess'\): expected one of exact, first_order"),
+        ({"samples": 0}, r"samples=0\): expected at least 1, or None"),
     ],
 )
 def test_settings_out_of_range(settings, message: str) -> None:
@@ -51,3 +54,30 @@ def test_pruning_everything_is_refused_before_training() -> None:
     with pytest.raises(ScheduleError, match=r"would prune n_A = 14 ranks .* have 14 in all"):
         ALoRA().start(layers, Run(total_steps=10))
     assert ALoRA(per_round=13).start(layers, Run(total_steps=10)) == {}
+
+
+@pytest.mark.parametrize(("scores", "score"), [("exact", ablation_scores), ("first_order", first_order_scores)])
+@pytest.mark.parametrize("terms", ["both", "without"])
+def test_ranks_are_scored_as_asked(scores, score, terms) -> None:
+    model = adapted(tiny_llama(), r=2)
+    layers, batch = find_layers(model), token_batch(padded=True)
+    allocation = ALoRA(scores=scores, terms=terms).allocate(
+        Context(step=1, run=Run(10), model=model, layers=layers, validation_batch=batch), {}
+    )
+    expected = score(model, layers, batch, terms=terms)
+    assert all((allocation.scores[name] == values).all() for name, values in expected.scores.items())
+    counts = {
+        ("exact", "both"): (57, 0),  # M, and 28 ranks twice
+        ("exact", "without"): (29, 0),
+        ("first_order", "both"): (0, 2),
+        ("first_order", "without"): (0, 1),
+    }
+    details = allocation.details
+    assert details["scored_by"] == scores
+    assert (details["evaluations"], details["backward_passes"]) == counts[scores, terms]
+
+
+def test_how_many_samples_a_method_asks_for() -> None:
+    assert StaticLoRA().validation_samples == ALoRA(scores="exact").validation_samples == 32
+    assert ALoRA(scores="first_order").validation_samples == 64
+    assert ALoRA(scores="exact", samples=5).validation_samples == 5

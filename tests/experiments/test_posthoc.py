@@ -61,7 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("by", ["ablation", "sensitivity"])
+@pytest.mark.parametrize("by", ["ablation", "first_order", "sensitivity"])
 def test_half_of_an_adapter(adapter: Path, texts: Path, tmp_path: Path, by: str) -> None:
     before = contents(adapter)
     out = tmp_path / "half"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorank.errors import LorankError
 from lorank.lora import find_layers
-from lorank.scoring import AblationResult, ablation_scores
+from lorank.scoring import AblationResult, ablation_scores, first_order_scores
 from lorank.scoring.sharing import collected, dealt, exchanged, largest_share
 from tests.models import adapted, tiny_llama, token_batch
 
@@ -95,6 +95,24 @@ def test_all_processes_get_the_scores_of_one(engine) -> None:
         assert (result.engine, result.baseline) == (engine, shared[0][0].baseline)
     assert [own for _, own in shared] == [8, 8, 7]  # 20 variants are 7 + 7 + 6, and M in each
     assert evaluated == 21
+
+
+def test_samples_of_first_order_scores_are_dealt() -> None:
+    models = [adapted(tiny_llama(), r=2) for _ in range(PROCESSES)]
+
+    def work(share: ThreadShare | None) -> tuple[AblationResult, int]:
+        model, rows = models[share.index if share else 0], []
+        handle = model.get_input_embeddings().register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+        result = first_order_scores(model, find_layers(model), token_batch(7, padded=True), share=share)
+        handle.remove()
+        return result, rows[-1]
+
+    (whole, _), shared = work(None), together(work)
+    for result, _ in shared:
+        assert torch.equal(flat(result), flat(shared[0][0])), "the processes have different scores"
+        torch.testing.assert_close(flat(result), flat(whole), rtol=0, atol=1e-6)
+        assert (result.baseline, result.backward_passes) == (shared[0][0].baseline, 2)
+    assert [rows for _, rows in shared] == [3, 2, 2]
 
 
 def test_where_one_process_fails_all_raise() -> None:

@@ -212,7 +212,7 @@ def test_the_same_trainer_can_resume_from_its_own_checkpoint(tmp_path: Path) -> 
 
 
 def test_the_training_set_stands_in_with_a_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    callback = lorank.RankCallback(lorank.ALoRA(k1=1, unit="steps", rounds=1, per_round=3), samples=5)
+    callback = lorank.RankCallback(lorank.ALoRA(k1=1, unit="steps", rounds=1, per_round=3, samples=5))
     trainer = Trainer(
         model=adapted(tiny_bert(), task_type="SEQ_CLS"),
         args=TrainingArguments(str(tmp_path), max_steps=2, save_strategy="no", report_to=[], use_cpu=True),

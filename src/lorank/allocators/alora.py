@@ -24,16 +24,20 @@ ten epochs, the paper's longest.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from lorank.allocators.base import Allocation, Allocator, Context, Run, State
 from lorank.allocators.budget import BudgetLike, as_budget
 from lorank.allocators.limits import Limits
 from lorank.allocators.rounds import Rounds, check_choice
-from lorank.errors import ValidationBatchError
+from lorank.errors import ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, Plan
-from lorank.scoring import ablation_scores
+from lorank.scoring import AblationResult, ablation_scores, first_order_scores
+
+FIRST_ORDER_SAMPLES = 64
+"""|B_val| for ``first_order``: samples cost little there, and twice the paper's make up for what estimates lose."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,13 @@ class ALoRA(Allocator):
         unit: what ``k1`` and ``k2`` count, ``"epochs"`` or optimiser ``"steps"``.
         per_round: n_A, ranks pruned and given in each round, over all modules; None: as many as there are modules.
         terms: which terms of IS count: ``"both"`` (the paper's), ``"without"`` or ``"alone"``.
+        scores: how IS is found: ``"exact"`` (the paper's: two evaluations per rank) or ``"first_order"`` (estimates by
+            two backward passes, however many ranks there are).
+        samples: |B_val| where rows are given and a batch is made of them; None: 32, the paper's, and 64 for
+            ``first_order``. A ready batch is used as it is.
         retry_empty: whether a module at rank 0 may receive ranks again. It then counts as a module that lost none,
             behind all those that have a score.
-        engine: ``"exact"`` (prefix reuse, same scores) or ``"reference"`` (2R + 1 plain forwards).
+        engine: of exact evaluations: ``"exact"`` (prefix reuse, same scores) or ``"reference"`` (plain forwards).
         budget: what the adapter may cost at any time, see :class:`~lorank.allocators.budget.Budget`; None: as many
             ranks as it was made with.
 
@@ -65,16 +73,27 @@ class ALoRA(Allocator):
     unit: Literal["epochs", "steps"] = "epochs"
     per_round: int | None = None
     terms: Literal["both", "without", "alone"] = "both"
+    scores: Literal["exact", "first_order"] = "exact"
+    samples: int | None = None
     retry_empty: bool = False
     engine: Literal["exact", "reference"] = "exact"
     budget: BudgetLike = None
 
     needs_validation_batch: ClassVar[bool] = True
 
+    @property
+    def validation_samples(self) -> int:
+        if self.samples is not None:
+            return self.samples
+        return FIRST_ORDER_SAMPLES if self.scores == "first_order" else super().validation_samples
+
     def __post_init__(self) -> None:
         Rounds.of(self).check()
         check_choice("ALoRA", "terms", self.terms, ("both", "without", "alone"))
+        check_choice("ALoRA", "scores", self.scores, ("exact", "first_order"))
         check_choice("ALoRA", "engine", self.engine, ("exact", "reference"))
+        if self.samples is not None and self.samples < 1:
+            raise ScheduleError(f"ALoRA(samples={self.samples}): expected at least 1, or None for the default")
         object.__setattr__(self, "budget", as_budget(self.budget))
 
     def start(self, layers: AdapterLayers, run: Run) -> State:
@@ -96,21 +115,26 @@ class ALoRA(Allocator):
                 "ALoRA scores ranks on a fixed batch of validation data: give validation_batch=… "
                 "(the paper takes 32 samples)"
             )
-        result = ablation_scores(
-            context.model,
-            context.layers,
-            context.validation_batch,
-            terms=self.terms,
-            engine=self.engine,
-            loss_fn=context.loss_fn,
-            progress=context.progress,
-            share=context.share,
-        )
+        result = self._score(context, context.validation_batch)
         details = {
             "loss": result.baseline,
+            "scored_by": self.scores,
             "evaluations": result.evaluations,
+            "backward_passes": result.backward_passes,
             "engine": result.engine,
             "notice": result.notice,
             "scoring_seconds": result.seconds,
         }
         return Rounds.of(self).allocation(context.layers, result.scores, details)
+
+    def _score(self, context: Context, batch: Mapping[str, Any]) -> AblationResult:
+        model, layers = context.model, context.layers
+        common: dict[str, Any] = {
+            "terms": self.terms,
+            "loss_fn": context.loss_fn,
+            "progress": context.progress,
+            "share": context.share,
+        }
+        if self.scores == "first_order":
+            return first_order_scores(model, layers, batch, **common)
+        return ablation_scores(model, layers, batch, engine=self.engine, **common)

@@ -108,6 +108,11 @@ class Allocator(ABC):
     needs_validation_batch: ClassVar[bool] = False
     """Whether ranks are scored on a batch of held-out data, which the user must then give."""
 
+    @property
+    def validation_samples(self) -> int:
+        """How many rows that batch should have, where it is made of rows. The ALoRA paper takes 32."""
+        return 32
+
     moves_ranks: ClassVar[bool] = True
     """False for a baseline that never allocates, so that a run without an allocation is no surprise."""
 

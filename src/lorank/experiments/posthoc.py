@@ -21,10 +21,10 @@ from lorank.errors import AdapterError, BudgetError
 from lorank.experiments.errors import SettingsError
 from lorank.experiments.finished import Opened
 from lorank.lora import LayerPlan, resize_, save_adapter
-from lorank.scoring import ablation_scores, gate_gradient_scores
+from lorank.scoring import ablation_scores, first_order_scores, gate_gradient_scores
 from lorank.tasks import mean_loss
 
-By = Literal["ablation", "sensitivity"]
+By = Literal["ablation", "first_order", "sensitivity"]
 Terms = Literal["both", "without", "alone"]
 SENSITIVITY_BATCH = 4
 """Samples per gradient: small, so that gradients of different samples do not cancel."""
@@ -80,11 +80,12 @@ def score(
     """What each rank is worth, on the first `samples` validation examples.
 
     Args:
-        by: `ablation` (AB-LoRA: the loss without the rank and with it alone, an evaluation each) or `sensitivity`
-            (the gradient of the loss with respect to a gate on the rank: one backward pass per four samples).
-        terms: which terms of ablation count.
+        by: `ablation` (AB-LoRA: the loss without the rank and with it alone, an evaluation each), `first_order`
+            (estimates of that by two backward passes) or `sensitivity` (the gradient of the loss with respect to a gate
+            on the rank: one backward pass per four samples).
+        terms: which terms of ablation count, or of its estimates.
         samples: ≥ 1.
-        progress: called with (evaluations done, in all) during ablation.
+        progress: called with (evaluations, or passes over the samples, done, in all), except for sensitivity.
 
     Raises:
         SettingsError: an unknown kind of score, or no sample.
@@ -98,8 +99,9 @@ def score(
         raise SettingsError(f"--samples {samples}: expected at least 1")
     task, began = opened.task, time.perf_counter()
     examples = task.validation[:samples]
-    if by == "ablation":
-        result = ablation_scores(opened.model, opened.layers, task.collator(examples), terms=terms, progress=progress)
+    if by in ("ablation", "first_order"):
+        scorer = ablation_scores if by == "ablation" else first_order_scores
+        result = scorer(opened.model, opened.layers, task.collator(examples), terms=terms, progress=progress)
         scores, loss = result.scores, result.baseline
     else:
         parts = [examples[start : start + SENSITIVITY_BATCH] for start in range(0, len(examples), SENSITIVITY_BATCH)]

@@ -134,9 +134,11 @@ def _rank_callback(config: RunConfig, task: Task, progress: TrainingProgress) ->
     """What moves the ranks; None for full fine-tuning, which has none."""
     if isinstance(config.allocator, FullSettings):
         return None
+    allocator = config.allocator.build()
+    samples = config.allocator_samples or allocator.validation_samples
     return RankCallback(
-        config.allocator.build(),
-        validation_batch=task.collator(task.validation[: config.allocator_samples]),
+        allocator,
+        validation_batch=task.collator(task.validation[:samples]),
         seed=config.training.seed,
         history_path=Path(config.output_dir) / folder.HISTORY,
         progress=progress.scoring,

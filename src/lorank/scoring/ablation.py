@@ -35,6 +35,7 @@ class AblationResult:
         engine: what computed the scores, which is not always what was asked for: an engine, or gradients of the gates.
         notice: why it is not, or what else there is to say, else None.
         seconds: wall-clock time.
+        backward_passes: how many backward passes over the batch were made, however many parts it ran in.
     """
 
     scores: dict[str, Tensor]
@@ -43,6 +44,7 @@ class AblationResult:
     engine: Literal["exact", "reference", "gradients"]
     notice: str | None
     seconds: float
+    backward_passes: int = 0
 
 
 def ablation_scores(

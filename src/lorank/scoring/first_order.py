@@ -69,6 +69,7 @@ def first_order_scores(
         engine="gradients",
         notice=path.notice,
         seconds=time.perf_counter() - start,
+        backward_passes=path.passes,
     )
 
 

@@ -68,6 +68,7 @@ class GatePath:
 
     Attributes:
         notice: why the batch runs whole, where it does although it is larger than one pass should be; else None.
+        passes: how many backward passes over the batch were made.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class GatePath:
         self.layers, self.model, self.batch, self.loss_fn, self.share = layers, model, batch, loss_fn, share
         self.gates = Gates(layers)
         self.notice: str | None = None
+        self.passes = 0
         self._head: Head | None = None
         self._form: Form | None = None
         self._parts: list[Mapping[str, Any]] = [batch]
@@ -133,6 +135,7 @@ class GatePath:
         finally:
             for name in names:
                 self.layers[name].gate = self.gates.own[name]
+        self.passes += 1
         # Where samples cannot be dealt, every process has taken all of them.
         found = rows.sum(0) / self._count if self._form is not None else rows[0]  # (1 + R,)
         loss = require_finite(float(found[0]), "the model" if t == 1 else f"the model with all gates at {t:g}")

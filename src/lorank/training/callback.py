@@ -23,8 +23,6 @@ from lorank.training.progress import Report
 
 logger = logging.getLogger("lorank")
 
-PAPER_SAMPLES = 32
-
 Rows = Sequence[Mapping[str, Any]]
 ValidationData = Mapping[str, Any] | Rows | Callable[[], Mapping[str, Any] | Rows]
 
@@ -43,7 +41,8 @@ class RankCallback(TrainerCallback):
             set, which the Trainer's own collator makes a batch of; or a function that returns either, called when
             training begins (``lambda: trainer.eval_dataset``). None: the first rows of the *training* set, with a
             notice, if the method needs a batch at all.
-        samples: how many rows are taken where rows are given. The paper takes 32.
+        samples: how many rows are taken where rows are given; None: as many as the allocator asks for, 32 unless it
+            says otherwise.
         loss_fn: your own loss, ``(model, batch) -> scalar tensor``; None: the model's.
         adapter: name of the adapter; None: the active one.
         seed: of everything that is drawn here; None: the Trainer's.
@@ -60,19 +59,19 @@ class RankCallback(TrainerCallback):
         allocator: Allocator,
         *,
         validation_batch: ValidationData | None = None,
-        samples: int = PAPER_SAMPLES,
+        samples: int | None = None,
         loss_fn: LossFn | None = None,
         adapter: str | None = None,
         seed: int | None = None,
         history_path: str | Path | None = None,
         progress: bool | Report | None = None,
     ) -> None:
-        if samples < 1:
+        if samples is not None and samples < 1:
             raise ValidationBatchError(f"RankCallback(samples={samples}): expected at least 1")
         self.allocator = allocator
         self.ranks: Ranks | None = None
         self._validation_data = validation_batch
-        self._samples = samples
+        self._samples = allocator.validation_samples if samples is None else samples
         self._loss_fn = loss_fn
         self._adapter = adapter
         self._seed = seed

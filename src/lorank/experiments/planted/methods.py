@@ -101,8 +101,10 @@ METHODS: Mapping[str, Method] = {
     "uniform": Method("LoRA, uniform", uniform, _static, LRS),
     "oracle": Method("LoRA, true ranks", oracle, _static, LRS),
     "random": Method("LoRA, random ranks", random, _static, LRS),
-    "alora": Method("ALoRA, both terms", uniform, lambda p, _: ALoRA(**rounds(p)), LRS),
-    "alora-without": Method("ALoRA, without", uniform, lambda p, _: ALoRA(**rounds(p), terms="without"), LRS),
+    "alora": Method("ALoRA, both terms", uniform, lambda p, _: ALoRA(**rounds(p), scores="exact"), LRS),
+    "alora-without": Method(
+        "ALoRA, without", uniform, lambda p, _: ALoRA(**rounds(p), scores="exact", terms="without"), LRS
+    ),
     "alora-dnas": Method(
         "ALoRA-DNAS",
         uniform,
