@@ -102,6 +102,9 @@ class TrainingSettings(Settings):
     """Optimiser steps between training losses in the log."""
     bf16: bool = False
     """Automatic mixed precision in bfloat16."""
+    fused: bool = True
+    """Compute the adapter by lorank's own functions while training: the same values up to rounding, in less time and
+    memory; with dropout, modules that see the same input share a draw. false is PEFT's forward."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = Field(default=0, ge=0)

@@ -142,6 +142,7 @@ def _rank_callback(config: RunConfig, task: Task, progress: TrainingProgress) ->
         seed=config.training.seed,
         history_path=Path(config.output_dir) / folder.HISTORY,
         progress=progress.scoring,
+        fused=config.training.fused,
     )
 
 

@@ -3,6 +3,7 @@
 from lorank.lora.base_size import base_parameters
 from lorank.lora.compact import compact_, expand_, take_form_
 from lorank.lora.export import fold_gates_, save_adapter, wrap
+from lorank.lora.fusing import fuse_, is_compiled, unfuse_
 from lorank.lora.gates import LearnedGates
 from lorank.lora.heads import head_groups
 from lorank.lora.layer import AdapterLayer, AdapterLayers, find_layers
@@ -27,7 +28,9 @@ __all__ = [
     "find_layers",
     "fold_gates_",
     "follow_loaded_ranks",
+    "fuse_",
     "head_groups",
+    "is_compiled",
     "open_adapter",
     "plan_for_heads",
     "plan_for_rank",
@@ -37,6 +40,7 @@ __all__ = [
     "save_adapter",
     "take_form_",
     "taken",
+    "unfuse_",
     "unwrap",
     "wrap",
 ]

@@ -135,7 +135,7 @@ def take_form_(layers: AdapterLayers, saved: Mapping[str, tuple[HeadGroups, Sequ
 
 
 def _check_form(layer: AdapterLayer) -> None:
-    own = layer.module.lora_variant.get(layer.adapter)
+    own = layer.form
     if layer.groups is not None:
         raise AdapterError(
             f"{layer.name} is in per-head form already: end the run that it belongs to (ranks.finish()), and start the "

@@ -141,14 +141,20 @@ def owns_output(module: LoraLayer) -> bool:
     )
 
 
-def frozen_weight(module: LoraLayer, x: Tensor, result: Tensor) -> Tensor | None:
-    """W (d_out, d_in), if ``result`` is x Wᵀ + a constant and nothing else; None where that is not certain."""
-    if not owns_output(module) or len(module.active_adapters) > 1:
-        return None
+def fixed_weight(module: LoraLayer) -> Tensor | None:
+    """W (d_out, d_in), if the base layer is x Wᵀ + a constant and nobody watches its backward pass; else None."""
     base = module.get_base_layer()
-    W, bias = base.weight, base.bias
-    if type(W) is not nn.Parameter or W.requires_grad or not x.dtype == W.dtype == result.dtype:
+    if not owns_output(module) or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return None
-    if bias is not None and bias.requires_grad:
+    W, bias = base.weight, base.bias
+    if type(W) is not nn.Parameter or W.requires_grad or (bias is not None and bias.requires_grad):
         return None
     return W.T if isinstance(base, Conv1D) else W
+
+
+def frozen_weight(module: LoraLayer, x: Tensor, result: Tensor) -> Tensor | None:
+    """W (d_out, d_in), if ``result`` is x Wᵀ + a constant and nothing else; None where that is not certain."""
+    W = fixed_weight(module)
+    if W is None or len(module.active_adapters) > 1 or not x.dtype == W.dtype == result.dtype:
+        return None
+    return W

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorank.errors import AdapterError
 from lorank.lora import dora
+from lorank.lora.fused_layer import FusedLora
 from lorank.lora.head_lora import HeadLora
 
 
@@ -45,7 +46,8 @@ class GatedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
 
     Args:
         gate: (r,) for all samples alike, or (n, r) with a gate per sample. A leaf that requires a gradient gets one.
-        replaced: the variant that the layer had before (PEFT's DoRA, heads), whose forward is then gated; or None.
+        replaced: the variant that the layer had before (PEFT's DoRA, heads, the fused forward), whose forward is then
+            gated; or None.
     """
 
     def __init__(self, gate: Tensor, replaced: LoraVariant | None = None) -> None:
@@ -57,7 +59,7 @@ class GatedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         """x: (n, …, d_in), or token ids (n, …); result: the base layer's output (n, …, d_out), as is what returns."""
         scaling = module.scaling[active_adapter]
         update: Tensor
-        if isinstance(self.replaced, HeadLora):
+        if isinstance(self.replaced, HeadLora | FusedLora):
             return self.replaced.gated(module, active_adapter, x, result, self.gate, expand_gate)
         if self.replaced is not None:
             return dora.forward(module, active_adapter, x, result, self.gate, expand_gate)

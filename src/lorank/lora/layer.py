@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorank.errors import AdapterError
 from lorank.lora.dora import is_dora
+from lorank.lora.fused_layer import FusedLora
 from lorank.lora.gated import GatedLora, show_plain
 from lorank.lora.gates import LearnedGates
 from lorank.lora.head_lora import HeadLora
@@ -106,13 +107,13 @@ class AdapterLayer:
     @property
     def groups(self) -> HeadGroups | None:
         """The heads, where the layer is in per-head form (:func:`lorank.lora.compact_`); else None."""
-        heads = self._variant()
+        heads = self.form
         return heads.groups if isinstance(heads, HeadLora) else None
 
     @property
     def head_ranks(self) -> tuple[int, ...]:
         """r_h of every head, (H,), in per-head form; else (r,): one group."""
-        heads = self._variant()
+        heads = self.form
         return heads.ranks if isinstance(heads, HeadLora) else (self.rank,)
 
     def set_heads(self, groups: HeadGroups | None, ranks: Sequence[int] = ()) -> None:
@@ -129,22 +130,27 @@ class AdapterLayer:
     @property
     def min_rank(self) -> int:
         """1 for DoRA, whose magnitudes a file can only hold beside a LoRA; else 0."""
-        return int(is_dora(self._variant()))
+        return int(is_dora(self.form))
 
-    def _variant(self) -> Any:
-        """PEFT's own variant of this layer, gated or not."""
+    @property
+    def form(self) -> Any:
+        """What the layer is, whether gated, fused or neither: PEFT's DoRA, heads, or None: a plain LoRA."""
+        variant = self._ungated()
+        return variant.replaced if isinstance(variant, FusedLora) else variant
+
+    def _ungated(self) -> Any:
         variant = self.module.lora_variant.get(self.adapter)
         return variant.replaced if isinstance(variant, GatedLora) else variant
 
     @property
     def gate(self) -> Tensor | None:
-        """g: None (all ones, PEFT's own forward runs), (r,), or (n, r) with a gate per sample of the batch."""
+        """g: None (all ones), (r,), or (n, r) with a gate per sample of the batch."""
         variant = self.module.lora_variant.get(self.adapter)
         return variant.gate if isinstance(variant, GatedLora) else None
 
     @gate.setter
     def gate(self, gate: Tensor | None) -> None:
-        own = self._variant()
+        own = self._ungated()
         if gate is None:
             self.module.lora_variant.pop(self.adapter, None)
             if own is not None:
@@ -319,7 +325,7 @@ def _check_layer(name: str, module: LoraLayer, adapter: str) -> None:
     if module.merged:
         raise AdapterError(f"{name}: adapter {adapter!r} is merged into the base weights. Call model.unmerge_adapter()")
     variant = module.lora_variant.get(adapter)
-    if variant is not None and not isinstance(variant, GatedLora | HeadLora) and not is_dora(variant):
+    if variant is not None and not isinstance(variant, GatedLora | HeadLora | FusedLora) and not is_dora(variant):
         raise AdapterError(
             f"{name}: the adapter uses {type(variant).__name__}, which has a forward of its own. "
             "Make the adapter as plain LoRA or with use_dora=True"

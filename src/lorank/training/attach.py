@@ -10,7 +10,6 @@ own in the first parameter group): who saves and loads their optimiser has saved
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
 from collections.abc import Mapping
@@ -39,13 +38,12 @@ from lorank.training.cutting import cut_
 from lorank.training.ddp import ddp_of
 from lorank.training.distributed import is_first_process
 from lorank.training.fate import Fate
+from lorank.training.fusing import Fusing
 from lorank.training.history import RankHistory, Record
 from lorank.training.progress import Report, scoring_progress
-from lorank.training.recording import record_of
-from lorank.training.saved_form import gated_state, heads_state, load_gated_state, saved_heads, take_ranks_
+from lorank.training.recording import learning_rates, record_of, tell
+from lorank.training.saved_form import layers_state, load_gated_state, saved_heads, take_ranks_
 from lorank.training.together import Together
-
-logger = logging.getLogger("lorank")
 
 STATE_KEY = "lorank"
 
@@ -63,6 +61,7 @@ def attach(
     seed: int = 0,
     history_path: str | Path | None = None,
     progress: bool | Report | None = None,
+    fused: bool = True,
 ) -> Ranks:
     """Lets ``allocator`` move the ranks of ``model``'s LoRA layers whenever ``optimizer`` steps.
 
@@ -89,6 +88,9 @@ def attach(
             (``ranks.history``).
         progress: whether scoring shows a progress bar; None: on a terminal; or a function, called with (evaluations
             done, in all) instead.
+        fused: whether layers compute by lorank's own functions until the run ends, which are faster and keep less for
+            the backward pass (docs/performance.md). Same values up to rounding; with ``lora_dropout`` on a CPU,
+            modules that see the same input share a draw. False: PEFT's forward.
 
     Returns:
         The running object: ``ranks.history``, ``ranks.layers``, ``ranks.step``, ``ranks.detach()``. If the optimiser
@@ -109,6 +111,7 @@ def attach(
         history=RankHistory(history_path if is_first_process() else None),
         progress=progress if is_first_process() else False,
         outer=model,
+        fused=fused,
     )
 
 
@@ -135,6 +138,8 @@ class Ranks:
         progress: bool | Report | None = None,
         initial_ranks: Mapping[str, int] | None = None,
         outer: nn.Module | None = None,
+        fused: bool = True,
+        compiled: bool = False,
     ) -> None:
         self.layers = layers
         self.optimizer = unwrap(optimizer)
@@ -147,6 +152,7 @@ class Ranks:
         self._progress = progress
         self._finished = False
         self._foreign = False  # weights were loaded that the state knows nothing about
+        self._fusing = Fusing(layers, outer if outer is not None else layers.model, wanted=fused, compiled=compiled)
         check_run(layers, self.optimizer, self.run)
         self._together = Together(layers, outer if outer is not None else layers.model, self.optimizer)
         self._together.check_start(allocator, self.run, validation_batch)
@@ -170,6 +176,8 @@ class Ranks:
             self.history.begin(self._beginning())
         self._together.follow()
         self._together.check_state(self.step, self.state)
+        if saved is None:
+            self._fusing.follow(self._finished)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -183,6 +191,7 @@ class Ranks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._fusing.end()
         self._together.close()
         self._end()
 
@@ -202,6 +211,7 @@ class Ranks:
                 self._carry_out(allocation, context, 0.0)
         fold_gates_(self.layers)
         expand_(self.layers, self.optimizer)
+        self._fusing.end()
         self._finished = True
         if self.limits is not None and not self.limits.fits(self.layers.ranks):
             before = self.layers.ranks
@@ -223,11 +233,8 @@ class Ranks:
             "seed": self.run.seed,
             "finished": self._finished,
             "initial_ranks": dict(self.run.initial_ranks),
-            "shapes": {name: (layer.d_in, layer.d_out) for name, layer in self.layers.items()},
-            "ranks": self.layers.ranks,
-            "heads": heads_state(self.layers),
+            **layers_state(self.layers),
             "state": {name: tensor.detach().clone() for name, tensor in self.state.items()},
-            "gated": gated_state(self.layers),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -249,6 +256,7 @@ class Ranks:
         self.state = {name: tensor.clone() for name, tensor in state["state"].items()}
         self._fate.allocations = state["allocations"]
         self.history.resume(self.step, self._beginning())
+        self._fusing.follow(self._finished)
         self._together.follow()
 
     # The optimiser's hooks, in the order in which they run.
@@ -310,21 +318,14 @@ class Ranks:
         record = self._record(allocation, before, seconds + time.perf_counter() - began)
         self.history.append(record)
         self._fate.allocations += 1
-        logger.info(
-            "step %d: %d ranks moved, %d in %d modules",
-            self.step,
-            sum(map(len, record.pruned.values())),
-            record.total_rank,
-            len(self.layers),
-        )
+        tell(record)
 
     def _seed(self) -> int:
         """Another one for each allocation, so that a rank that returns is not the one that went."""
         return self.run.seed * 1_000_003 + self.step
 
     def _context(self) -> Context:
-        group = self.optimizer.param_groups[0]
-        lr = float(group.get("lr") or 0.0)
+        lr, peak_lr = learning_rates(self.optimizer)
         return Context(
             self.step,
             self.run,
@@ -333,7 +334,7 @@ class Ranks:
             self._validation_batch,
             self._loss_fn,
             lr=lr,
-            peak_lr=float(group.get("initial_lr") or self.optimizer.defaults.get("lr") or lr),
+            peak_lr=peak_lr,
             share=self._together.share,
         )
 

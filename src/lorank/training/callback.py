@@ -49,6 +49,7 @@ class RankCallback(TrainerCallback):
         history_path: where the rank history goes; None: ``rank_history.jsonl`` in the Trainer's output folder.
         progress: whether scoring shows a progress bar; None: on a terminal, unless the Trainer's own is off; or a
             function, called with (evaluations done, in all) instead.
+        fused: see :func:`lorank.attach`.
 
     Attributes:
         ranks: the running :class:`~lorank.training.attach.Ranks`, from the beginning of training on.
@@ -65,6 +66,7 @@ class RankCallback(TrainerCallback):
         seed: int | None = None,
         history_path: str | Path | None = None,
         progress: bool | Report | None = None,
+        fused: bool = True,
     ) -> None:
         if samples is not None and samples < 1:
             raise ValidationBatchError(f"RankCallback(samples={samples}): expected at least 1")
@@ -77,6 +79,7 @@ class RankCallback(TrainerCallback):
         self._seed = seed
         self._history_path = history_path
         self._progress = progress
+        self._fused = fused
         self._layers: AdapterLayers | None = None
         self._initial_ranks: dict[str, int] = {}
         self._within_budget = False
@@ -122,6 +125,8 @@ class RankCallback(TrainerCallback):
             if not is_first_process() or (self._progress is None and args.disable_tqdm)
             else self._progress,
             initial_ranks=self._initial_ranks,
+            fused=self._fused,
+            compiled=bool(args.torch_compile),
         )
         if args.fp16 and self.ranks.layers.gates is not None:
             self.ranks.detach()

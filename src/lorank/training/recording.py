@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+
+import torch
 
 from lorank.allocators import Allocation, Allocator
 from lorank.lora import AdapterLayers
 from lorank.training.history import Record
+
+logger = logging.getLogger("lorank")
 
 
 def record_of(
@@ -40,3 +45,16 @@ def record_of(
         details=dict(allocation.details),
         active=active,
     )
+
+
+def tell(record: Record) -> None:
+    """An allocation's line in the log."""
+    moved = sum(map(len, record.pruned.values()))
+    logger.info("step %d: %d ranks moved, %d in %d modules", record.step, moved, record.total_rank, len(record.ranks))
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """The first parameter group's learning rate now, and the peak that its schedule multiplies."""
+    group = optimizer.param_groups[0]
+    lr = float(group.get("lr") or 0.0)
+    return lr, float(group.get("initial_lr") or optimizer.defaults.get("lr") or lr)

@@ -11,6 +11,16 @@ import torch
 from lorank.lora import AdapterLayers, HeadGroups, plan_for_rank, resize_
 
 
+def layers_state(layers: AdapterLayers) -> dict[str, Any]:
+    """What a rank state says of the layers."""
+    return {
+        "shapes": {name: (layer.d_in, layer.d_out) for name, layer in layers.items()},
+        "ranks": layers.ranks,
+        "heads": heads_state(layers),
+        "gated": gated_state(layers),
+    }
+
+
 def gated_state(layers: AdapterLayers) -> dict[str, Any]:
     """Learned gates, and B as it is beneath them: a file holds the two folded into one. Empty without gates."""
     gates = layers.gates

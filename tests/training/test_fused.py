@@ -1,0 +1,231 @@
+"""Runs whose layers are fused are the runs that PEFT's own forward gives, and leave stock PEFT layers behind."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+import lorank
+from lorank.lora.fused_layer import FusedLora
+from lorank.lora.gated import GatedLora
+from tests.methods import METHODS, Method
+from tests.models import adapted, class_batch, tiny_bert, tiny_llama, token_batch
+
+STEPS = 24
+
+
+@pytest.fixture
+def in_double() -> Iterator[None]:
+    """Learned gates too are float64 then."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def fused_layers(layers: lorank.AdapterLayers) -> int:
+    variants = [layer.module.lora_variant.get("default") for layer in layers.values()]
+    return sum(isinstance(v.replaced if isinstance(v, GatedLora) else v, FusedLora) for v in variants)
+
+
+def run(method: Method, *, fused: bool, **lora: Any) -> tuple[lorank.Ranks, list[Tensor]]:
+    """The run and its losses; gates and all weights along the way in the losses' list too."""
+    model = adapted(tiny_bert(), random_B=False, **{**method.lora, **lora}).double()
+    model.eval()  # without the base model's own dropout
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ranks = lorank.attach(
+        model, optimizer, method.make(), validation_batch=class_batch(8), total_steps=STEPS, seed=7, fused=fused
+    )
+    expected = sum(layer.groups is None for layer in ranks.layers.values())
+    assert fused_layers(ranks.layers) == (expected if fused else 0)
+    seen: list[Tensor] = []
+    while ranks.step < STEPS:
+        loss = model(**class_batch(4, 5 + ranks.step % 4, padded=True)).loss
+        loss.backward()
+        seen.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        if ranks.step == STEPS // 2:
+            if ranks.layers.gates is not None:
+                seen.append(ranks.layers.gates.values.clone())
+            seen += [p.detach().clone() for p in model.parameters() if p.requires_grad]
+            seen += [value for state in optimizer.state.values() for value in state.values()]
+    return ranks, [*seen, *model.state_dict().values()]
+
+
+@pytest.mark.usefixtures("in_double")
+@pytest.mark.parametrize(
+    ("name", "dora"), [*((name, False) for name in METHODS), ("alora", True), ("adalora", True), ("ard", True)]
+)
+def test_a_fused_run_is_the_plain_one(name: str, dora: bool) -> None:
+    """float64, whole tensors: losses, weights, moments, gates, over every reallocation."""
+    (ours, our), (theirs, their) = (run(METHODS[name], fused=fused, use_dora=dora) for fused in (True, False))
+    assert [record.ranks for record in ours.history] == [record.ranks for record in theirs.history]
+    for a, b in zip(our, their, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    assert not fused_layers(ours.layers)
+
+
+def llama_run(allocator: lorank.Allocator, **settings: Any) -> tuple[Any, torch.optim.Optimizer, lorank.Ranks]:
+    lora = settings.pop("lora", {})
+    model = settings.pop("model", None) or adapted(tiny_llama(), **lora)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ranks = lorank.attach(model, optimizer, allocator, total_steps=6, validation_batch=token_batch(seed=9), **settings)
+    return model, optimizer, ranks
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(**token_batch(seed=3)).logits
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_copies_and_files_of_a_fused_model_are_whole(dora: bool, tmp_path: Path) -> None:
+    model, _, ranks = llama_run(lorank.SoRA(), lora={"use_dora": dora, "lora_dropout": 0.1})
+    model(**token_batch()).loss.backward()
+    ranks.layers.gates.values.mul_(0.7)
+    before = logits(model)
+    assert fused_layers(ranks.layers) == 14
+    assert torch.equal(logits(copy.deepcopy(model)), before)
+    model.save_pretrained(tmp_path)
+    again = adapted(tiny_llama(), use_dora=dora)
+    again.load_adapter(str(tmp_path), "default")
+    torch.testing.assert_close(logits(again), before, rtol=1e-5, atol=1e-6)
+    ranks.detach()
+    assert fused_layers(ranks.layers) == 0
+
+
+def test_a_fused_layer_can_be_pickled() -> None:
+    model, _, ranks = llama_run(lorank.StaticLoRA())
+    model(**token_batch()).loss.backward()
+    layer = next(iter(ranks.layers.values())).module
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    x = torch.randn(2, 3, 32)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), layer(x))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_merging_while_fused(dora: bool) -> None:
+    model, *_ = llama_run(lorank.StaticLoRA(), lora={"use_dora": dora})
+    before = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model.merge_and_unload()), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("end", ["finish", "detach"])
+def test_the_end_leaves_stock_layers(end: str) -> None:
+    model, _, ranks = llama_run(lorank.StaticLoRA())
+    assert fused_layers(ranks.layers) == 14
+    before = logits(model)
+    getattr(ranks, end)()
+    assert not any(layer.module.lora_variant for layer in ranks.layers.values())
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_accumulation_and_checkpointing_and_autocast_as_the_plain_run() -> None:
+    def losses(fused: bool) -> list[float]:
+        model, optimizer, ranks = llama_run(lorank.ALoRA(k1=2, k2=2, rounds=2, unit="steps"), fused=fused)
+        model.enable_input_require_grads()
+        model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+        found = []
+        while ranks.step < 6:
+            for part in range(2):
+                with torch.autocast("cpu", torch.bfloat16, enabled=ranks.step % 2 == 1):
+                    loss = model(**token_batch(seed=2 * ranks.step + part)).loss
+                loss.backward()
+                found.append(loss.item())
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return found
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-2)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    logging.getLogger("lorank").addHandler(caplog.handler)
+    yield caplog
+    logging.getLogger("lorank").removeHandler(caplog.handler)
+
+
+def test_what_cannot_be_fused_is_said(said: pytest.LogCaptureFixture) -> None:
+    _, _, ranks = llama_run(lorank.StaticLoRA(), model=adapted(tiny_bert(), lora_bias=True))
+    assert fused_layers(ranks.layers) == 0
+    assert f"serves 0 of {len(ranks.layers)} modules" in said.text
+    assert f"{len(ranks.layers)} for lora_bias" in said.text
+
+
+def test_an_embedding_has_no_product_to_fuse_and_nothing_is_said(said: pytest.LogCaptureFixture) -> None:
+    model, _, ranks = llama_run(lorank.StaticLoRA(), lora={"target_modules": ["q_proj", "embed_tokens"]})
+    model(**token_batch()).loss.backward()
+    assert fused_layers(ranks.layers) == 2
+    assert "fused" not in said.text
+
+
+def test_other_layers_are_fused_beside_one_that_cannot_be(said: pytest.LogCaptureFixture) -> None:
+    model = adapted(tiny_llama(), use_dora=True)
+    layers = lorank.find_layers(model)
+    first, second, third, *_ = layers.values()
+    first.module.get_base_layer().weight.data = first.module.get_base_layer().weight.data.bfloat16()
+    second.module.lora_dropout["default"] = torch.nn.AlphaDropout(0.1)
+    third.module.get_base_layer().register_full_backward_hook(lambda *_: None)
+    _, _, ranks = llama_run(lorank.StaticLoRA(), model=model)
+    assert "serves 11 of 14" in said.text
+    assert "2 for DoRA on a base layer that is" in said.text
+    assert "1 for a dropout of another kind (AlphaDropout)" in said.text
+    assert fused_layers(ranks.layers) == 11
+
+
+def test_a_compiled_model_keeps_pefts_forward(said: pytest.LogCaptureFixture) -> None:
+    model = adapted(tiny_llama())
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="eager")
+    _, _, ranks = llama_run(lorank.StaticLoRA(), model=compiled)
+    assert fused_layers(ranks.layers) == 0
+    assert "14 for torch.compile" in said.text
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_trainer_fuses_while_it_trains(fused: bool, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Watch(lorank.RankCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            super().on_step_end(*args, **kwargs)
+            assert self.ranks is not None
+            seen.append(fused_layers(self.ranks.layers))
+
+    rows = [{key: value[0] for key, value in token_batch(1, seed=i).items()} for i in range(8)]
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True)
+    callback = Watch(lorank.StaticLoRA(), fused=fused)
+    trainer = Trainer(adapted(tiny_llama()), arguments, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    assert callback.ranks is not None
+    assert seen == [14 if fused else 0, 14 if fused else 0, 0]  # the run ends with its last step
+    assert not any(layer.module.lora_variant for layer in callback.ranks.layers.values())
+
+
+def test_a_resumed_run_is_fused_until_it_ends() -> None:
+    _, optimizer, ranks = llama_run(lorank.StaticLoRA())
+    state = optimizer.state_dict()
+    ranks.finish()
+    finished = optimizer.state_dict()
+    _, optimizer, ranks = llama_run(lorank.StaticLoRA())
+    optimizer.load_state_dict(finished)
+    assert fused_layers(ranks.layers) == 0
+    optimizer.load_state_dict(state)
+    assert fused_layers(ranks.layers) == 14
