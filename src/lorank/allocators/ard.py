@@ -13,10 +13,11 @@ Stored are the ranks whose mask exceeds ε, and at least r; they move at most ev
 groups where that number has been another one for ``hold`` steps. A rank that enters has B = 0. ∂L/∂α follows from the
 gates' gradients in closed form, as does the penalty's gradient, so that the loss that a loop reports is the task's own.
 α has an Adam of its own; its learning rate follows the schedule of the user's optimiser (ranks settle as weights do).
-The last resize rounds: r as above, of what is there; where a budget is named and r exceeds it, the ranks with the
-lowest r0·α − i go until it fits. It comes after the last step, or after the part ``settle`` of the run: then α and the
-masks stand still, and the weights of the ranks that stay have the rest of the run to make up for those that went. In
-the end the masks are folded into B, and the heads of a module become one plain LoRA.
+The last resize rounds: r as above, of what is there; where a budget is named, of what is there the ranks with the
+highest r0·α − i stay, as many as fit: rounded one by one, groups would leave a part of it unused. It comes after the
+last step, or after the part ``settle`` of the run: then α and the masks stand still, and the weights of the ranks that
+stay have the rest of the run to make up for those that went. In the end the masks are folded into B, and the heads of a
+module become one plain LoRA.
 """
 
 from __future__ import annotations
@@ -264,10 +265,11 @@ class ARDLoRA(Allocator):
         """The last resize. Of ranks that were rounded before it changes nothing."""
         effective = state["r0"] * state["alpha"]
         # A rank that was never trained is not worth storing, so at most what is there.
-        ranks = torch.minimum(rounded_ranks(effective, self.min_rank, state["caps"]), state["counts"]).cpu()
         limits = self.limits(context.layers, context.run)
-        if limits is not None:
-            ranks = within(limits, context.layers, ranks, effective.cpu(), self.min_rank)
+        if limits is None:
+            ranks = torch.minimum(rounded_ranks(effective, self.min_rank, state["caps"]), state["counts"]).cpu()
+        else:
+            ranks = within(limits, context.layers, state["counts"].cpu(), effective.cpu(), self.min_rank)
         ranks = not_none(ranks, effective.cpu())
         return self._allocation(context, state, plan_for_groups(context.layers, ranks), ranks, {"final": True})
 

@@ -31,13 +31,13 @@ def not_none(ranks: Tensor, effective: Tensor) -> Tensor:
 
 
 def within(limits: Limits, layers: AdapterLayers, ranks: Tensor, effective: Tensor, min_rank: int) -> Tensor:
-    """``ranks`` where they fit a budget, else the best of them that do: by r0·α − i, highest first.
+    """All ``ranks`` where they fit a budget, else the best of them that do: by r0·α − i, highest first.
 
     A rank's score falls with its position in its group, and all ranks of a module cost the same, so that what a group
     keeps are its first ranks, and at least ``min_rank`` of them.
 
     Args:
-        ranks: r of every group, (G,).
+        ranks: those that there are, of every group, (G,).
         effective: r0·α of every group, (G,).
     """
     sizes = group_sizes(layers)
