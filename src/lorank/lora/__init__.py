@@ -12,12 +12,14 @@ from lorank.lora.opening import open_adapter, read_adapter_config
 from lorank.lora.optimizer_state import check_state, regrow, unwrap
 from lorank.lora.per_head import HeadGroups
 from lorank.lora.plan import LayerPlan, Plan, plan_for_heads, taken
+from lorank.lora.quantised import HeldBase, hold_base
 from lorank.lora.resize import resize_
 
 __all__ = [
     "AdapterLayer",
     "AdapterLayers",
     "HeadGroups",
+    "HeldBase",
     "LayerPlan",
     "LearnedGates",
     "Plan",
@@ -30,6 +32,7 @@ __all__ = [
     "follow_loaded_ranks",
     "fuse_",
     "head_groups",
+    "hold_base",
     "is_compiled",
     "open_adapter",
     "plan_for_heads",

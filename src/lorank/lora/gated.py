@@ -18,6 +18,7 @@ from lorank.errors import AdapterError
 from lorank.lora import dora
 from lorank.lora.fused_layer import FusedLora
 from lorank.lora.head_lora import HeadLora
+from lorank.lora.quantised import guard_merge
 
 
 def expand_gate(gate: Tensor, z: Tensor) -> Tensor:
@@ -77,21 +78,26 @@ class GatedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         return result + update
 
     @staticmethod
-    def _refuse() -> AdapterError:
+    def refusal() -> AdapterError:
+        """Why merging cannot be."""
         return AdapterError("the adapter has gates, which merging would not see: call lorank.lora.fold_gates_ first")
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise self._refuse()
+        raise self.refusal()
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        raise self._refuse()
+        raise self.refusal()
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise self._refuse()
+        raise self.refusal()
 
 
 def show_plain(module: LoraLayer) -> None:
-    """From now on the module's state dict shows plain LoRA, whoever asks for it (``save_pretrained``, the Trainer)."""
+    """From now on the module's state dict shows plain LoRA, whoever asks for it (``save_pretrained``, the Trainer).
+
+    And merging it, which a gate or heads refuse, is refused where PEFT would not ask them.
+    """
+    guard_merge(module)
     if _plain not in module._state_dict_hooks.values():
         module.register_state_dict_post_hook(_plain)
 

@@ -66,20 +66,21 @@ class HeadLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         return compact_A(A, self.groups, self.ranks), compact_B(B, self.groups, self.ranks)
 
     @staticmethod
-    def _refuse() -> AdapterError:
+    def refusal() -> AdapterError:
+        """Why merging cannot be."""
         return AdapterError(
             "the adapter is in per-head form, which merging cannot see: end the run first (ranks.finish()), or save "
             "the adapter and merge what is loaded from the file"
         )
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise self._refuse()
+        raise self.refusal()
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        raise self._refuse()
+        raise self.refusal()
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise self._refuse()
+        raise self.refusal()
 
 
 def _is_ours(module: LoraLayer) -> bool:

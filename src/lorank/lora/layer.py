@@ -23,20 +23,7 @@ from lorank.lora.gated import GatedLora, show_plain
 from lorank.lora.gates import LearnedGates
 from lorank.lora.head_lora import HeadLora
 from lorank.lora.per_head import HeadGroups
-
-# Classes whose forward hands a LoraVariant its turn, so that a gate is seen. The others (AWQ, AQLM, EETQ, INC) ignore
-# variants silently: a gate on them would change nothing, and every score would be zero.
-SUPPORTED = frozenset(
-    {
-        "Linear",
-        "Embedding",
-        "Linear8bitLt",
-        "Linear4bit",
-        "GPTQLoraLinear",
-        "HqqLoraLinear",
-        "TorchaoLoraLinear",
-    }
-)
+from lorank.lora.quantised import check_base
 
 
 class AdapterLayer:
@@ -250,7 +237,8 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
 
     Raises:
         AdapterError: no LoRA layer there, no such adapter, several adapters active, an adapter that is merged, a
-            layer whose forward ignores gates, a LoRA variant such as DoRA, or weights tied between two LoRA layers.
+            layer whose forward ignores gates or whose base passes no gradient on, another variant with a forward, or
+            weights tied between two LoRA layers.
     """
     configs: Mapping[str, Any] | None = getattr(model, "peft_config", None)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
@@ -314,14 +302,7 @@ def _active_adapters(model: nn.Module) -> list[str]:
 
 
 def _check_layer(name: str, module: LoraLayer, adapter: str) -> None:
-    kind = type(module).__name__
-    if kind not in SUPPORTED:
-        raise AdapterError(
-            f"{name} is a {kind}, whose ranks cannot be gated or resized. "
-            f"Supported: {', '.join(sorted(SUPPORTED))}. "
-            "Leave the module out with LoraConfig(exclude_modules=…), or load the base model unquantised or with "
-            "bitsandbytes, GPTQ or HQQ"
-        )
+    check_base(name, module)
     if module.merged:
         raise AdapterError(f"{name}: adapter {adapter!r} is merged into the base weights. Call model.unmerge_adapter()")
     variant = module.lora_variant.get(adapter)

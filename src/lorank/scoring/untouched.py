@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorank.lora.layer import AdapterLayers
+from lorank.lora.quantised import HeldBase
 
 _ABSENT = object()
 
@@ -30,9 +31,7 @@ def untouched(model: nn.Module, layers: AdapterLayers) -> Iterator[None]:
     forwards = [module.__dict__.get("forward", _ABSENT) for module in modules]
     compiled = [module for module in modules if getattr(module, "_compiled_call_impl", None) is not None]
     calls = [module._compiled_call_impl for module in compiled]
-    # bitsandbytes repacks 4-bit weights for the CPU in its first forward in evaluation mode; a repacked weight gives no
-    # gradient to what lies before it when training goes on.
-    packing = [module for module in modules if getattr(module, "support_avx512bf16_for_cpu", False) is True]
+    held = HeldBase(model)
     gates: list[Tensor | None] = [layer.gate for layer in layers.values()]
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch
     gpus = list(range(torch.cuda.device_count())) if in_use else []
@@ -43,8 +42,6 @@ def untouched(model: nn.Module, layers: AdapterLayers) -> Iterator[None]:
                 module.training = False
             for module in compiled:
                 module._compiled_call_impl = None
-            for module in packing:
-                module.__dict__["support_avx512bf16_for_cpu"] = False
             yield
     finally:
         for module, mode, forward in zip(modules, training, forwards, strict=True):
@@ -55,8 +52,7 @@ def untouched(model: nn.Module, layers: AdapterLayers) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
         for module, call in zip(compiled, calls, strict=True):
             module._compiled_call_impl = call
-        for module in packing:
-            module.__dict__["support_avx512bf16_for_cpu"] = True
+        held.remove()
         for layer, gate in zip(layers.values(), gates, strict=True):
             layer.gate = gate
         torch.clear_autocast_cache()

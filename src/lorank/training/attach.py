@@ -28,6 +28,7 @@ from lorank.lora import (
     find_layers,
     fold_gates_,
     follow_loaded_ranks,
+    hold_base,
     resize_,
     take_form_,
     taken,
@@ -154,6 +155,7 @@ class Ranks:
         self._foreign = False  # weights were loaded that the state knows nothing about
         self._fusing = Fusing(layers, outer if outer is not None else layers.model, wanted=fused, compiled=compiled)
         check_run(layers, self.optimizer, self.run)
+        base = hold_base(layers.model)
         self._together = Together(layers, outer if outer is not None else layers.model, self.optimizer)
         self._together.check_start(allocator, self.run, validation_batch)
         check_batch(layers, allocator, validation_batch, loss_fn)
@@ -178,12 +180,13 @@ class Ranks:
         self._together.check_state(self.step, self.state)
         if saved is None:
             self._fusing.follow(self._finished)
-        self._handles = [
+        self._handles: list[Any] = [  # each has remove()
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
             self.optimizer.register_state_dict_post_hook(self._put_state),
             self.optimizer.register_load_state_dict_post_hook(lambda _: self._absorb_loaded_state()),
             follow_loaded_ranks(layers, self.optimizer, self._note_foreign_weights),
+            base,
         ]
 
     def detach(self) -> None:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorank.allocators import Allocator, Run
 from lorank.errors import ResumeError, ScheduleError, ValidationBatchError
-from lorank.lora import AdapterLayers, find_layers, follow_loaded_ranks, unwrap
+from lorank.lora import AdapterLayers, find_layers, follow_loaded_ranks, hold_base, unwrap
 from lorank.training.attach import STATE_KEY, Ranks
 from lorank.training.checks import LossFn
 from lorank.training.distributed import is_first_process
@@ -160,6 +160,7 @@ class RankCallback(TrainerCallback):
             if self._following is not None:
                 self._following.remove()
             self._layers = find_layers(model, self._adapter)
+            hold_base(model)  # for good: the Trainer may evaluate before, between and after its runs
             self._initial_ranks = self._layers.ranks
             self._following = follow_loaded_ranks(self._layers)
         return self._layers
