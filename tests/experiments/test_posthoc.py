@@ -199,7 +199,7 @@ def test_the_adapter_itself_is_never_overwritten(adapter: Path, texts: Path) -> 
         (["--budget", "3 apples"], "'3 apples': expected"),
         (["--budget", "1 params"], "is less than the 48 parameters that 6 modules need"),
         ([], "name a budget: --budget 50%"),
-        (["--budget", "50%", "--by", "magic"], "--by 'magic': expected one of ablation, sensitivity"),
+        (["--budget", "50%", "--by", "magic"], "--by 'magic': expected one of ablation, first_order, sensitivity"),
         (["--budget", "50%", "task.blok_size=3"], "did you mean task.block_size"),
         (["--budget", "50%", "--model", "./nowhere"], "'./nowhere' cannot be loaded"),
     ],
