@@ -1,4 +1,4 @@
-"""The transformers Trainer, and TRL's: a thin adapter over :mod:`lorank.training.attach`."""
+"""The transformers Trainer, and TRL's: a thin adapter over :mod:`lorank.training.ranks`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorank.allocators import Allocator, Run
 from lorank.errors import ResumeError, ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, find_layers, follow_loaded_ranks, hold_base, unwrap
-from lorank.training.attach import STATE_KEY, Ranks
 from lorank.training.checks import LossFn
 from lorank.training.distributed import is_first_process
 from lorank.training.history import RankHistory
 from lorank.training.progress import Report
+from lorank.training.ranks import STATE_KEY, Ranks
 
 logger = logging.getLogger("lorank")
 
@@ -52,7 +52,7 @@ class RankCallback(TrainerCallback):
         fused: see :func:`lorank.attach`.
 
     Attributes:
-        ranks: the running :class:`~lorank.training.attach.Ranks`, from the beginning of training on.
+        ranks: the running :class:`~lorank.training.ranks.Ranks`, from the beginning of training on.
     """
 
     def __init__(

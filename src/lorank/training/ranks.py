@@ -1,0 +1,277 @@
+"""A run's ranks while it trains.
+
+PyTorch's own step hooks do the work, so that allocation cannot be forgotten:
+
+    forward → backward → [before step: observe] → step → [after step: project; due? allocate → resize → history]
+
+What a run needs to go on exactly where it stopped travels inside the optimiser's ``state_dict`` (under a key of its
+own in the first parameter group): who saves and loads their optimiser has saved and loaded the ranks' state too.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorank.allocators import Allocation, Allocator, Context, Run
+from lorank.lora import (
+    AdapterLayers,
+    compact_,
+    expand_,
+    fold_gates_,
+    follow_loaded_ranks,
+    hold_base,
+    resize_,
+    take_form_,
+    taken,
+    unwrap,
+)
+from lorank.training.checks import VERSION, LossFn, check_batch, check_optimizer_state, check_resumable, check_run
+from lorank.training.cutting import cut_
+from lorank.training.fate import Fate
+from lorank.training.fusing import Fusing
+from lorank.training.history import RankHistory, Record
+from lorank.training.progress import Report, scoring_progress
+from lorank.training.recording import learning_rates, record_of, tell
+from lorank.training.saved_form import layers_state, load_gated_state, saved_heads, take_ranks_
+from lorank.training.together import Together
+
+STATE_KEY = "lorank"
+
+
+class Ranks:
+    """A run's ranks while it trains; made by :func:`~lorank.training.attach.attach`.
+
+    Attributes:
+        layers: the LoRA layers.
+        step: optimiser steps done.
+        history: what was allocated, a :class:`~lorank.training.history.Record` each.
+        limits: what the ranks fit at the end of the run, or None.
+    """
+
+    def __init__(
+        self,
+        layers: AdapterLayers,
+        optimizer: torch.optim.Optimizer,
+        allocator: Allocator,
+        run: Run,
+        *,
+        validation_batch: Mapping[str, Any] | None = None,
+        loss_fn: LossFn | None = None,
+        history: RankHistory | None = None,
+        progress: bool | Report | None = None,
+        initial_ranks: Mapping[str, int] | None = None,
+        outer: nn.Module | None = None,
+        fused: bool = True,
+        compiled: bool = False,
+    ) -> None:
+        self.layers = layers
+        self.optimizer = unwrap(optimizer)
+        self.allocator = allocator
+        self.run = replace(run, initial_ranks=dict(initial_ranks or layers.ranks))
+        self.history = history if history is not None else RankHistory()
+        self.step = 0
+        self._validation_batch = validation_batch
+        self._loss_fn = loss_fn
+        self._progress = progress
+        self._finished = False
+        self._foreign = False  # weights were loaded that the state knows nothing about
+        self._fusing = Fusing(layers, outer if outer is not None else layers.model, wanted=fused, compiled=compiled)
+        check_run(layers, self.optimizer, self.run)
+        base = hold_base(layers.model)
+        self._together = Together(layers, outer if outer is not None else layers.model, self.optimizer)
+        self._together.check_start(allocator, self.run, validation_batch)
+        check_batch(layers, allocator, validation_batch, loss_fn)
+        saved = self.optimizer.param_groups[0].get(STATE_KEY)
+        if saved is not None:
+            check_resumable(saved, layers, allocator, self.run)
+            take_form_(layers, saved_heads(saved))
+        elif groups := allocator.heads_of(layers):
+            compact_(layers, groups, self.optimizer, seed=self._seed() - 1)  # other draws than the initial plan's
+        self.limits = allocator.limits(layers, self.run)
+        if saved is None:
+            check_optimizer_state(layers, self.optimizer)
+            resize_(layers, allocator.initial_plan(layers, self.run), self.optimizer, seed=self._seed())
+        # A finished run's weights are final: a method must not begin with them anew.
+        self.state = {} if saved and saved["finished"] else allocator.start(layers, self.run)
+        self._fate = Fate(allocator, self.run)
+        self._end = weakref.finalize(self, self._fate.tell)
+        self._absorb_loaded_state()
+        if saved is None:
+            self.history.begin(self._beginning())
+        self._together.follow()
+        self._together.check_state(self.step, self.state)
+        if saved is None:
+            self._fusing.follow(self._finished)
+        self._handles: list[Any] = [  # each has remove()
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+            self.optimizer.register_state_dict_post_hook(self._put_state),
+            self.optimizer.register_load_state_dict_post_hook(lambda _: self._absorb_loaded_state()),
+            follow_loaded_ranks(layers, self.optimizer, self._note_foreign_weights),
+            base,
+        ]
+
+    def detach(self) -> None:
+        """Ends allocation: every hook is removed. Ranks stay as they are. Says so if no allocation ever happened."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._fusing.end()
+        self._together.close()
+        self._end()
+
+    def finish(self) -> None:
+        """Ends the method: its last decision is carried out, gates are folded into B, the adapter is plain LoRA.
+
+        Happens by itself after the last of ``total_steps``, and at the end of a Trainer's run; a loop that stops
+        before calls it. Where weights were loaded since the last step (the best checkpoint's), those stay, and only
+        what is over the budget is pruned, with a warning.
+        """
+        if self._finished and not self._foreign:
+            return
+        context = self._context()
+        if not self._finished and not self._foreign:
+            allocation = self.allocator.finish(context, self.state)
+            if allocation is not None:
+                self._carry_out(allocation, context, 0.0)
+        fold_gates_(self.layers)
+        expand_(self.layers, self.optimizer)
+        self._fusing.end()
+        self._finished = True
+        if self.limits is not None and not self.limits.fits(self.layers.ranks):
+            before = self.layers.ranks
+            allocation = cut_(self.layers, self.limits, self.optimizer)
+            self.history.append(self._record(allocation, before, 0.0))
+        self._together.follow()
+        self._together.check_state(self.step, self.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume needs besides weights and optimiser. Plain types and tensors.
+
+        The optimiser's own ``state_dict`` carries it too, so most loops never call this.
+        """
+        return {
+            "version": VERSION,
+            "step": self.step,
+            "allocations": self._fate.allocations,
+            "allocator": self.allocator.describe(),
+            "seed": self.run.seed,
+            "finished": self._finished,
+            "initial_ranks": dict(self.run.initial_ranks),
+            **layers_state(self.layers),
+            "state": {name: tensor.detach().clone() for name, tensor in self.state.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where ``state`` was taken: ranks take their shapes, steps their count.
+
+        Load it before or after the model's weights; the optimiser's state must be of the same moment.
+
+        Raises:
+            ResumeError: it is of another method, other settings, another seed, or another adapter.
+        """
+        check_resumable(state, self.layers, self.allocator, self.run)
+        take_form_(self.layers, saved_heads(state))
+        take_ranks_(self.layers, state["ranks"])  # the optimiser brings its own state, already of these shapes
+        check_optimizer_state(self.layers, self.optimizer)
+        load_gated_state(self.layers, state["gated"])
+        self.step = state["step"]
+        self._finished = state["finished"]
+        self._foreign = False
+        self.state = {name: tensor.clone() for name, tensor in state["state"].items()}
+        self._fate.allocations = state["allocations"]
+        self.history.resume(self.step, self._beginning())
+        self._fusing.follow(self._finished)
+        self._together.follow()
+
+    # The optimiser's hooks, in the order in which they run.
+
+    def _before_step(self, *_: Any) -> None:
+        if STATE_KEY in self.optimizer.param_groups[0]:  # an optimiser whose load_state_dict runs no hooks
+            self._absorb_loaded_state()
+        self._together.average_gates()
+        if not self._finished:
+            self.allocator.observe(self._context(), self.state)
+
+    def _after_step(self, *_: Any) -> None:
+        self.step += 1
+        self._foreign = False
+        context = self._context()
+        if not self._finished:
+            self.allocator.project(context, self.state)
+        if self.layers.gates is not None:
+            self.layers.gates.clear_grad()
+        if self.allocator.due(self.step, self.run) and not self._finished:
+            self._allocate(context)
+        if self.step == self.run.total_steps:
+            self.finish()
+            self._end()
+
+    def _put_state(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict["param_groups"][0][STATE_KEY] = self.state_dict()
+
+    def _absorb_loaded_state(self) -> None:
+        state = self.optimizer.param_groups[0].pop(STATE_KEY, None)
+        if state is not None:
+            self.load_state_dict(state)
+        else:
+            check_optimizer_state(self.layers, self.optimizer)
+
+    def _note_foreign_weights(self) -> None:
+        self._foreign = True
+        self._together.follow()  # they may have come with other ranks
+
+    def _allocate(self, context: Context) -> None:
+        began = time.perf_counter()
+        with scoring_progress(
+            f"{type(self.allocator).__name__}, step {self.step}: scoring ranks", self._progress
+        ) as bar:
+            allocation = self.allocator.allocate(replace(context, progress=bar), self.state)
+        self._together.check_decision(self.step, allocation)
+        if allocation is None:
+            return
+        self._carry_out(allocation, context, time.perf_counter() - began)
+
+    def _carry_out(self, allocation: Allocation, context: Context, seconds: float) -> None:
+        began = time.perf_counter()
+        before = self.layers.ranks
+        if allocation.plan:
+            resize_(self.layers, allocation.plan, self.optimizer, seed=self._seed())
+            self.allocator.resized(context, self.state, taken(allocation.plan, before))
+            self._together.follow()
+        self._together.check_state(self.step, self.state)
+        record = self._record(allocation, before, seconds + time.perf_counter() - began)
+        self.history.append(record)
+        self._fate.allocations += 1
+        tell(record)
+
+    def _seed(self) -> int:
+        """Another one for each allocation, so that a rank that returns is not the one that went."""
+        return self.run.seed * 1_000_003 + self.step
+
+    def _context(self) -> Context:
+        lr, peak_lr = learning_rates(self.optimizer)
+        return Context(
+            self.step,
+            self.run,
+            self.layers.model,
+            self.layers,
+            self._validation_batch,
+            self._loss_fn,
+            lr=lr,
+            peak_lr=peak_lr,
+            share=self._together.share,
+        )
+
+    def _beginning(self) -> Record:
+        return self._record(Allocation({}, details={"begins": True}), {}, 0.0)
+
+    def _record(self, allocation: Allocation, before: Mapping[str, int], seconds: float) -> Record:
+        return record_of(self.step, self.allocator, self.layers, allocation, before, seconds)
