@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import lorank
 from lorank.allocators import AdaLoRA
-from lorank.errors import ResumeError, ScheduleError, ValidationBatchError
+from lorank.errors import ResumeError, ValidationBatchError
 from tests.elsewhere import Case, reload
 from tests.models import adapted, tiny_bert, tiny_llama, token_batch
 from tests.training.trainer_run import make_trainer, rows
@@ -105,13 +105,6 @@ def test_the_best_checkpoint_is_one_within_the_budget(tmp_path: Path) -> None:
     trainer.train()
     assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-8"
     assert lorank.find_layers(trainer.model).total_rank <= started // 2
-
-
-def test_gates_are_refused_under_a_gradient_scaler(tmp_path: Path) -> None:
-    trainer = shrinking_trainer(tmp_path)
-    trainer.args.fp16 = True  # refused by TrainingArguments without a GPU, so set afterwards
-    with pytest.raises(ScheduleError, match="bf16=True"):
-        trainer.train()
 
 
 def test_weights_over_the_budget_that_come_back_at_the_end_are_cut_and_it_is_said(

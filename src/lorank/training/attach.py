@@ -33,6 +33,7 @@ def attach(
     history_path: str | Path | None = None,
     progress: bool | Report | None = None,
     fused: bool = True,
+    grad_scaler: Any = None,
 ) -> Ranks:
     """Lets ``allocator`` move the ranks of ``model``'s LoRA layers whenever ``optimizer`` steps.
 
@@ -62,6 +63,8 @@ def attach(
         fused: whether layers compute by lorank's own functions until the run ends, which are faster and keep less for
             the backward pass (docs/performance.md). Same values up to rounding; with ``lora_dropout`` on a CPU,
             modules that see the same input share a draw. False: PEFT's forward.
+        grad_scaler: the ``torch.amp.GradScaler`` of a float16 loop, which methods with learned gates need to know;
+            accelerate's optimiser brings it along. Steps that it skips count for nothing.
 
     Returns:
         The running object: ``ranks.history``, ``ranks.layers``, ``ranks.step``, ``ranks.detach()``. If the optimiser
@@ -83,4 +86,5 @@ def attach(
         progress=progress if is_first_process() else False,
         outer=model,
         fused=fused,
+        grad_scaler=grad_scaler,
     )

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorank.allocators import Allocator, Run
-from lorank.errors import ResumeError, ScheduleError, ValidationBatchError
+from lorank.errors import ResumeError, ValidationBatchError
 from lorank.lora import AdapterLayers, find_layers, follow_loaded_ranks, hold_base, unwrap
 from lorank.training.checks import LossFn
 from lorank.training.distributed import is_first_process
@@ -128,12 +128,6 @@ class RankCallback(TrainerCallback):
             fused=self._fused,
             compiled=bool(args.torch_compile),
         )
-        if args.fp16 and self.ranks.layers.gates is not None:
-            self.ranks.detach()
-            raise ScheduleError(
-                f"{type(self.allocator).__name__} learns gates, and fp16's gradient scaler would leave their gradients "
-                "scaled. Train with bf16=True, or without mixed precision"
-            )
         limits = self.ranks.limits
         self._within_budget = limits is not None and limits.fits(self.ranks.layers.ranks)
 

@@ -40,6 +40,7 @@ from lorank.training.history import RankHistory, Record
 from lorank.training.progress import Report, scoring_progress
 from lorank.training.recording import learning_rates, record_of, tell
 from lorank.training.saved_form import layers_state, load_gated_state, saved_heads, take_ranks_
+from lorank.training.scaling import LossScaling
 from lorank.training.together import Together
 
 STATE_KEY = "lorank"
@@ -70,6 +71,7 @@ class Ranks:
         outer: nn.Module | None = None,
         fused: bool = True,
         compiled: bool = False,
+        grad_scaler: Any = None,
     ) -> None:
         self.layers = layers
         self.optimizer = unwrap(optimizer)
@@ -107,6 +109,8 @@ class Ranks:
             self.history.begin(self._beginning())
         self._together.follow()
         self._together.check_state(self.step, self.state)
+        self._scaling = LossScaling(layers, optimizer, grad_scaler)
+        self._stepping = True  # false in a step that the gradient scaler skips
         if saved is None:
             self._fusing.follow(self._finished)
         self._handles: list[Any] = [  # each has remove()
@@ -124,6 +128,7 @@ class Ranks:
             handle.remove()
         self._handles = []
         self._fusing.end()
+        self._scaling.close()
         self._together.close()
         self._end()
 
@@ -196,18 +201,23 @@ class Ranks:
     def _before_step(self, *_: Any) -> None:
         if STATE_KEY in self.optimizer.param_groups[0]:  # an optimiser whose load_state_dict runs no hooks
             self._absorb_loaded_state()
+        self._stepping = self._scaling.settle_(self.optimizer)
+        if not self._stepping:
+            return
         self._together.average_gates()
         if not self._finished:
             self.allocator.observe(self._context(), self.state)
 
     def _after_step(self, *_: Any) -> None:
+        if not self._stepping:
+            self._scaling.stepped()
+            return
         self.step += 1
         self._foreign = False
         context = self._context()
         if not self._finished:
             self.allocator.project(context, self.state)
-        if self.layers.gates is not None:
-            self.layers.gates.clear_grad()
+        self._scaling.stepped()
         if self.allocator.due(self.step, self.run) and not self._finished:
             self._allocate(context)
         if self.step == self.run.total_steps:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorank.lora import AdapterLayers
+from lorank.lora import AdapterLayers, LearnedGates
 
 logger = logging.getLogger("lorank")
 
@@ -75,10 +75,13 @@ class LossScaling:
                 "scale stays in the gradients of the gates that this method learns: attach(…, grad_scaler=scaler)"
             )
         self._forwards += 1
-        if self._forwards > 1 and all(_is_clear(p) for layer in self._layers.values() for p in (layer.A, layer.B)):
+        if self._forwards > 1 and self._thrown_away(gates):
             gates.clear_grad()
 
-
-def _is_clear(parameter: nn.Parameter) -> bool:
-    """Whether a gradient has been set to None, or to zero."""
-    return parameter.grad is None or not bool(parameter.grad.any())
+    def _thrown_away(self, gates: LearnedGates) -> bool:
+        """Whether the gradients of A and B have been set to None, or to zero, since they were computed."""
+        grads = [p.grad for layer in self._layers.values() for p in (layer.A, layer.B) if p.grad is not None]
+        if any(bool(grad.any()) for grad in grads):
+            return False
+        # Beneath gates that are all zero (AdaLoRA begins so) a gradient is zero by itself.
+        return not grads or bool(gates.values.any()) or not bool(gates.grad.isfinite().all())
