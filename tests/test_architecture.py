@@ -16,13 +16,14 @@ CONFIGURATION = {"config", "config_errors", "config_yaml"}
 # Each room may import itself and the rooms named here.
 ALLOWED = {
     "errors": set(),
-    "lora": {"errors"},
+    "files": {"errors"},
+    "lora": {"errors", "files"},
     "scoring": {"errors", "lora"},
     "allocators": {"errors", "lora", "scoring"},
-    "training": {"errors", "lora", "scoring", "allocators"},
+    "training": {"errors", "files", "lora", "scoring", "allocators"},
     "tasks": {"errors"},
-    "report": {"errors", "training"},
-    "experiments": {"errors", "lora", "scoring", "allocators", "training", "tasks", "report", *CONFIGURATION},
+    "report": {"errors", "files", "training"},
+    "experiments": {"errors", "files", "lora", "scoring", "allocators", "training", "tasks", "report", *CONFIGURATION},
 }
 
 

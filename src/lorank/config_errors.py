@@ -29,6 +29,9 @@ OTHER_NAMES = {
 """What transformers and PEFT call a key: named in the message, never accepted in its place."""
 
 
+MAX_LINES, MAX_LINE = 40, 400
+
+
 class ConfigError(LorankError):
     """A configuration cannot be read, or has unknown keys or wrong values; the message lists all of them."""
 
@@ -36,9 +39,15 @@ class ConfigError(LorankError):
 def explain(error: ValidationError, root: type[BaseModel], source: str) -> str:
     """One line per mistake, in the order of the file."""
     # `input` is shown where it helps; pydantic's links to its own documentation never do
-    lines = [_line(detail, root) for detail in error.errors(include_url=False)]
-    count = f"{len(lines)} error{'s' if len(lines) > 1 else ''}"
+    details = error.errors(include_url=False)
+    lines = [_short(_line(detail, root)) for detail in details[:MAX_LINES]]
+    lines += ["…"] if len(details) > MAX_LINES else []
+    count = f"{len(details)} error{'s' if len(details) > 1 else ''}"
     return f"{source}: {count}\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE - 60]} … {text[-40:]}"
 
 
 def _line(detail: Any, root: type[BaseModel]) -> str:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,9 @@ from lorank.experiments import folder
 from lorank.experiments.errors import RunFolderError
 from lorank.experiments.run import RunResult, train
 from lorank.tasks.settings import Settings
+
+MAX_RUNS = 10_000
+MAX_MESSAGE = 10_000
 
 
 class SweepFile(Settings):
@@ -114,6 +119,9 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, l
     base = dict(sweep.base) if isinstance(sweep.base, dict) else read_yaml(_base_file(sweep.base, path))
     base = apply_overrides({"output_dir": sweep.output_dir, **base}, [text for text in overrides if text not in own])
     out = Path(sweep.output_dir)
+    count = math.prod([len(sweep.variants), *map(len, sweep.grid.values()), max(1, len(sweep.seeds))])
+    if count > MAX_RUNS:
+        raise ConfigError(f"{path}: variants × grid × seeds are {count:,} runs; at most {MAX_RUNS:,} fit one sweep")
     runs, wrong, folders = [], [], set()
     for (variant, changes), combination in itertools.product(
         sweep.variants.items(), itertools.product(*sweep.grid.values())
@@ -135,7 +143,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, l
             folders.add(place)
             runs.append(SweepRun(settings, run.model_copy(update={"output_dir": str(place)})))
     if wrong:
-        raise ConfigError(f"{path}:\n" + "\n".join(dict.fromkeys(wrong)))
+        told = "\n".join(dict.fromkeys(wrong))
+        raise ConfigError(f"{path}:\n{told[:MAX_MESSAGE]}{' …' if len(told) > MAX_MESSAGE else ''}")
     return out, runs
 
 
@@ -214,11 +223,14 @@ def _check_keys(sweep: SweepFile, path: Path) -> None:
 
 
 def _base_file(base: str, sweep: Path) -> Path:
-    choices = [Path(base).expanduser(), sweep.parent / base]
+    choices = [Path(os.path.expanduser(base)), sweep.parent / base]
     for choice in choices:
-        if choice.is_file():
+        if os.path.isfile(choice):  # unlike Path.is_file, also for names that no system takes
             return choice
-    raise ConfigError(f"{sweep}: base {base!r} is neither {choices[0].absolute()} nor {choices[1].absolute()}")
+    raise ConfigError(
+        f"{sweep}: base {base[:200]!r} is neither {str(choices[0].absolute())[:300]} nor "
+        f"{str(choices[1].absolute())[:300]}"
+    )
 
 
 def _as_yaml(value: Any) -> str:

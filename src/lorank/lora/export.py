@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 
 from lorank.errors import AdapterError
+from lorank.files import WriteError, replacing_folder
+from lorank.lora.adapter_files import CONFIG
 from lorank.lora.gated import folded
 from lorank.lora.layer import AdapterLayers
 
@@ -28,8 +29,8 @@ def fold_gates_(layers: AdapterLayers) -> None:
 def save_adapter(layers: AdapterLayers, directory: str | Path) -> Path:
     """Saves a plain PEFT adapter that loads without lorank: same function, gates folded, no module at rank 0.
 
-    Written beside the destination under a temporary name and renamed, so that a reader never sees half of it. The live
-    model keeps its gates.
+    Written beside the destination under a temporary name, brought to the disk and renamed, so that a reader never
+    sees half of it, whenever the process or the machine stops (:mod:`lorank.files`). The live model keeps its gates.
 
     Args:
         layers: all LoRA layers of the adapter.
@@ -37,20 +38,23 @@ def save_adapter(layers: AdapterLayers, directory: str | Path) -> Path:
 
     Raises:
         AdapterError: ``directory`` is a file, or holds something that is not an adapter.
+        WriteError: no space, no permission; an adapter that was there before still is.
     """
-    target = Path(directory)
+    target, name = Path(directory), layers.adapter
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or _holds_adapter(target))):
         raise AdapterError(f"{target} exists and is not an adapter's folder: name a new folder, or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        layers.model.save_pretrained(str(scratch / "new"), **_only(layers))  # type: ignore[operator]  # PEFT
-        named = scratch / "new" / layers.adapter  # where PEFT puts any adapter but the one called "default"
-        if target.exists():
-            target.rename(scratch / "old")
-        (named if _holds_adapter(named) else scratch / "new").rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
+        raise AdapterError(f"the adapter is named {name!r}, and PEFT saves it under that name: use one without slashes")
+    with replacing_folder(target) as scratch:
+        try:
+            layers.model.save_pretrained(str(scratch), **_only(layers))  # type: ignore[operator]  # PEFT
+        except SafetensorError as error:  # which is how safetensors says that the disk is full
+            raise WriteError(f"{target} cannot be written: {error}. What was complete before is still there") from error
+        named = scratch / name  # where PEFT puts any adapter but the one called "default"
+        if _holds_adapter(named):
+            for path in named.iterdir():
+                path.rename(scratch / path.name)
+            named.rmdir()
     return target
 
 
@@ -60,7 +64,7 @@ def _only(layers: AdapterLayers) -> dict[str, Any]:
 
 
 def _holds_adapter(directory: Path) -> bool:
-    return (directory / "adapter_config.json").is_file()
+    return (directory / CONFIG).is_file()
 
 
 def wrap(model: nn.Module, **lora_config: Any) -> nn.Module:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict, load_peft_weights
-from safetensors import SafetensorError
 from torch import nn
 
 from lorank.errors import AdapterError
-
-CONFIG = "adapter_config.json"
+from lorank.lora.adapter_files import CONFIG, check_weights, read_config
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -30,14 +27,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         merged = (folder / "config.json").is_file()
         why = "is a whole model; if an adapter was merged into it, its ranks are gone" if merged else "has no " + CONFIG
         raise AdapterError(f"{folder} {why}. Name the folder that model.save_pretrained of the PEFT model wrote")
-    try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}. Save the adapter again") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise AdapterError(f"{path} is of kind {kind!r}, not 'LORA': only LoRA has ranks")
-    return dict(config)
+    return read_config(path)
 
 
 def open_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
@@ -56,13 +46,11 @@ def open_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
         f"The adapter in {folder} does not fit this model. It was trained on "
         f"{config.get('base_model_name_or_path')!r}; give that model"
     )
+    check_weights(Path(folder), config)
     try:
         saved = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise AdapterError(f"the weights in {folder} cannot be read: {_first_line(error)}. Copy it again") from error
-    try:
         model = PeftModel.from_pretrained(base, str(folder))
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever PEFT makes of settings that are right one by one and not together
         raise AdapterError(f"{other}. {_first_line(error)}") from error
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
     # PEFT loads what fits and leaves out the rest, with a warning at most

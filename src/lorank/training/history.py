@@ -1,15 +1,23 @@
-"""What happened to the ranks, one immutable record per allocation, one line of JSON each: the reports' only input."""
+"""What happened to the ranks, one immutable record per allocation, one line of JSON each: the reports' only input.
+
+Each line is on the disk before training goes on. A process that is killed can leave a last line without its end; it is
+not read, and a run that goes on mends it.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorank.errors import LorankError
+from lorank.files import append_text, parse_json, write_text
+from lorank.training.history_values import checked
+
+MAX_LINE = 64_000_000
+"""Bytes in a line that is read; the largest models with thousands of ranks stay far below."""
 
 
 class HistoryError(LorankError):
@@ -61,13 +69,9 @@ class Record:
     def from_json(cls, line: str) -> Record:
         """Raises HistoryError for anything that :meth:`to_json` did not write."""
         try:
-            values = json.loads(line)
-            record = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-            if not (isinstance(record.step, int) and all(isinstance(rank, int) for rank in record.ranks.values())):
-                raise TypeError("step and ranks must be whole numbers")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls(**checked(parse_json(line)))
+        except (ValueError, OverflowError) as error:
             raise HistoryError(f"not a line of a rank history ({error}): {line[:80]!r}") from error
-        return record
 
 
 class RankHistory(Sequence[Record]):
@@ -117,15 +121,12 @@ class RankHistory(Sequence[Record]):
             self.append(fallback)
             return
         self._records = [record for record in read_history(self.path) if record.step <= step]
-        scratch = self.path.with_name(f".{self.path.name}.part")
-        _write(scratch, "".join(f"{record.to_json()}\n" for record in self._records), "w")
-        os.replace(scratch, self.path)
+        write_text(self.path, "".join(f"{record.to_json()}\n" for record in self._records))
 
     def append(self, record: Record) -> None:
         self._records.append(record)
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write(self.path, f"{record.to_json()}\n", "a")
+            append_text(self.path, f"{record.to_json()}\n")
 
 
 def read_history(path: str | Path) -> list[Record]:
@@ -137,12 +138,16 @@ def read_history(path: str | Path) -> list[Record]:
     path = Path(path)
     if not path.is_file():
         raise HistoryError(f"there is no rank history at {path}: name a run's rank_history.jsonl")
-    *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
-    return [Record.from_json(line) for line in lines]
-
-
-def _write(path: Path, text: str, mode: str) -> None:
-    with path.open(mode, encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    records: list[Record] = []
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                if len(line) > MAX_LINE:
+                    raise HistoryError(f"{path}: line {len(records) + 1} has more than {MAX_LINE:,} bytes")
+                if line.endswith(b"\n"):
+                    records.append(Record.from_json(line.decode("utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise HistoryError(f"{path} cannot be read, line {len(records) + 1}: {error}") from error
+    except HistoryError as error:
+        raise HistoryError(f"{path}, line {len(records) + 1}: {error}") from error
+    return records
