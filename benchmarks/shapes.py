@@ -1,11 +1,16 @@
-"""The model shapes that benchmarks share: random weights, heads 64 wide."""
+"""The model shapes that benchmarks share: random weights, heads 64 wide, and one 8-billion Llama for a GPU."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 512
+BERT_MAPS = r".*layer\.\d+\..*(query|key|value|dense)"
+LLAMA_MAPS = r".*layers\..*_proj"
 
 
 def bert(width: int, layers: int) -> nn.Module:
@@ -34,3 +39,44 @@ def llama(width: int, layers: int, *, heads_per_key: int = 1) -> nn.Module:
             intermediate_size=11 * width // 4 // 64 * 64,
         )
     )
+
+
+def llama_8b() -> nn.Module:
+    """The shape of Llama 3.1 8B."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=128_256,
+            hidden_size=4096,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            intermediate_size=14_336,
+            max_position_embeddings=8192,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the batch that it is stepped on.
+
+    Args:
+        make: the model, random weights, on the default device and in the default dtype.
+        targets: the linear maps that are adapted, as PEFT's ``target_modules``.
+        rows, tokens: of the batch.
+    """
+
+    make: Callable[[], nn.Module]
+    targets: str
+    rows: int
+    tokens: int
+
+
+SHAPES = {
+    "tiny": Shape(lambda: llama(128, 2, heads_per_key=2), LLAMA_MAPS, 2, 16),
+    "S": Shape(lambda: bert(384, 6), BERT_MAPS, 16, 128),
+    "M": Shape(lambda: llama(512, 8), LLAMA_MAPS, 8, 128),
+    "L": Shape(lambda: llama(1024, 6), LLAMA_MAPS, 4, 128),
+    "8B": Shape(llama_8b, LLAMA_MAPS, 4, 512),
+}
+"""``tiny`` is for tests of the benchmarks; ``8B`` wants a GPU."""

@@ -1,197 +1,175 @@
-"""Times one training step and counts what it saves for the backward pass:  python benchmarks/step.py [--help]
+"""Times one training step of every method and counts its memory:  python -m benchmarks.step [--help]
 
     floor        the frozen model with one trainable bias at its input: the least that any adapter must pay
-    LoRA, DoRA   PEFT's own
-    fused …      lorank's forward on the same layers, same parameters
-    … oneDNN     the same, frozen products by oneDNN too (where it is the faster library: lorank.lora.products)
+    PEFT …       PEFT's LoRA and DoRA; its AdaLoRA with update_and_allocate in every step
+    the others   lorank's methods by the public lorank.attach, with its defaults
 
-Models are made from configuration with random weights, every linear map but the head adapted. Everything runs in one
-process, interleaved: each repetition steps every contender once, and a ratio is the median over repetitions of the
-quotient by the reference in the same repetition. A step is forward, backward, AdamW. Saved bytes are those of all
-distinct storages that autograd keeps between forward and backward, parameters left out.
+Models are made from configuration with random weights, every linear map but the head adapted, as many ranks (ARD-LoRA:
+about as many parameters) for all. A step is forward, backward, AdamW, and all that a method does between allocations.
+Everything runs in one process, in turns; a ratio is the median over the turns of the quotient within one turn.
+
+    saved        what autograd keeps between forward and backward, parameters left out, MiB
+    peak         the most that is held during a step over what was held before it, MiB
+
+On a GPU the same command takes --device cuda: weights in bf16, CUDA's events, its allocator's peak; there --shapes 8B,
+with --base nf4, is a Llama of 8 billion parameters.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
+import logging
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
-from unittest import mock
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 warnings.simplefilter("ignore")
 
 import torch  # noqa: E402  # after the warnings of the libraries that it imports
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from shapes import VOCABULARY, bert, llama  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
 
-import lorank  # noqa: E402
-from lorank.lora import products  # noqa: E402
-from lorank.lora.dropped import Dropout  # noqa: E402
-from lorank.lora.fused_layer import FusedLora  # noqa: E402
+from benchmarks.contenders import RANK, Base, Contender, contenders  # noqa: E402
+from benchmarks.measuring import Seconds, interleaved, peak_mib, ratio, saved_mib  # noqa: E402
+from benchmarks.shapes import SHAPES  # noqa: E402
 
-RANK = 8
+THEIRS = {"DoRA": "PEFT DoRA", "AdaLoRA": "PEFT AdaLoRA"}
+"""What a method is compared with, where it is not PEFT's LoRA."""
+PLAIN = ("floor", "PEFT LoRA", "PEFT DoRA", "PEFT AdaLoRA")
 
 
-BERT_MAPS = r".*layer\.\d+\..*(query|key|value|dense)"
-LLAMA_MAPS = r".*layers\..*_proj"
-# name → (model, what is adapted, rows × tokens of the batch)
-SHAPES: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int]]] = {
-    "S": (lambda: bert(384, 6), BERT_MAPS, (16, 128)),
-    "M": (lambda: llama(512, 8), LLAMA_MAPS, (8, 128)),
-    "L": (lambda: llama(1024, 6), LLAMA_MAPS, (4, 128)),
-}
+@dataclass
+class Measured:
+    """One shape at one dropout."""
+
+    seconds: Seconds
+    saved: dict[str, float]
+    peak: dict[str, float]
+    parameters: dict[str, int]
+
+    def saved_ratio(self, name: str, reference: str) -> float:
+        return self.saved[name] / self.saved[reference]
 
 
-class Contender:
-    """A model with its optimiser; one call is one step, and returns its seconds."""
-
-    def __init__(self, model: nn.Module, batch: dict[str, Tensor], *, onednn: bool = False) -> None:
-        self.model, self.batch, self.onednn = model, batch, onednn
-        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        self.device = batch["input_ids"].device
-
-    @contextlib.contextmanager
-    def faster_products(self) -> Iterator[None]:
-        usual = mock.patch.object(products, "onednn_linear", return_value=None)
-        with contextlib.nullcontext() if self.onednn else usual:
-            yield
-
-    def __call__(self) -> float:
-        with self.faster_products():
-            self.wait()
-            began = time.perf_counter()
-            self.model(**self.batch).loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.wait()
-            return time.perf_counter() - began
-
-    def wait(self) -> None:
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).synchronize()
-
-    def saved_mib(self) -> float:
-        """Mebibytes that autograd keeps between forward and backward."""
-        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        parameters |= {b.untyped_storage().data_ptr() for b in self.model.buffers()}
-        sizes: dict[int, int] = {}
-        held: list[Tensor] = []  # so that no address is used twice
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                sizes[storage.data_ptr()] = storage.nbytes()
-                held.append(tensor)
-            return tensor
-
-        with self.faster_products(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.model(**self.batch).loss
-        del loss
-        return sum(sizes.values()) / 2**20
-
-
-def add_input_bias(model: nn.Module, width: int) -> None:
-    """The floor's only trainable parameter."""
-    embedding = model.get_input_embeddings()
-    embedding.bias = nn.Parameter(torch.zeros(width, device=embedding.weight.device, dtype=embedding.weight.dtype))
-    embedding.register_forward_hook(lambda module, _, output: output + module.bias)
-
-
-def fuse(model: nn.Module, *, shared: bool, onednn: bool) -> None:
-    layers = lorank.find_layers(model)
-    dropout = Dropout(shared=shared)
-    for layer in layers.values():
-        layer.module.lora_variant["default"] = FusedLora(dropout, layer.module.lora_variant.get("default"))
-        if onednn:
-            products.quicken_(layer.module.get_base_layer())
-
-
-def contenders(shape: str, dropout: float, device: torch.device, shared: bool) -> dict[str, Contender]:
-    make, targets, size = SHAPES[shape]
-    torch.manual_seed(0)
-    base = make().to(device)
-    if device.type != "cpu":
-        base = base.to(torch.bfloat16)
-    for parameter in base.parameters():
-        parameter.requires_grad_(False)
-    ids = torch.randint(3, VOCABULARY, size, device=device)
-    batch = {"input_ids": ids, "labels": ids}
-    memo = {id(parameter): parameter for parameter in base.parameters()}
-
-    def adapted(dora: bool, **fused: bool) -> Contender:
-        config = LoraConfig(
-            r=RANK,
-            lora_alpha=RANK,
-            lora_dropout=dropout,
-            use_dora=dora,
-            target_modules=targets,
-            init_lora_weights=False,
-        )
-        model = get_peft_model(copy.deepcopy(base, dict(memo)), config)
-        if fused:
-            fuse(model, shared=shared, **fused)
-        return Contender(model.train(), batch, onednn=fused.get("onednn", False))
-
-    floor = copy.deepcopy(base, dict(memo))
-    add_input_bias(floor, floor.config.hidden_size)
-    made = {
-        "floor": Contender(floor.train(), batch),
-        "LoRA": adapted(False),
-        "fused LoRA": adapted(False, onednn=False),
-        "DoRA": adapted(True),
-        "fused DoRA": adapted(True, onednn=False),
-    }
-    if device.type == "cpu" and products.onednn_linear() is not None:
-        made["fused LoRA, oneDNN"] = adapted(False, onednn=True)
-        made["fused DoRA, oneDNN"] = adapted(True, onednn=True)
-    return made
-
-
-def measure(runs: dict[str, Contender], repetitions: int) -> dict[str, list[float]]:
+def measure(base: Base, dropout: float, turns: int) -> Measured:
+    runs = contenders(base, dropout)
+    saved = {name: saved_mib(run.model, _forward(run)) for name, run in runs.items()}
     for run in runs.values():
-        run()  # warm-up, and the optimiser's state
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repetitions):
-        for name, run in runs.items():
-            seconds[name].append(run())
-    return seconds
+        run()  # the optimiser's state is made in the first step
+    peak = {name: peak_mib(run, base.device) for name, run in runs.items()}
+    seconds = interleaved(runs, turns, base.device)
+    return Measured(seconds, saved, peak, {name: run.parameters for name, run in runs.items()})
 
 
-def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> float:
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))
+def _forward(run: Contender):
+    return lambda: run.model(**run.batch).loss
 
 
-def main() -> None:
+COLUMNS = "shape, dropout, , ms, / floor, / PEFT LoRA, / PEFT's own, / static, saved, / PEFT's, peak, / PEFT's, trained"
+HEADER = f"| {COLUMNS.replace(', ', ' | ')} |"
+
+
+def line(shape: str, dropout: float, name: str, found: Measured) -> str:
+    peer = THEIRS.get(name, "PEFT LoRA")
+    ours = name not in PLAIN
+    cells = [
+        f"{1000 * statistics.median(found.seconds[name]):.0f}",
+        f"{ratio(found.seconds, name, 'floor'):.3f}",
+        f"{ratio(found.seconds, name, 'PEFT LoRA'):.3f}",
+        f"{ratio(found.seconds, name, peer):.3f}" if name in THEIRS else "",
+        f"{ratio(found.seconds, name, 'static'):.3f}" if ours and name != "DoRA" else "",
+        f"{found.saved[name]:.1f}",
+        f"{found.saved_ratio(name, peer):.2f}" if ours else "",
+        f"{found.peak[name]:.1f}",
+        f"{found.peak[name] / found.peak[peer]:.2f}" if ours else "",
+        f"{found.parameters[name]:,}",
+    ]
+    return f"| {shape} | {dropout:g} | {name} | " + " | ".join(cells) + " |"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What is asked of a ratio.
+
+    Args:
+        what: in words.
+        name, reference: whose ratio.
+        dropout: with dropout, or without.
+        most: the bound.
+        saved: of saved bytes, else of time.
+        largest: on the largest shape only.
+    """
+
+    what: str
+    name: str
+    reference: str
+    dropout: bool
+    most: float
+    saved: bool = False
+    largest: bool = False
+
+
+BARS = (
+    Bar("static / PEFT LoRA", "static", "PEFT LoRA", False, 0.95),
+    Bar("static / PEFT LoRA", "static", "PEFT LoRA", True, 0.92),
+    Bar("static / floor, largest shape", "static", "floor", False, 1.08, largest=True),
+    Bar("DoRA / PEFT DoRA", "DoRA", "PEFT DoRA", False, 0.85),
+    Bar("DoRA / PEFT DoRA", "DoRA", "PEFT DoRA", True, 0.6),
+    Bar("saved: static / PEFT LoRA", "static", "PEFT LoRA", False, 1.0, saved=True),
+    Bar("saved: static / PEFT LoRA", "static", "PEFT LoRA", True, 0.7, saved=True),
+)
+
+
+def verdicts(found: dict[tuple[str, float], Measured]) -> list[str]:
+    """A line per bar: its worst shape counts."""
+    lines = ["| bar | dropout | at most | " + " | ".join(dict.fromkeys(shape for shape, _ in found)) + " | |"]
+    lines.append("|---|---|---|" + "---|" * len({shape for shape, _ in found}) + "---|")
+    largest = [shape for shape in SHAPES if any(shape == seen for seen, _ in found)][-1]
+    for bar in BARS:
+        cells, held = [], []
+        for shape in dict.fromkeys(shape for shape, _ in found):
+            values = [
+                one.saved_ratio(bar.name, bar.reference) if bar.saved else ratio(one.seconds, bar.name, bar.reference)
+                for (seen, dropout), one in found.items()
+                if seen == shape and (dropout > 0) == bar.dropout and (shape == largest or not bar.largest)
+            ]
+            cells.append(f"{max(values):.3f}" if values else "")
+            held += [value <= bar.most + 5e-4 for value in values]
+        if held:
+            verdict = "met" if all(held) else "missed"
+            dropouts = "yes" if bar.dropout else "no"
+            lines.append(f"| {bar.what} | {dropouts} | {bar.most:g} | {' | '.join(cells)} | {verdict} |")
+    return lines
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["S", "M", "L"])
     parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.05])
-    parser.add_argument("--own-masks", action="store_true", help="every module draws its own dropout, as in PEFT")
-    options: Any = parser.parse_args()
+    parser.add_argument("--base", choices=["plain", "nf4"], default="plain", help="4 bits: needs bitsandbytes")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[tuple[str, float], Measured]:
+    options = parse(arguments)
     torch.set_num_threads(options.threads)
-    print(f"{options.device}, {options.threads} thread(s), {options.repetitions} repetitions, rank {RANK}")
-    print("| shape | dropout | | ms | / floor | / PEFT's | saved, MiB |")
-    print("|---|---|---|---|---|---|---|")
+    logging.getLogger("lorank").setLevel(logging.ERROR)  # that nothing is allocated is on purpose
+    dtype = torch.float32 if options.device.type == "cpu" else torch.bfloat16
+    print(
+        f"{options.device}, {options.threads} thread(s), {str(dtype).removeprefix('torch.')}, base {options.base}, "
+        f"{options.turns} turns, rank {RANK}\n\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}"
+    )
+    found: dict[tuple[str, float], Measured] = {}
     for shape in options.shapes:
         for dropout in options.dropouts:
-            runs = contenders(shape, dropout, options.device, not options.own_masks)
-            saved = {name: run.saved_mib() for name, run in runs.items()}
-            seconds = measure(runs, options.repetitions)
-            for name in runs:
-                peft = "DoRA" if "DoRA" in name else "LoRA"
-                print(
-                    f"| {shape} | {dropout} | {name} | {1000 * statistics.median(seconds[name]):.0f} "
-                    f"| {ratio(seconds, name, 'floor'):.3f} | {ratio(seconds, name, peft):.3f} | {saved[name]:.0f} |",
-                    flush=True,
-                )
+            base = Base(SHAPES[shape], options.device, dtype, options.base)
+            one = found[shape, dropout] = measure(base, dropout, options.turns)
+            for name in one.seconds:
+                print(line(shape, dropout, name, one), flush=True)
+    print("\n" + "\n".join(verdicts(found)), flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorank.lora import struck
 from lorank.lora.dora import row_norms as formed_norms
 from lorank.lora.dropped import Dropout, Dropped
 from lorank.lora.fused import fused_lora
@@ -84,7 +85,11 @@ def test_lora_equals_the_plain_formula(shape: Any, p: float, gated: bool, taken:
 @pytest.mark.parametrize(("shape", "p", "gated"), CASES)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("into", [False, True])
-def test_dora_equals_the_plain_formula(shape: Any, p: float, gated: bool, biased: bool, into: bool) -> None:
+@pytest.mark.parametrize("sparse", [False, True])
+def test_dora_equals_the_plain_formula(
+    shape: Any, p: float, gated: bool, biased: bool, into: bool, sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(struck, "DENSEST", 0.5 if sparse else 0.0)
     o = operands(*shape)
     x, A, B, W, magnitude = o["x"], o["A"], o["B"], o["W"], o["magnitude"]
     gate = o["gate"] if gated else None

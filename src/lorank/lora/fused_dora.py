@@ -4,7 +4,8 @@
     y = b + W x + (f − 1) ⊙ W x̃ + f ⊙ ũ         with dropout, x̃ the dropped input: PEFT's DoRA drops it for W too
 
 The norm is a constant in the backward pass. Without dropout the base layer's own output is all that is needed of W.
-With it, W x̃ is a second product with W: exact, and dear.
+With it, W x̃ is a second product with W, of which only the difference to the first is computed where that is cheaper
+(:mod:`lorank.lora.struck`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from lorank.lora.dropped import Dropped
 from lorank.lora.fused import column, input_gradient
 from lorank.lora.products import linear
+from lorank.lora.struck import pattern, pays, product_at, subtract_product_
 
 
 def fused_dora(
@@ -51,9 +53,27 @@ def fused_dora(
     values = None if dropped is None else dropped.x
     places = None if dropped is None else dropped.places
     keep = 1.0 if dropped is None else dropped.keep
+    starts = columns = None
+    if places is not None and pays(1 - keep, x):
+        starts, columns = pattern(places, x.shape[:-1].numel(), x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):  # products in place are not autocast
         output: Tensor = _FusedDora.apply(  # type: ignore[no-untyped-call]  # untyped in torch
-            result.detach(), x, A, B, gate, magnitude, W, bias, norm, values, places, keep, scaling, into
+            result.detach(),
+            x,
+            A,
+            B,
+            gate,
+            magnitude,
+            W,
+            bias,
+            norm,
+            values,
+            places,
+            starts,
+            columns,
+            keep,
+            scaling,
+            into,
         )
     return output
 
@@ -87,6 +107,8 @@ class _FusedDora(torch.autograd.Function):
         norm: Tensor,
         values: Tensor | None,
         places: Tensor | None,
+        starts: Tensor | None,
+        columns: Tensor | None,
         keep: float,
         scaling: float,
         into: bool,
@@ -104,10 +126,28 @@ class _FusedDora(torch.autograd.Function):
             parts = flat.addmm_(scaled.T, B.T)  # W x + b + u
             out = out * factor if bias is None else torch.addcmul(bias - factor * bias, factor, out)
         else:
-            parts = linear(kept, W).addmm_(scaled.T, B.T)  # (1 − p) (W x̃ + ũ)
+            # (1 − p) (W x̃ + ũ)
+            if places is None or starts is None or columns is None:
+                parts = linear(kept, W)
+            else:
+                parts = flat.clone() if bias is None else flat - bias
+                subtract_product_(parts, x.reshape(kept.shape), W, places, starts, columns)
+            parts.addmm_(scaled.T, B.T)
             flat.addmm_(scaled.T, B.T, alpha=1 / keep).addcmul_(parts, (factor - 1) / keep)
         ctx.save_for_backward(
-            kept, z, A, B, gate, W, factor, norm, bias, parts if ctx.needs_input_grad[5] else None, places
+            kept,
+            z,
+            A,
+            B,
+            gate,
+            W,
+            factor,
+            norm,
+            bias,
+            parts if ctx.needs_input_grad[5] else None,
+            places,
+            starts,
+            columns,
         )
         ctx.scaling, ctx.keep = scaling, keep
         return out
@@ -116,7 +156,7 @@ class _FusedDora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients  # (…, d_out)
-        kept, z, A, B, gate, W, factor, norm, bias, parts, places = ctx.saved_tensors
+        kept, z, A, B, gate, W, factor, norm, bias, parts, places, starts, columns = ctx.saved_tensors
         keep = ctx.keep
         _, needs_x, needs_A, needs_B, needs_gate, needs_magnitude = ctx.needs_input_grad[:6]
         flat = dy.reshape(-1, dy.shape[-1])  # (n, d_out)
@@ -141,10 +181,14 @@ class _FusedDora(torch.autograd.Function):
         if needs_x:
             if places is None:
                 dx = input_gradient(dt, W, dz, A, None)
+            elif starts is not None:
+                # As if nothing had been dropped, and then the places where something was.
+                dx = linear(dt.add_(flat, alpha=1 - 1 / keep), W.T).addmm_(dz.T, A)  # (n, d_in)
+                dx.view(-1).index_copy_(0, places, product_at(flat, W, starts, columns))
             else:
                 # W's part of x̃ is dropped with the LoRA's: (f − 1) ∂y / (1 − p) = dt − ∂y / (1 − p)
                 through = linear(dt.sub_(flat, alpha=1 / keep), W.T).addmm_(dz.T, A)  # (n, d_in)
                 through.view(-1).scatter_(0, places, 0)
                 dx = linear(flat, W.T).add_(through)
             dx = dx.view(*dy.shape[:-1], A.shape[1])
-        return None, dx, dA, dB, d_gate, d_magnitude, None, None, None, None, None, None, None, None
+        return None, dx, dA, dB, d_gate, d_magnitude, *[None] * 10

@@ -1,0 +1,210 @@
+"""How costs grow with a model, its ranks and its sequences, and what the exact engine saves:
+python -m benchmarks.growth [--help]
+
+First table, a Llama of which one thing at a time grows; every linear map but the head adapted, every position labelled:
+
+    step          one training step (forward, backward, AdamW) with lorank's static LoRA, ms; and over PEFT's LoRA
+    exact         one round of ALoRA's exact scores on the same batch, in training steps; first order: by gradients
+    reallocation  every module loses its worst rank and gets a new one, AdamW's moments following, in training steps
+
+Second table: what each method does in a step beside the model's own work (its hooks before and after the optimiser's
+step, gradients there, no allocation), alone, for few maps and for many.
+
+Third table: the same scores by the exact engine and by 2R + 1 plain forward passes, with few labelled positions (the
+last eighth of every row) and with all.
+
+Everything in a row of the first and of the third is measured in turns, in one process; ratios are medians over the
+turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+warnings.simplefilter("ignore")
+
+import torch  # noqa: E402  # after the warnings of the libraries that it imports
+
+import lorank  # noqa: E402
+from benchmarks.contenders import LONG, Base, Contender, Maker  # noqa: E402
+from benchmarks.measuring import Seconds, interleaved, ratio, seconds_of  # noqa: E402
+from benchmarks.shapes import LLAMA_MAPS, Shape, llama  # noqa: E402
+from lorank.lora import LayerPlan, resize_  # noqa: E402
+from lorank.scoring import ablation_scores, first_order_scores  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Size:
+    """What grows.
+
+    Args:
+        layers: blocks, of 7 adapted maps each.
+        rank: of every map.
+        width: of the model, a multiple of 64.
+        tokens: of every row.
+        rows: of the batch.
+    """
+
+    layers: int = 4
+    rank: int = 4
+    width: int = 256
+    tokens: int = 64
+    rows: int = 8
+
+    def maker(self, device: torch.device) -> Maker:
+        shape = Shape(lambda: llama(self.width, self.layers), LLAMA_MAPS, self.rows, self.tokens)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        return Maker(Base(shape, device, dtype), 0.0, rank=self.rank)
+
+
+AXES: dict[str, list[int]] = {
+    "layers": [2, 4, 8],
+    "rank": [2, 4, 8],
+    "width": [128, 256, 512],
+    "tokens": [32, 64, 128],
+}
+
+
+def reallocation(contender: Contender) -> Callable[[], None]:
+    """Every module loses its first rank and gets a new one."""
+    assert contender.ranks is not None
+    layers = contender.ranks.layers
+
+    def run() -> None:
+        plan = {name: LayerPlan(tuple(range(1, layer.rank)), 1) for name, layer in layers.items()}
+        resize_(layers, plan, contender.optimizer)
+
+    return run
+
+
+def grown(size: Size, turns: int, device: torch.device) -> tuple[Seconds, Contender]:
+    make = size.maker(device)
+    static = make.attached(lorank.StaticLoRA())
+    layers = lorank.find_layers(static.model)
+    runs: dict[str, Callable[[], object]] = {
+        "PEFT": Contender(make.peft(), make.batch),
+        "step": static,
+        "exact": lambda: ablation_scores(static.model, layers, make.batch),
+        "first order": lambda: first_order_scores(static.model, layers, make.batch),
+        "reallocation": reallocation(static),
+    }
+    return interleaved(runs, turns, device), static
+
+
+def growth_table(axes: dict[str, list[int]], start: Size, turns: int, device: torch.device) -> dict[Size, Seconds]:
+    print("| grows | maps | R | step, ms | / PEFT LoRA | exact | per evaluation | first order | reallocation |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    found: dict[Size, Seconds] = {}
+    for axis, values in axes.items():
+        for value in values:
+            size = replace(start, **{axis: value})
+            if size not in found:
+                found[size], static = grown(size, turns, device)
+            seconds = found[size]
+            assert static.ranks is not None
+            maps = 7 * size.layers
+            total = maps * size.rank
+            exact = ratio(seconds, "exact", "step")
+            print(
+                f"| {axis} = {value} | {maps} | {total} | {1000 * statistics.median(seconds['step']):.0f} "
+                f"| {ratio(seconds, 'step', 'PEFT'):.3f} | {exact:.1f} | {exact / (2 * total + 1):.3f} "
+                f"| {ratio(seconds, 'first order', 'step'):.2f} | {ratio(seconds, 'reallocation', 'step'):.3f} |",
+                flush=True,
+            )
+    return found
+
+
+def bookkeeping_table(sizes: Sequence[Size], turns: int, device: torch.device) -> dict[tuple[Size, str], float]:
+    """Milliseconds that each method's hooks take in a step."""
+    names = {
+        "static": lambda make: make.attached(lorank.StaticLoRA()),
+        "ALoRA": lambda make: make.attached(lorank.ALoRA()),
+        "ARD-LoRA": lambda make: make.ard(),
+        "AdaLoRA": lambda make: make.attached(lorank.AdaLoRA(t_init=0, t_final=1, delta_t=LONG)),
+        "SoRA": lambda make: make.attached(lorank.SoRA()),
+    }
+    print(f"\n| maps | a step, ms | {' | '.join(names)} |\n|---|---|" + "---|" * len(names))
+    found: dict[tuple[Size, str], float] = {}
+    for size in sizes:
+        make, step = size.maker(device), 0.0
+        for name, attach in names.items():
+            contender = attach(make)
+            step = step or statistics.median(seconds_of(contender, device) for _ in range(3))
+            contender.model(**contender.batch).loss.backward()
+            hooks = _hooks(contender)
+            hooks()
+            found[size, name] = 1000 * statistics.median(seconds_of(hooks, device) for _ in range(10 * turns))
+        cells = (f"{found[size, name]:.2f}" for name in names)
+        print(f"| {7 * size.layers} | {1000 * step:.0f} | {' | '.join(cells)} |", flush=True)
+    return found
+
+
+def _hooks(contender: Contender) -> Callable[[], None]:
+    """What a run hangs on its optimiser's step."""
+    optimizer = contender.optimizer
+    before, after = optimizer._optimizer_step_pre_hooks.values(), optimizer._optimizer_step_post_hooks.values()
+
+    def run() -> None:
+        for hook in (*before, *after):
+            hook(optimizer, (), {})
+
+    return run
+
+
+def engine_table(size: Size, turns: int, device: torch.device) -> dict[str, float]:
+    """How many times longer plain forward passes take than the exact engine, for the same scores."""
+    make = size.maker(device)
+    model = make.peft()
+    layers = lorank.find_layers(model)
+    print(f"\n{size}\n\n| labelled positions | naive / exact | exact, s | naive, s | at least | |")
+    print("|---|---|---|---|---|---|")
+    found: dict[str, float] = {}
+    for what, bound in (("an eighth", 3.0), ("all", 1.8)):
+        batch = dict(make.batch)
+        if what == "an eighth":
+            labels = batch["labels"].clone()
+            labels[:, : -(size.tokens // 8)] = -100
+            batch["labels"] = labels
+        runs = {
+            engine: (lambda engine=engine, batch=batch: ablation_scores(model, layers, batch, engine=engine))
+            for engine in ("exact", "reference")
+        }
+        assert runs["exact"]().engine == "exact"
+        seconds = interleaved(runs, turns, device, warm_up=0)
+        found[what] = ratio(seconds, "reference", "exact")
+        times = (f"{statistics.median(seconds[engine]):.1f}" for engine in ("exact", "reference"))
+        verdict = "met" if found[what] >= bound else "missed"
+        print(f"| {what} | {found[what]:.2f} | {' | '.join(times)} | {bound:g} | {verdict} |", flush=True)
+    return found
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+) -> tuple[dict[Size, Seconds], dict[tuple[Size, str], float], dict[str, float]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--smallest", action="store_true", help="one tiny model, to see that it runs")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    logging.getLogger("lorank").setLevel(logging.ERROR)  # that nothing is allocated is on purpose
+    print(f"{options.device}, {options.threads} thread(s), {options.turns} turns\n")
+    if options.smallest:
+        tiny = Size(layers=1, rank=2, width=64, tokens=16, rows=2)
+        axes, start, engine, few, many = {"layers": [1]}, tiny, tiny, tiny, tiny
+    else:
+        axes, start, engine = AXES, Size(), Size(layers=6, rank=2, rows=16, tokens=64)
+        few, many = (Size(layers=layers, rank=8, width=128) for layers in (4, 32))
+    found = growth_table(axes, start, options.turns, options.device)
+    hooks = bookkeeping_table(list(dict.fromkeys((few, many))), options.turns, options.device)
+    return found, hooks, engine_table(engine, max(1, options.turns // 2), options.device)
+
+
+if __name__ == "__main__":
+    main()

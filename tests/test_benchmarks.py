@@ -1,0 +1,98 @@
+"""The benchmarks' commands at toy size: they run, and what does not depend on the clock is as they say."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks import growth, measuring, run, step
+from benchmarks.shapes import SHAPES
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+OURS = {"static", "ALoRA", "ARD-LoRA", "AdaLoRA", "SoRA", "DoRA"}
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    """The commands set threads and the log's level for their process."""
+    threads, level = torch.get_num_threads(), logging.getLogger("lorank").level
+    yield
+    torch.set_num_threads(threads)
+    logging.getLogger("lorank").setLevel(level)
+
+
+def test_step(capsys: pytest.CaptureFixture[str]) -> None:
+    found = step.main(["--shapes", "tiny", "--turns", "1", "--dropouts", "0.05"])
+    one = found["tiny", 0.05]
+    assert set(one.seconds) == OURS | {"floor", "PEFT LoRA", "PEFT DoRA", "PEFT AdaLoRA"}
+    assert all(len(times) == 1 and times[0] > 0 for times in one.seconds.values())
+    assert one.parameters["static"] == one.parameters["PEFT LoRA"]
+    assert one.parameters["ARD-LoRA"] == pytest.approx(one.parameters["PEFT LoRA"], rel=0.1)
+    assert all(0 < one.saved[name] < one.peak[name] for name in one.saved)
+    # Bytes are the same on every machine: docs/performance.md.
+    assert one.saved_ratio("static", "PEFT LoRA") <= 0.72
+    printed = capsys.readouterr().out
+    assert "| tiny | 0.05 | DoRA |" in printed
+    assert "| saved: static / PEFT LoRA | yes | 0.7 |" in printed
+
+
+def test_step_on_a_4_bit_base() -> None:
+    pytest.importorskip("bitsandbytes")
+    found = step.main(["--shapes", "tiny", "--turns", "1", "--dropouts", "0", "--base", "nf4"])
+    assert set(found["tiny", 0.0].seconds) > OURS
+    assert found["tiny", 0.0].saved_ratio("static", "PEFT LoRA") <= 1.0005
+
+
+def test_the_shape_for_a_gpu_has_8_billion_parameters() -> None:
+    with torch.device("meta"):
+        model = SHAPES["8B"].make()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 8_030_261_248
+
+
+def test_growth(capsys: pytest.CaptureFixture[str]) -> None:
+    found, hooks, engine = growth.main(["--smallest", "--turns", "2"])
+    assert len(found) == 1
+    assert {name for _, name in hooks} == {"static", "ALoRA", "ARD-LoRA", "AdaLoRA", "SoRA"}
+    assert set(engine) == {"an eighth", "all"}
+    assert "| layers = 1 | 7 | 14 |" in capsys.readouterr().out
+
+
+def test_run() -> None:
+    results = run.main(["--model", "tiny", "--steps", "20", "--rank", "2"])
+    assert len(results["ALoRA"].allocating) == len(results["ALoRA, first order"].allocating) == 8
+    assert results["ALoRA"].round is not None
+    assert not results["PEFT LoRA"].allocating
+    assert len(results["AdaLoRA"].plain) + len(results["AdaLoRA"].allocating) == 19
+
+
+def test_a_ratio_is_the_median_of_the_quotients_within_a_turn() -> None:
+    seconds = {"ours": [1.0, 20.0, 3.0], "theirs": [2.0, 10.0, 4.0]}
+    assert measuring.ratio(seconds, "ours", "theirs") == 0.75
+
+
+def test_turns_begin_with_one_after_the_other() -> None:
+    called: list[str] = []
+    runs = {name: (lambda name=name: called.append(name)) for name in "abc"}
+    seconds = measuring.interleaved(runs, 3, torch.device("cpu"))
+    assert "".join(called) == "abc" + "abc" + "bca" + "cab"
+    assert all(len(times) == 3 for times in seconds.values())
+
+
+def test_saved_bytes_are_counted_once_and_without_parameters() -> None:
+    linear = torch.nn.Linear(256, 256, bias=False)
+    x = torch.randn(512, 256)
+    # x (once, though two operations keep it), and what is squared
+    assert measuring.saved_mib(linear, lambda: (linear(x) * x).square().sum()) == pytest.approx(2 * 0.5)
+
+
+def test_the_peak_is_what_is_held_at_once() -> None:
+    def run() -> None:
+        for _ in range(3):
+            a = torch.ones(2**18)  # 1 MiB
+            b = a + 1
+            del a, b
+
+    assert measuring.peak_mib(run, torch.device("cpu")) == pytest.approx(2, abs=0.01)
