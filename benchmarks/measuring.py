@@ -63,7 +63,7 @@ class _Kept:
     """What autograd holds in place of a tensor that it saves."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # with its graph, an operation that saves its own output would never be freed
 
 
 def saved_mib(model: nn.Module, forward: Callable[[], object]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -86,6 +87,19 @@ def test_saved_bytes_are_counted_once_and_without_parameters() -> None:
     x = torch.randn(512, 256)
     # x (once, though two operations keep it), and what is squared
     assert measuring.saved_mib(linear, lambda: (linear(x) * x).square().sum()) == pytest.approx(2 * 0.5)
+
+
+def test_counting_saved_bytes_frees_them_again() -> None:
+    x = torch.randn(4, requires_grad=True)
+    outputs: list[weakref.ref[torch.Tensor]] = []
+
+    def forward() -> torch.Tensor:
+        output = x.exp()  # saves what it returns
+        outputs.append(weakref.ref(output.untyped_storage()))
+        return output.sum()
+
+    measuring.saved_mib(torch.nn.Identity(), forward)
+    assert outputs[0]() is None
 
 
 def test_the_peak_is_what_is_held_at_once() -> None:

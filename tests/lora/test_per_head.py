@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lorank.lora.dropped import Dropout
 from lorank.lora.per_head import HeadGroups, compact_A, compact_B, dense_A, dense_B, per_head, per_head_dense
 
 OTHER = 5  # the side of the projection that has no heads
@@ -51,6 +53,36 @@ def test_equals_the_dense_twin(heads: tuple[HeadGroups, list[int]], gated: bool,
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(expected)
     inputs = [*tensors, *([gate] if gated else [])]
+    ours = torch.autograd.grad((actual * weights).sum(), inputs)
+    theirs = torch.autograd.grad((expected * weights).sum(), inputs, materialize_grads=True)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(heads=heads, p=st.sampled_from([0.0, 0.4]), taken=st.booleans(), gated=st.booleans(), seed=st.integers(0, 99))
+def test_with_dropout_and_the_frozen_map_s_gradient(
+    heads: tuple[HeadGroups, list[int]], p: float, taken: bool, gated: bool, seed: int
+) -> None:
+    """What is dropped is dropped for the heads alone; x's gradient through W is there, whoever computes it."""
+    groups, ranks = heads
+    _, x, A, B, gate = operands(groups, ranks, seed=seed)
+    torch.manual_seed(seed)
+    d_out = groups.count * groups.size if groups.kind == "rows" else OTHER
+    W = torch.randn(d_out, x.shape[-1], dtype=x.dtype)
+    dropped = Dropout()(x, p) if p else None
+    mask = torch.ones(x.numel(), dtype=x.dtype)
+    if dropped is not None:
+        mask[dropped.places] = 0
+    kept = x * mask.view(x.shape) / (1 - p)
+    used = gate if gated else None
+    expected = per_head_dense(F.linear(x, W), kept, A, B, used, 1.7, groups, ranks)
+    actual = per_head(
+        F.linear(x, W), x, A, B, used, 1.7, groups, ranks, W=W if taken else None, dropped=dropped, into=True
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(expected)
+    inputs = [x, A, B, *([gate] if gated else [])]
     ours = torch.autograd.grad((actual * weights).sum(), inputs)
     theirs = torch.autograd.grad((expected * weights).sum(), inputs, materialize_grads=True)
     for our, their in zip(ours, theirs, strict=True):

@@ -74,6 +74,35 @@ def test_a_fused_run_is_the_plain_one(name: str, dora: bool) -> None:
     assert not fused_layers(ours.layers)
 
 
+def test_heads_share_the_fused_layers_dropout_while_the_run_lasts() -> None:
+    """Two blocks of q, k, v, o (heads), gate, up, down: a draw for (q, k, v) and one for (gate, up)."""
+    model = adapted(tiny_llama(), random_B=False, lora_dropout=0.5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ranks = lorank.attach(model, optimizer, METHODS["ard-heads"].make(), total_steps=4)
+    heads = [layer.form for layer in ranks.layers.values() if layer.groups is not None]
+    fused = [layer.module.lora_variant["default"].replaced for layer in ranks.layers.values() if layer.groups is None]
+    assert len(heads) == 8
+    assert {id(one.dropout) for one in (*heads, *fused)} == {id(heads[0].dropout)}
+    drawn: list[Any] = []
+    draw = heads[0].dropout.__call__
+
+    class Watched(type(heads[0].dropout)):  # type: ignore[misc]
+        def __call__(self, x: Tensor, p: float) -> Any:
+            drawn.append(draw(x, p))
+            return drawn[-1]
+
+    heads[0].dropout.__class__ = Watched
+    model.train()
+    model(**token_batch()).loss.backward()
+    assert len(drawn) == 14
+    assert len({id(one) for one in drawn}) == 8
+    optimizer.step()
+    optimizer.step()  # ranks move: heads are made anew
+    assert all(layer.form.dropout is heads[0].dropout for layer in ranks.layers.values() if layer.groups is not None)
+    ranks.detach()
+    assert all(layer.form.dropout is None for layer in ranks.layers.values() if layer.groups is not None)
+
+
 def llama_run(allocator: lorank.Allocator, **settings: Any) -> tuple[Any, torch.optim.Optimizer, lorank.Ranks]:
     lora = settings.pop("lora", {})
     model = settings.pop("model", None) or adapted(tiny_llama(), **lora)

@@ -13,6 +13,7 @@ from torch import nn
 from lorank.lora.dropped import Dropout
 from lorank.lora.fused_layer import FusedLora, fixed_weight
 from lorank.lora.gated import GatedLora
+from lorank.lora.head_lora import HeadLora
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 
 logger = logging.getLogger("lorank")
@@ -21,8 +22,8 @@ logger = logging.getLogger("lorank")
 def fuse_(layers: AdapterLayers, *, compiled: bool = False) -> dict[str, list[str]]:
     """Every layer that can computes by :class:`FusedLora` from here on. Layers that do already stay as they are.
 
-    Layers with a LoRA per head have a function of their own, and embeddings no product to fuse: both are left alone
-    without a word.
+    Layers with a LoRA per head have a function of their own, which gets the dropout that all layers share; embeddings
+    have no product to fuse and are left alone without a word.
 
     Args:
         compiled: whether ``torch.compile`` will trace the model: nothing is fused then.
@@ -33,7 +34,8 @@ def fuse_(layers: AdapterLayers, *, compiled: bool = False) -> dict[str, list[st
     left: dict[str, list[str]] = defaultdict(list)
     variants = {name: layer.module.lora_variant.get(layer.adapter) for name, layer in layers.items()}
     seen = [_within(variant) for variant in variants.values()]
-    dropout = next((variant.dropout for variant in seen if isinstance(variant, FusedLora)), None) or Dropout()
+    drawn_by = (variant.dropout for variant in seen if isinstance(variant, FusedLora | HeadLora))
+    dropout = next((one for one in drawn_by if one is not None), None) or Dropout()
     fused = 0
     for name, layer in layers.items():
         variant = variants[name]
@@ -41,6 +43,8 @@ def fuse_(layers: AdapterLayers, *, compiled: bool = False) -> dict[str, list[st
         if isinstance(own, FusedLora):
             fused += 1
             continue
+        if isinstance(own, HeadLora):
+            own.dropout = None if compiled else dropout
         if layer.is_embedding or layer.groups is not None:
             continue
         reason = "torch.compile, which fuses by itself" if compiled else _obstacle(layer)
@@ -69,6 +73,8 @@ def unfuse_(layers: AdapterLayers) -> None:
         table = layer.module.lora_variant
         variant = table.get(layer.adapter)
         own = _within(variant)
+        if isinstance(own, HeadLora):
+            own.dropout = None
         if not isinstance(own, FusedLora):
             continue
         if isinstance(variant, GatedLora):

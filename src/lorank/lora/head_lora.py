@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lorank.errors import AdapterError
+from lorank.lora.dropped import Dropout
+from lorank.lora.fused_layer import frozen_weight, owns_output
 from lorank.lora.per_head import HeadGroups, compact_A, compact_B, dense_A, dense_B, per_head
 
 
@@ -25,11 +26,14 @@ class HeadLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
     Args:
         groups: what the heads own.
         ranks: r_h of every head, (H,); the ranks of A and B are in head order.
+        dropout: draws the dropout of all layers of the model, where they are fused (:func:`lorank.lora.fuse_`); None:
+            PyTorch's dropout, and the frozen map's graph is left alone.
     """
 
-    def __init__(self, groups: HeadGroups, ranks: Sequence[int]) -> None:
+    def __init__(self, groups: HeadGroups, ranks: Sequence[int], dropout: Dropout | None = None) -> None:
         self.groups = groups
         self.ranks = tuple(ranks)
+        self.dropout = dropout
 
     # PEFT declares a static method, but calls it on the instance, which is where the heads are.
     def forward(self, module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -54,8 +58,31 @@ class HeadLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
 
     def _update(self, module: LoraLayer, adapter: str, x: Tensor, result: Tensor, gate: Tensor | None) -> Tensor:
         A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        x = module.lora_dropout[adapter](x)
-        return per_head(result, x, A, B, gate, module.scaling[adapter], self.groups, self.ranks, into=_is_ours(module))
+        dropout, dropped, W = module.lora_dropout[adapter], None, None
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        if (
+            self.dropout is not None
+            and isinstance(dropout, nn.Dropout | nn.Identity)
+            and x.device.type == "cpu"
+            and p < 1
+        ):
+            W = frozen_weight(module, x, result)
+            dropped = self.dropout(x, p) if p > 0 else None
+        else:
+            x = dropout(x)
+        return per_head(
+            result,
+            x,
+            A,
+            B,
+            gate,
+            module.scaling[adapter],
+            self.groups,
+            self.ranks,
+            W=W,
+            dropped=dropped,
+            into=owns_output(module),
+        )
 
     def dense(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A (R, d_in) and B (d_out, R) of the plain LoRA that these heads are equal to."""
@@ -81,12 +108,6 @@ class HeadLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         raise self.refusal()
-
-
-def _is_ours(module: LoraLayer) -> bool:
-    """Whether the base layer's output may be written over: a plain product's, which nobody else was shown."""
-    base = module.get_base_layer()
-    return type(base) in (nn.Linear, Conv1D) and not base._forward_hooks
 
 
 def head_ranks_of(A: Tensor, B: Tensor, groups: HeadGroups, preferred: Sequence[int]) -> tuple[int, ...] | None:

@@ -105,12 +105,14 @@ class AdapterLayer:
 
     def set_heads(self, groups: HeadGroups | None, ranks: Sequence[int] = ()) -> None:
         """Says what A and B hold: blocks of heads, or (None) a plain LoRA. Their shapes are the caller's business."""
-        gate = self.gate
+        gate, former = self.gate, self.form
         self.gate = None
         if groups is None:
             self.module.lora_variant.pop(self.adapter, None)
         else:
-            self.module.lora_variant[self.adapter] = HeadLora(groups, ranks)
+            self.module.lora_variant[self.adapter] = HeadLora(
+                groups, ranks, former.dropout if isinstance(former, HeadLora) else None
+            )
             show_plain(self.module)
         self.gate = gate
 

@@ -10,8 +10,9 @@ This holds what the heads own and nothing else: rows needs d_in + d_h numbers pe
 one LoRA that they are equal to (:func:`dense_A`, :func:`dense_B`, zeros outside the blocks) needs d_in + d_out.
 
 On a CPU: one product with the concatenated matrix, one product in place per head with its block. Saved for the backward
-pass are x and z = A x only; the gate's gradient is Σ z ⊙ ∂z, which costs nothing more. ∂B is computed as (zᵀ ∂y)ᵀ:
-for few ranks ∂yᵀ z is several times slower.
+pass are x (after dropout) and z = A x only. The frozen map's own ∂x is computed here too where that is possible, and
+dropout is a list of places, both as in :mod:`lorank.lora.fused`. The gate's gradient is Σ z ⊙ ∂z, which costs nothing
+more; ∂B is computed as (zᵀ ∂y)ᵀ: for few ranks ∂yᵀ z is several times slower.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorank.errors import AdapterError
+from lorank.lora.dropped import Dropped
+from lorank.lora.products import linear
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,8 @@ def per_head(
     groups: HeadGroups,
     ranks: Sequence[int],
     *,
+    W: Tensor | None = None,
+    dropped: Dropped | None = None,
     into: bool = False,
 ) -> Tensor:
     """``result`` + the update of all heads.
@@ -154,6 +159,9 @@ def per_head(
         gate: (R,), or None: ones.
         scaling: s.
         ranks: r_h of every head, (H,), Σ r_h = R.
+        W: the frozen weight, (d_out, d_in), if ``result`` is x Wᵀ + a constant: the gradient that x has through it is
+            then computed here, and ``result``'s own graph is let go. None: ``result`` keeps its graph.
+        dropped: x after dropout (on a CPU), or None.
         into: whether ``result``'s memory may be written over, which saves a pass over it. Nobody else may read it
             afterwards.
     """
@@ -163,6 +171,13 @@ def per_head(
     mixed = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if mixed else x.dtype
     into = into and dtype == result.dtype and result.is_contiguous()
+    places = values = None
+    if dropped is not None:
+        scaling, places, values = scaling / dropped.keep, dropped.places, dropped.x.to(dtype)
+    if W is not None and W.dtype == dtype == result.dtype:
+        result = result.detach()
+    else:
+        W = None
     with torch.autocast(kind, enabled=False):  # products in place are not autocast: everything has one dtype before
         x, A, B, base = (tensor.to(dtype) for tensor in (x, A, B, result))
         gate = None if gate is None else gate.to(device=x.device, dtype=dtype)
@@ -172,6 +187,9 @@ def per_head(
             A,
             B,
             gate,
+            W,
+            values,
+            places,
             scaling,
             groups,
             tuple(ranks),
@@ -189,15 +207,19 @@ class _PerHead(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         gate: Tensor | None,
+        W: Tensor | None,
+        values: Tensor | None,
+        places: Tensor | None,
         scaling: float,
         groups: HeadGroups,
         ranks: tuple[int, ...],
         into: bool,
     ) -> Tensor:
-        """result: (n, d_out), x: (n, d_in)."""
+        """result: (n, d_out), x and values (x after dropout): (n, d_in)."""
         # An alias, not a view: autograd takes it for a fresh tensor, and an operation that saved the old values
         # notices the write by the version that they share.
         out = result.detach() if into else result.clone()
+        x = x if values is None else values
         if groups.kind == "rows":
             z = x @ A.T  # (n, R)
             scaled = z * scaling if gate is None else z * (gate * scaling)  # (n, R)
@@ -209,7 +231,7 @@ class _PerHead(torch.autograd.Function):
                 torch.mm(x[:, own], A[rank].T, out=z[:, rank])  # (n, d_h) (d_h, r_h)
             scaled = z * scaling if gate is None else z * (gate * scaling)  # (n, R)
             out.addmm_(scaled, B.T)
-        ctx.save_for_backward(x, z, A, B, gate)
+        ctx.save_for_backward(x, z, A, B, gate, W, places)
         ctx.scaling, ctx.groups, ctx.ranks = scaling, groups, ranks
         return out
 
@@ -217,7 +239,7 @@ class _PerHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients  # (n, d_out)
-        x, z, A, B, gate = ctx.saved_tensors
+        x, z, A, B, gate, W, places = ctx.saved_tensors
         groups, ranks = ctx.groups, ctx.ranks
         needs_x, needs_A, needs_B, needs_gate = ctx.needs_input_grad[1:5]
         factor = ctx.scaling if gate is None else gate * ctx.scaling  # s, or (R,)
@@ -249,10 +271,34 @@ class _PerHead(torch.autograd.Function):
                 for own, rank in blocks(groups, ranks):
                     torch.mm(dz[:, rank].T, x[:, own], out=dA[rank])  # (r_h, n) (n, d_h)
         if needs_x:
-            if rows:
-                dx = dz @ A  # (n, d_in)
-            else:
-                dx = torch.zeros_like(x) if 0 in ranks else torch.empty_like(x)  # (n, d_in)
-                for own, rank in blocks(groups, ranks):
-                    torch.mm(dz[:, rank], A[rank], out=dx[:, own])  # (n, r_h) (r_h, d_h)
-        return dy, dx, dA, dB, d_gate, None, None, None, None
+            dx = _input_gradient(dy, W, dz, A, places, groups, ranks, x.shape[1])
+        return dy if ctx.needs_input_grad[0] else None, dx, dA, dB, d_gate, *[None] * 7
+
+
+def _input_gradient(
+    dy: Tensor,
+    W: Tensor | None,
+    dz: Tensor,
+    A: Tensor,
+    places: Tensor | None,
+    groups: HeadGroups,
+    ranks: tuple[int, ...],
+    d_in: int,
+) -> Tensor:
+    """∂x of the frozen map (if W is given) and of all heads, (n, d_in).
+
+    Args:
+        dy: (n, d_out), dz: (n, R).
+        places: where x was dropped: there the heads have no part.
+    """
+    dx = dy.new_zeros(len(dy), d_in) if W is None else linear(dy, W.T)
+    frozen = None if W is None or places is None else dx.view(-1).index_select(0, places)
+    if groups.kind == "rows":
+        dx.addmm_(dz, A)
+    else:
+        for own, rank in blocks(groups, ranks):
+            dx[:, own].addmm_(dz[:, rank], A[rank])  # (n, d_h) += (n, r_h) (r_h, d_h)
+    if places is not None:
+        flat = dx.view(-1)
+        flat.index_fill_(0, places, 0) if frozen is None else flat.index_copy_(0, places, frozen)
+    return dx
