@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         initial_ranks_,
     )
     from lorank.errors import LorankError
-    from lorank.lora import find_layers, save_adapter
+    from lorank.lora import find_layers, reserve_, save_adapter
     from lorank.training import RankCallback, Ranks, attach, read_history, shard_base_
 
 # Where each public name lives. They are imported when they are first asked for: torch, transformers and PEFT take
@@ -43,6 +43,7 @@ _HOMES = {
     "find_layers": "lora",
     "initial_ranks_": "allocators",
     "read_history": "training",
+    "reserve_": "lora",
     "save_adapter": "lora",
     "shard_base_": "training",
 }
@@ -65,6 +66,7 @@ __all__ = [
     "find_layers",
     "initial_ranks_",
     "read_history",
+    "reserve_",
     "save_adapter",
     "shard_base_",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -50,16 +51,19 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A run of a tiny Llama in float64, with micro-batches of ROWS rows over all processes.
+    """A run of a tiny Llama, with micro-batches of ROWS rows over all processes.
 
     Args:
         method: which of METHODS.
-        wrap: ``ddp``, ``fsdp2``, or ``none``: each process for itself, which must be noticed.
+        wrap: ``ddp``, ``fsdp2``, ``zero1``, ``zero2``, ``zero3``, or ``none``: each process for itself, which must be
+            noticed.
         options: of DistributedDataParallel.
         attach_to: whether ``attach`` gets the model inside or what is around it.
         accumulate: micro-batches per step, all but the last without synchronisation.
         layers: blocks of the model.
         dropout: with it, processes draw different masks.
+        dtype: of the model. DeepSpeed's copies are in float32, whatever the model is in.
+        clip: the largest norm of a step's gradient; 0: any.
         stop: steps after which the run stops; its weights and optimiser are saved.
         resume: goes on from the run that was stopped.
         file: where that is saved, in the folder.
@@ -74,10 +78,16 @@ class Case:
     checkpointing: bool = True
     layers: int = 1
     dropout: float = 0.0
+    dtype: str = "float64"
+    clip: float = 1.0
     stop: int = STEPS
     resume: bool = False
     file: str = "ddp.pt"
     changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def zero(self) -> bool:
+        return self.wrap.startswith("zero")
 
 
 @dataclass
@@ -116,7 +126,8 @@ def run(case: Case, folder: Path, index: int, count: int) -> Seen:
 
 def _train(case: Case, folder: Path, index: int, count: int, seen: Seen) -> None:
     # ALoRA gets fewer ranks than the others, which only take away.
-    model = adapted(tiny_llama(case.layers), random_B=False, r=4, lora_dropout=case.dropout).double().train()
+    model = adapted(tiny_llama(case.layers), random_B=False, r=4, lora_dropout=case.dropout).train()
+    model.to(getattr(torch, case.dtype))
     if case.checkpointing:
         base = model.base_model.model
         # transformers renamed it on the way to version 6
@@ -127,9 +138,13 @@ def _train(case: Case, folder: Path, index: int, count: int, seen: Seen) -> None
         outer = DistributedDataParallel(model, **case.options)
     elif count > 1 and case.wrap == "fsdp2":
         outer = lorank.shard_base_(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    if case.zero and case.changes.get("room", 16):
+        lorank.reserve_(model, max_rank=16)
+    optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     path = folder / case.file
-    if case.resume:
+    if case.zero:
+        outer, optimizer = deepspeed_engine(case, model, optimizer)
+    elif case.resume:
         saved = torch.load(path, weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
     ranks = lorank.attach(
@@ -142,39 +157,74 @@ def _train(case: Case, folder: Path, index: int, count: int, seen: Seen) -> None
         total_steps=STEPS,
         seed=7 + index * case.changes.get("seed", 0),
     )
-    if case.resume:
+    if case.resume and case.zero:
+        outer.load_checkpoint(str(path))
+    elif case.resume:
         model.load_state_dict(saved["model"], strict=False)
     torch.manual_seed(index)  # of dropout
     while ranks.step < case.stop:
         loss = _step(case, ranks.step, outer, optimizer, index, count)
         seen.losses.append(loss)
-        seen.hashes.append(fingerprint(model, optimizer))
-        seen.ranks.append(list(ranks.layers.ranks.values()))
+        now = list(ranks.layers.ranks.values())
+        if case.zero and (not ranks.step % (STEPS // 2) or [now] != seen.ranks[-1:]):  # it costs messages
+            ranks.optimizer.fetch()
+        seen.hashes.append(fingerprint(model, ranks.optimizer))
+        seen.ranks.append(now)
     seen.allocations = len(ranks.history.allocations)
     seen.scores = [[x for s in record.scores.values() for x in s] for record in ranks.history.allocations]
-    if case.stop < STEPS and index == 0:
+    if case.stop < STEPS and case.zero:
+        outer.save_checkpoint(str(path))
+    elif case.stop < STEPS and index == 0:
         weights = {k: v for k, v in model.state_dict().items() if "lora_" in k}
         torch.save({"model": weights, "optimizer": optimizer.state_dict()}, path)
+    if case.resume:
+        ranks.save_adapter(folder / f"{case.file}.adapter")
     ranks.detach()
     if count > 1:
         dist.barrier()
 
 
-def _step(case: Case, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, index: int, count: int) -> float:
+def deepspeed_engine(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    import deepspeed
+
+    # DeepSpeed would compile an operator for messages in shared memory, which takes a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    zero = {"stage": int(case.wrap[-1]), "stage3_param_persistence_threshold": 0}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts with it
+        "gradient_accumulation_steps": case.accumulate,
+        "gradient_clipping": case.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, inner, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine, inner
+
+
+def _step(case: Case, step: int, model: Any, optimizer: Any, index: int, count: int) -> float:
     total = torch.zeros((), dtype=torch.float64)
     for micro in range(case.accumulate):
         batch = token_batch(ROWS, seed=100 * step + micro)
         own = {key: value[index::count] for key, value in batch.items()}
         last = micro == case.accumulate - 1
+        if case.zero:
+            loss = model(**own).loss
+            model.backward(loss)  # which divides by the micro-batches
+            model.step()
+            total += loss.detach().double() / case.accumulate
+            continue
         if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
             model.set_requires_gradient_sync(last)
         with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
             loss = model(**own).loss / case.accumulate
             loss.backward()
         total += loss.detach().double()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    if not case.zero:
+        if case.clip:
+            torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], case.clip)
+        optimizer.step()
+        optimizer.zero_grad()
     if count > 1:
         dist.all_reduce(total)
     return float(total) / count
@@ -184,6 +234,10 @@ def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """SHA-256 of the adapter's bytes and of the optimiser's; independent of the hash under test."""
     found = hashlib.sha256()
     for layer in find_layers(model).values():
+        if layer.pool is not None:
+            for stored in layer.stored:
+                if stored.dim() == 2:  # whole in this process: ZeRO-1 and -2
+                    found.update(stored.detach().numpy().tobytes())
         for weight in (layer.A, layer.B):
             tensors = [weight, *(v for v in optimizer.state.get(weight, {}).values() if isinstance(v, Tensor))]
             for tensor in tensors:
@@ -201,7 +255,7 @@ def launch(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
     (folder / "meeting").unlink(missing_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(lorank.__file__).parents[1]), str(root)])
     logs = [folder / f"{index}.log" for index in range(count)]
@@ -209,7 +263,8 @@ def launch(
     for index, log in enumerate(logs):
         with log.open("w") as file:  # the child keeps it open
             command = [sys.executable, "-m", module, str(folder), str(index), str(count)]
-            children.append(subprocess.Popen(command, cwd=root, env=environment, stdout=file, stderr=subprocess.STDOUT))
+            own = {**environment, "LOCAL_RANK": str(index)}
+            children.append(subprocess.Popen(command, cwd=root, env=own, stdout=file, stderr=subprocess.STDOUT))
     try:
         codes = [child.wait(timeout=LIMIT) for child in children]
     finally:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +69,8 @@ class AdaLoRA(Allocator):
         ScheduleError: a setting out of its range; at the start of a run, phases that do not fit it.
         BudgetError: a budget that cannot be read; at the start of a run, one that does not fit the modules.
     """
+
+    sees_gradients: ClassVar[bool] = True
 
     t_init: int | None = None
     t_final: int | None = None

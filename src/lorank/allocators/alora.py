@@ -100,6 +100,10 @@ class ALoRA(Allocator):
         Rounds.of(self).check_run(layers, run)
         return {}
 
+    @property
+    def own_backward(self) -> bool:
+        return self.scores == "first_order"
+
     def limits(self, layers: AdapterLayers, run: Run) -> Limits | None:
         return Rounds.of(self).limits(layers)
 

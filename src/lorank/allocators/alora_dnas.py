@@ -90,6 +90,10 @@ class ALoRADNAS(Allocator):
         alphas = torch.zeros_like(gates.values)
         return {"alphas": alphas, "searched": torch.zeros((), dtype=torch.long), **start_adam(alphas)}
 
+    @property
+    def own_backward(self) -> bool:
+        return True  # the search
+
     def limits(self, layers: AdapterLayers, run: Run) -> Limits | None:
         return Rounds.of(self).limits(layers)
 

@@ -10,7 +10,7 @@ and everything that a rank's score does not decide are ALoRA's (allocators/round
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -50,6 +50,8 @@ class ALoRASensi(Allocator):
         ScheduleError: a setting out of its range.
         BudgetError: a budget that cannot be read; at the start of a run, one that does not fit the modules.
     """
+
+    sees_gradients: ClassVar[bool] = True
 
     k1: float = 1.0
     k2: float = 0.25

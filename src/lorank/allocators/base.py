@@ -113,6 +113,14 @@ class Allocator(ABC):
         """How many rows that batch should have, where it is made of rows. The ALoRA paper takes 32."""
         return 32
 
+    sees_gradients: ClassVar[bool] = False
+    """Whether :meth:`observe` looks at the gradients of A and B, or changes them. Those of gates are always there."""
+
+    @property
+    def own_backward(self) -> bool:
+        """Whether it makes backward passes of its own, outside the loop's."""
+        return False
+
     moves_ranks: ClassVar[bool] = True
     """False for a baseline that never allocates, so that a run without an allocation is no surprise."""
 

@@ -113,7 +113,7 @@ class Budget:
         """
         trained = {name: _trained_cost(layer) for name, layer in layers.items()}
         saved = {
-            name: layer.d_in * layer.A.element_size() + layer.d_out * layer.B.element_size()
+            name: layer.d_in * layer.stored[0].element_size() + layer.d_out * layer.stored[1].element_size()
             for name, layer in layers.items()
         }
         each = dict.fromkeys(layers, 1)

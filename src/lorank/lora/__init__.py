@@ -12,6 +12,7 @@ from lorank.lora.opening import open_adapter, read_adapter_config
 from lorank.lora.optimizer_state import check_state, regrow, unwrap
 from lorank.lora.per_head import HeadGroups
 from lorank.lora.plan import LayerPlan, Plan, plan_for_heads, taken
+from lorank.lora.pool import padded, reserve_
 from lorank.lora.quantised import HeldBase, hold_base
 from lorank.lora.resize import resize_
 
@@ -35,10 +36,12 @@ __all__ = [
     "hold_base",
     "is_compiled",
     "open_adapter",
+    "padded",
     "plan_for_heads",
     "plan_for_rank",
     "read_adapter_config",
     "regrow",
+    "reserve_",
     "resize_",
     "save_adapter",
     "take_form_",

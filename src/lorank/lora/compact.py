@@ -146,6 +146,11 @@ def _check_form(layer: AdapterLayer) -> None:
             f"{layer.name} uses {type(own).__name__}, which has no form per head: keep one rank per module with "
             "heads='module'"
         )
+    if layer.pool is not None:
+        raise AdapterError(
+            f"{layer.name} has a fixed shape (lorank.reserve_), which has no form per head: keep one rank per module "
+            "with heads='module'"
+        )
     if layer.module.merged:
         raise AdapterError(f"{layer.name} is merged into the base weights: call model.unmerge_adapter() first")
     if layer.module.lora_B[layer.adapter].bias is not None:

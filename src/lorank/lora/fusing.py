@@ -23,7 +23,8 @@ def fuse_(layers: AdapterLayers, *, compiled: bool = False) -> dict[str, list[st
     """Every layer that can computes by :class:`FusedLora` from here on. Layers that do already stay as they are.
 
     Layers with a LoRA per head have a function of their own, which gets the dropout that all layers share; embeddings
-    have no product to fuse and are left alone without a word.
+    have no product to fuse, and weights in a pool may be elsewhere until PEFT's own modules are called: those are left
+    alone without a word.
 
     Args:
         compiled: whether ``torch.compile`` will trace the model: nothing is fused then.
@@ -45,7 +46,7 @@ def fuse_(layers: AdapterLayers, *, compiled: bool = False) -> dict[str, list[st
             continue
         if isinstance(own, HeadLora):
             own.dropout = None if compiled else dropout
-        if layer.is_embedding or layer.groups is not None:
+        if layer.is_embedding or layer.groups is not None or layer.pool is not None:
             continue
         reason = "torch.compile, which fuses by itself" if compiled else _obstacle(layer)
         if reason is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
+import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor
 
@@ -19,6 +20,14 @@ from lorank.lora import dora
 from lorank.lora.fused_layer import FusedLora
 from lorank.lora.head_lora import HeadLora
 from lorank.lora.quantised import guard_merge
+
+POOLS = "lorank_pools"
+"""Where a PEFT layer keeps its pools, by adapter (:mod:`lorank.lora.pool`)."""
+
+
+def pool_of(module: LoraLayer, adapter: str) -> Any:
+    """The layer's :class:`~lorank.lora.pool.Pool`, or None."""
+    return vars(module).get(POOLS, {}).get(adapter)
 
 
 def expand_gate(gate: Tensor, z: Tensor) -> Tensor:
@@ -29,6 +38,7 @@ def expand_gate(gate: Tensor, z: Tensor) -> Tensor:
             for models that flatten their tokens, sample-major).
     """
     gate = gate.to(device=z.device, dtype=z.dtype)
+    gate = F.pad(gate, (0, z.shape[-1] - gate.shape[-1]))  # in a pool, the places without a rank
     if gate.dim() == 1:
         return gate  # (r,)
     samples = gate.shape[0]
@@ -113,16 +123,26 @@ def _plain(module: LoraLayer, state_dict: MutableMapping[str, Any], prefix: str,
             for name in (name_A, name_B, f"lora_B.{adapter}.bias"):
                 state_dict.pop(prefix + name, None)
             continue
-        variant = module.lora_variant.get(adapter)
         if prefix + name_B not in state_dict:
             continue
-        if isinstance(variant, GatedLora):
-            entry = module.lora_embedding_B[adapter] if is_embedding else module.lora_B[adapter].weight
-            state_dict[prefix + name_B] = folded(entry, variant.gate)
-            variant = variant.replaced
-        if isinstance(variant, HeadLora):
-            A, B = variant.dense(state_dict[prefix + name_A], state_dict[prefix + name_B])
-            state_dict[prefix + name_A], state_dict[prefix + name_B] = A, B
+        A, B = state_dict[prefix + name_A], state_dict[prefix + name_B]
+        if pool_of(module, adapter) is not None and A.dim() != 2:
+            continue  # each process has its part (ZeRO-3), of what is in fixed shape
+        state_dict[prefix + name_A], state_dict[prefix + name_B] = plain_form(module, adapter, A, B)
+
+
+def plain_form(module: LoraLayer, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A (r, d_in) and B (d_out, r) of the plain LoRA that the layer's own, in whatever form it is, are equal to."""
+    if pool_of(module, adapter) is not None:
+        rank = module.r[adapter]
+        A, B = A[:rank], B[:, :rank]
+    variant = module.lora_variant.get(adapter)
+    if isinstance(variant, GatedLora):
+        B = folded(B, variant.gate)
+        variant = variant.replaced
+    if isinstance(variant, HeadLora):
+        A, B = variant.dense(A, B)
+    return A, B
 
 
 def folded(B: Tensor, gate: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ reaches PEFT's tensors through these two classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from lorank.errors import AdapterError
 from lorank.lora.dora import is_dora
 from lorank.lora.fused_layer import FusedLora
-from lorank.lora.gated import GatedLora, show_plain
+from lorank.lora.gated import GatedLora, pool_of, show_plain
 from lorank.lora.gates import LearnedGates
 from lorank.lora.head_lora import HeadLora
 from lorank.lora.per_head import HeadGroups
 from lorank.lora.quantised import check_base
+
+if TYPE_CHECKING:
+    from lorank.lora.pool import Pool
 
 
 class AdapterLayer:
@@ -50,16 +53,25 @@ class AdapterLayer:
     @property
     def A(self) -> nn.Parameter:
         """``lora_A``, (r, d_in); for an embedding (r, number of embeddings); for heads of columns (r, d_h)."""
-        table = self.module.lora_embedding_A if self.is_embedding else self.module.lora_A
-        entry = table[self.adapter]
-        return entry if self.is_embedding else entry.weight  # type: ignore[no-any-return]  # PEFT is untyped
+        return self.stored[0] if self.pool is None else self.pool.A
 
     @property
     def B(self) -> nn.Parameter:
         """``lora_B``, (d_out, r); for an embedding (embedding width, r); for heads of rows (d_h, r)."""
-        table = self.module.lora_embedding_B if self.is_embedding else self.module.lora_B
-        entry = table[self.adapter]
-        return entry if self.is_embedding else entry.weight  # type: ignore[no-any-return]  # PEFT is untyped
+        return self.stored[1] if self.pool is None else self.pool.B
+
+    @property
+    def stored(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The model's own parameters: A and B, or in a pool their fixed shapes, (R, d_in) and (d_out, R)."""
+        module, adapter = self.module, self.adapter
+        if self.is_embedding:
+            return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+        return module.lora_A[adapter].weight, module.lora_B[adapter].weight
+
+    @property
+    def pool(self) -> Pool | None:
+        """The live ranks, where the model's parameters have a fixed shape (:func:`lorank.reserve_`); else None."""
+        return pool_of(self.module, self.adapter)  # type: ignore[no-any-return]  # kept on PEFT's layer
 
     @property
     def rank(self) -> int:
@@ -85,11 +97,13 @@ class AdapterLayer:
 
     @property
     def max_rank(self) -> int:
-        """min(d_in, d_out): a higher rank cannot add anything. In per-head form, as much for all heads together."""
+        """min(d_in, d_out): a higher rank cannot add anything. In per-head form, as much for all heads together. In a
+        pool, at most its capacity."""
         groups = self.groups
         if groups is not None:
             return groups.count * groups.capacity(self.d_in, self.d_out)
-        return min(self.d_in, self.d_out)
+        most = min(self.d_in, self.d_out)
+        return most if self.pool is None else min(most, self.pool.capacity)
 
     @property
     def groups(self) -> HeadGroups | None:

@@ -25,6 +25,7 @@ from lorank.lora.head_lora import HeadLora, head_ranks_of
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.per_head import dense_B
 from lorank.lora.plan import LayerPlan, plan_for_heads
+from lorank.lora.pool import Pool, padded
 from lorank.lora.resize import resize_
 
 
@@ -52,9 +53,10 @@ def follow_loaded_ranks(
                 for key, bare in zip(keys[name], _bare_keys(f"{prefix}{layers.prefix}{name}.", layer), strict=True):
                     if bare in state_dict:
                         state_dict[key] = state_dict.pop(bare)
-        ranks = {name: len(state_dict[key_A]) for name, (key_A, _) in keys.items() if key_A in state_dict}
+        found = {name: state_dict[key_A] for name, (key_A, _) in keys.items() if key_A in state_dict}
+        ranks = {name: len(A) for name, A in found.items() if A.dim() == 2}
         if not ranks:
-            return  # these weights are about something else
+            return  # these weights are about something else, or each process has its part of them (ZeRO-3)
         heads = {
             name: _head_ranks(layer, *(state_dict.get(key) for key in keys[name]))
             for name, layer in layers.items()
@@ -79,6 +81,8 @@ def follow_loaded_ranks(
             if not layer.rank:  # nothing was saved for it, and nothing is missing
                 for key, parameter in zip(keys[name], (layer.A, layer.B), strict=True):
                     state_dict.setdefault(key, parameter.detach())
+            if layer.pool is not None:
+                _fill_pool(layer, layer.pool, keys[name], state_dict)
 
     # On the whole model, not on the layers: a layer is not even shown that the weights say nothing about it.
     return layers.model.register_load_state_dict_pre_hook(before_load)  # type: ignore[no-untyped-call,no-any-return]  # untyped in torch
@@ -134,6 +138,14 @@ def _take_apart(
     if key_A in state_dict:
         heads = HeadLora(layer.groups, ranks)
         state_dict[key_A], state_dict[key_B] = heads.compact(state_dict[key_A], state_dict[key_B])
+
+
+@torch.no_grad()
+def _fill_pool(layer: AdapterLayer, pool: Pool, keys: tuple[str, str], state_dict: MutableMapping[str, Tensor]) -> None:
+    """The pool has what arrives, and the stored parameters will have it with zeros behind."""
+    for key, own, axis in zip(keys, (layer.A, layer.B), (0, 1), strict=True):
+        own.copy_(state_dict[key])
+        state_dict[key] = padded(state_dict[key], axis, pool.capacity)
 
 
 def plan_for_rank(rank: int, wanted: int) -> LayerPlan:

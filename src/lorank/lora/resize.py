@@ -79,9 +79,8 @@ def _check_plan(layers: AdapterLayers, plan: Plan) -> None:
         check_heads(layer, wanted)
         # A layer may have been made above min(d_in, d_out) by its owner; it is only not grown there.
         if wanted.add < 0 or (wanted.add and wanted.rank > layer.max_rank):
-            raise PlanError(
-                f"{name} can hold at most min(d_in, d_out) = {layer.max_rank} ranks; the plan asks for {wanted.rank}"
-            )
+            most = "min(d_in, d_out) = " if layer.pool is None else "the reserved "
+            raise PlanError(f"{name} can hold at most {most}{layer.max_rank} ranks; the plan asks for {wanted.rank}")
         if wanted.rank < min(layer.min_rank, layer.rank):
             raise PlanError(f"{name} uses DoRA, whose magnitudes need a rank beside them; the plan leaves none")
     if not any(plan[name].rank if name in plan else layer.rank for name, layer in layers.items()):

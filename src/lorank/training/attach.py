@@ -13,6 +13,7 @@ from lorank.allocators import Allocator, Run
 from lorank.lora import find_layers
 from lorank.training.checks import LossFn
 from lorank.training.ddp import ddp_of
+from lorank.training.deepspeed import engine_module
 from lorank.training.distributed import is_first_process
 from lorank.training.history import RankHistory
 from lorank.training.progress import Report
@@ -21,7 +22,7 @@ from lorank.training.ranks import Ranks
 
 def attach(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Any,
     allocator: Allocator,
     *,
     total_steps: int,
@@ -75,8 +76,9 @@ def attach(
             :mod:`lorank.errors`.
     """
     ddp = ddp_of(model)
+    inner = engine_module(model) if ddp is None else ddp.module
     return Ranks(
-        find_layers(model if ddp is None else ddp.module, adapter),
+        find_layers(inner, adapter),
         optimizer,
         allocator,
         Run(total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed),

@@ -14,12 +14,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorank.allocators import Allocator, Run
 from lorank.errors import ResumeError, ValidationBatchError
-from lorank.lora import AdapterLayers, find_layers, follow_loaded_ranks, hold_base, unwrap
+from lorank.lora import AdapterLayers, find_layers, follow_loaded_ranks, hold_base
 from lorank.training.checks import LossFn
+from lorank.training.deepspeed import param_groups_of
 from lorank.training.distributed import is_first_process
 from lorank.training.history import RankHistory
 from lorank.training.progress import Report
-from lorank.training.ranks import STATE_KEY, Ranks
+from lorank.training.ranks import Ranks
+from lorank.training.saved_form import STATE_KEY
 
 logger = logging.getLogger("lorank")
 
@@ -97,7 +99,7 @@ class RankCallback(TrainerCallback):
             self.ranks.detach()
             if not state.global_step:  # a second train() that resumes nothing is a run of its own
                 self._initial_ranks = layers.ranks
-        if state.global_step and STATE_KEY not in unwrap(kwargs["optimizer"]).param_groups[0]:
+        if state.global_step and STATE_KEY not in param_groups_of(kwargs["optimizer"])[0]:
             raise ResumeError(
                 f"training goes on after step {state.global_step}, but the checkpoint's optimiser holds no rank state: "
                 "it was written without RankCallback (or with save_only_model). Start a new run, or resume from a "

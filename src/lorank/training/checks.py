@@ -12,6 +12,7 @@ from lorank.allocators import Allocator, Run
 from lorank.errors import LorankError, OptimizerStateError, ResumeError, ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, check_state
 from lorank.scoring import validation_loss
+from lorank.training.deepspeed import ZeroOptimizer
 from lorank.training.fsdp import HOW
 
 VERSION = 2
@@ -24,15 +25,15 @@ def check_run(layers: AdapterLayers, optimizer: torch.optim.Optimizer, run: Run)
 
     Raises:
         ScheduleError: no step to take.
-        LorankError: parameters or optimiser state that are sharded over processes, or DeepSpeed.
+        LorankError: parameters or optimiser state that are sharded over processes; ranks in a pool without DeepSpeed.
         OptimizerStateError: an optimiser that does not hold the LoRA parameters.
     """
     if run.total_steps < 1:
         raise ScheduleError(f"total_steps={run.total_steps}: expected the run's optimiser steps, at least 1")
-    if "deepspeed" in type(optimizer).__module__.lower():
+    if any(layer.pool is not None for layer in layers.values()) and not isinstance(optimizer, ZeroOptimizer):
         raise LorankError(
-            "DeepSpeed keeps its own copies of the parameters: a rank that went would silently come back (ZeRO-1 "
-            "and -2), or raise (ZeRO-3). Train without DeepSpeed"
+            "lorank.reserve_ gives parameters the fixed shape that DeepSpeed's ZeRO needs, and the optimiser is "
+            f"{type(optimizer).__name__}: hand in the one that deepspeed.initialize returned, or leave reserve_ out"
         )
     check_whole(layers, optimizer)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

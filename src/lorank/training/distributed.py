@@ -50,6 +50,10 @@ class Processes:
         dist.all_gather(parts, own)
         return torch.stack(parts).to(values.device)
 
+    def wait(self) -> None:
+        """Returns when all processes have called it."""
+        self.gather(torch.zeros(1))
+
     def lockstep(self) -> Lockstep:
         """For a model that only runs in all processes at once: every one of them does all the work."""
         return Lockstep(self)

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,22 +29,22 @@ from lorank.lora import (
     follow_loaded_ranks,
     hold_base,
     resize_,
+    save_adapter,
     take_form_,
     taken,
-    unwrap,
 )
 from lorank.training.checks import VERSION, LossFn, check_batch, check_optimizer_state, check_resumable, check_run
 from lorank.training.cutting import cut_
+from lorank.training.deepspeed import torch_optimizer
+from lorank.training.distributed import is_first_process
 from lorank.training.fate import Fate
 from lorank.training.fusing import Fusing
 from lorank.training.history import RankHistory, Record
 from lorank.training.progress import Report, scoring_progress
 from lorank.training.recording import learning_rates, record_of, tell
-from lorank.training.saved_form import layers_state, load_gated_state, saved_heads, take_ranks_
+from lorank.training.saved_form import STATE_KEY, layers_state, load_gated_state, saved_heads, take_ranks_
 from lorank.training.scaling import LossScaling
 from lorank.training.together import Together
-
-STATE_KEY = "lorank"
 
 
 class Ranks:
@@ -59,7 +60,7 @@ class Ranks:
     def __init__(
         self,
         layers: AdapterLayers,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Any,
         allocator: Allocator,
         run: Run,
         *,
@@ -74,7 +75,7 @@ class Ranks:
         grad_scaler: Any = None,
     ) -> None:
         self.layers = layers
-        self.optimizer = unwrap(optimizer)
+        self.optimizer = torch_optimizer(layers, optimizer)
         self.allocator = allocator
         self.run = replace(run, initial_ranks=dict(initial_ranks or layers.ranks))
         self.history = history if history is not None else RankHistory()
@@ -88,6 +89,8 @@ class Ranks:
         check_run(layers, self.optimizer, self.run)
         base = hold_base(layers.model)
         self._together = Together(layers, outer if outer is not None else layers.model, self.optimizer)
+        if STATE_KEY not in self.optimizer.param_groups[0]:
+            self._together.fetch()
         self._together.check_start(allocator, self.run, validation_batch)
         check_batch(layers, allocator, validation_batch, loss_fn)
         saved = self.optimizer.param_groups[0].get(STATE_KEY)
@@ -113,6 +116,7 @@ class Ranks:
         self._stepping = True  # false in a step that the gradient scaler skips
         if saved is None:
             self._fusing.follow(self._finished)
+        self._together.begin()
         self._handles: list[Any] = [  # each has remove()
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -141,6 +145,7 @@ class Ranks:
         """
         if self._finished and not self._foreign:
             return
+        self._together.fetch()
         context = self._context()
         if not self._finished and not self._foreign:
             allocation = self.allocator.finish(context, self.state)
@@ -156,6 +161,18 @@ class Ranks:
             self.history.append(self._record(allocation, before, 0.0))
         self._together.follow()
         self._together.check_state(self.step, self.state)
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """Saves the adapter as it is now, in plain PEFT form: :func:`lorank.save_adapter`, with several processes too.
+
+        All processes call it, process 0 writes, and all return when the files are there.
+
+        Args:
+            directory: where to; an adapter that is there already is replaced.
+        """
+        with self._together.whole():
+            if is_first_process():
+                save_adapter(self.layers, directory)
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact resume needs besides weights and optimiser. Plain types and tensors.
@@ -185,6 +202,7 @@ class Ranks:
         check_resumable(state, self.layers, self.allocator, self.run)
         take_form_(self.layers, saved_heads(state))
         take_ranks_(self.layers, state["ranks"])  # the optimiser brings its own state, already of these shapes
+        self._together.fetch()
         check_optimizer_state(self.layers, self.optimizer)
         load_gated_state(self.layers, state["gated"])
         self.step = state["step"]
@@ -206,7 +224,8 @@ class Ranks:
             return
         self._together.average_gates()
         if not self._finished:
-            self.allocator.observe(self._context(), self.state)
+            with self._together.gradients(self.allocator):
+                self.allocator.observe(self._context(), self.state)
 
     def _after_step(self, *_: Any) -> None:
         if not self._stepping:
@@ -240,6 +259,7 @@ class Ranks:
 
     def _allocate(self, context: Context) -> None:
         began = time.perf_counter()
+        self._together.fetch()
         with scoring_progress(
             f"{type(self.allocator).__name__}, step {self.step}: scoring ranks", self._progress
         ) as bar:

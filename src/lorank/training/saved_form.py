@@ -10,6 +10,9 @@ import torch
 
 from lorank.lora import AdapterLayers, HeadGroups, plan_for_rank, resize_
 
+STATE_KEY = "lorank"
+"""Under which a rank state travels, in an optimiser's first parameter group."""
+
 
 def layers_state(layers: AdapterLayers) -> dict[str, Any]:
     """What a rank state says of the layers."""
@@ -28,7 +31,8 @@ def gated_state(layers: AdapterLayers) -> dict[str, Any]:
         return {}
     return {
         "gates": gates.values.clone(),
-        "B": {name: layer.B.detach().clone() for name, layer in layers.items()},
+        # What is in a pool is in its optimiser's checkpoint as it is.
+        "B": {name: layer.B.detach().clone() for name, layer in layers.items() if layer.pool is None},
     }
 
 
@@ -39,8 +43,8 @@ def load_gated_state(layers: AdapterLayers, saved: Mapping[str, Any]) -> None:
         return
     layers.learn_gates(saved["gates"])
     with torch.no_grad():
-        for name, layer in layers.items():
-            layer.B.copy_(saved["B"][name])
+        for name, B in saved["B"].items():
+            layers[name].B.copy_(B)
 
 
 def heads_state(layers: AdapterLayers) -> dict[str, dict[str, Any]]:

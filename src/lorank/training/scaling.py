@@ -66,6 +66,8 @@ class LossScaling:
         gates = self._layers.gates
         if gates is None or not (model.training and torch.is_grad_enabled()):
             return
+        if any(layer.pool is not None for layer in self._layers.values()):
+            return  # DeepSpeed keeps gradients to itself, and throws none away
         device = gates.values.device.type
         fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         if fp16 and self._scaler is None and not self._warned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from lorank.allocators import Allocation, Allocator, Run
 from lorank.allocators.base import State
+from lorank.errors import LorankError
 from lorank.lora import AdapterLayers
 from lorank.scoring import Share
 from lorank.training.agreement import require_same_tensors, require_same_text
 from lorank.training.ddp import Reducers
+from lorank.training.deepspeed import ZeroOptimizer, gathered
 from lorank.training.distributed import Processes
 from lorank.training.fsdp import average_gradients_, is_sharded
 
@@ -40,24 +43,65 @@ class Together:
     def __init__(self, layers: AdapterLayers, outer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.processes = Processes.now(next(iter(layers.values())).A.device)
         self._layers, self._optimizer = layers, optimizer
-        self._sharded = self.processes.several and is_sharded(layers.model)
-        self._reducers = Reducers(layers.model, outer) if self.processes.several and not self._sharded else None
-        if self._sharded:
+        self._zero = optimizer if isinstance(optimizer, ZeroOptimizer) else None
+        fsdp = self.processes.several and is_sharded(layers.model)
+        self._lockstep = fsdp or (self._zero is not None and self._zero.sharded)
+        ddp = self.processes.several and not fsdp and self._zero is None
+        self._reducers = Reducers(layers.model, outer) if ddp else None
+        if fsdp:
             average_gradients_(layers.model, self.processes)
 
     @property
     def share(self) -> Share | None:
         """This process's share of scoring: a part of it, or all of it where forward passes need all processes."""
-        if self._sharded:
+        if self._lockstep and self.processes.several:
             return self.processes.lockstep()
         return self.processes if self.processes.several else None
+
+    def begin(self) -> None:
+        """The run is about to hang on its optimiser."""
+        if self._zero is not None:
+            self._zero.take_over()
 
     def close(self) -> None:
         if self._reducers is not None:
             self._reducers.close()
+        if self._zero is not None:
+            self._zero.close()
+
+    def fetch(self) -> None:
+        """The layers' weights, and their moments, are about to be looked at: under ZeRO they are elsewhere."""
+        if self._zero is not None:
+            self._zero.fetch()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, this process has the whole adapter in its model; afterwards all processes have come this far."""
+        with gathered(self._layers):
+            yield
+        self.processes.wait()
+
+    @contextmanager
+    def gradients(self, allocator: Allocator) -> Iterator[None]:
+        """Inside, the layers' gradients can be seen and changed, if the method does so."""
+        if self._zero is None or not allocator.sees_gradients:
+            yield
+            return
+        self._zero.fetch()
+        self._zero.fetch_gradients()
+        yield
+        self._zero.store_gradients()
 
     def check_start(self, allocator: Allocator, run: Run, batch: Mapping[str, Any] | None) -> None:
-        """Raises DisagreementError if method, settings, run, ranks or validation batch differ."""
+        """Raises DisagreementError if method, settings, run, ranks or validation batch differ.
+
+        And LorankError for a method that ZeRO-3 cannot serve.
+        """
+        if self._zero is not None and self._zero.sharded and allocator.own_backward:
+            raise LorankError(
+                f"{type(allocator).__name__} makes backward passes of its own, for which ZeRO-3 does not gather what "
+                "they need: use ZeRO-2, or scores from forward passes (ALoRA with scores='exact')"
+            )
         if not self.processes.several:
             return
         settings = {**allocator.describe(), "seed": run.seed, "total_steps": run.total_steps}
@@ -87,9 +131,11 @@ class Together:
         require_same_text(self.processes, "\n".join(lines), what, _SAME_STEP)
 
     def follow(self) -> None:
-        """Ranks have moved: what holds on to the old shapes is made anew."""
+        """Ranks have moved: what holds on to the old shapes is made anew, and who has copies gets the new ones."""
         if self._reducers is not None:
             self._reducers.rebuild()
+        if self._zero is not None:
+            self._zero.store()
 
     def check_state(self, step: int, state: State) -> None:
         """Raises DisagreementError if ranks, trained weights, optimiser, gates or the method's memory differ."""
