@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import struct
@@ -14,7 +13,6 @@ import torch
 import yaml
 
 import lorank
-from lorank import LorankError
 from lorank.config import load_config
 from lorank.experiments.sweep import load_sweep
 from lorank.lora import LayerPlan, find_layers, open_adapter, resize_, save_adapter
@@ -238,51 +236,9 @@ def _open(config: bytes, weights: bytes) -> None:
         find_layers(open_adapter(_base(), folder))
 
 
-def optimizer_state_kind() -> Kind:
-    """What a run's optimiser state carries for lorank, and the moments of the adapter's weights."""
-    methods = ["alora", "adalora", "sora", "ard-heads"]
-
-    def damage(draw: random.Random, data: bytes) -> bytes:
-        case = torch.load(io.BytesIO(data), weights_only=True)
-        state = case["optimizer"]
-        if draw.random() < 0.8:
-            group = state["param_groups"][0]
-            group["lorank"] = damage_value(draw, group["lorank"])
-        else:
-            index = draw.choice(list(state["state"]))
-            moments = state["state"][index]
-            if isinstance(moments, dict) and moments:
-                name = draw.choice([name for name in moments if name != "step"] or list(moments))
-                moments[name] = damage_value(draw, moments[name])
-        out = io.BytesIO()
-        torch.save(case, out)
-        return out.getvalue()
-
-    def read(path: Path) -> None:
-        case = torch.load(path, weights_only=True)
-        optimizer, model = _begin(case["method"])
-        before = {name: layer.rank for name, layer in find_layers(model).items()}
-        try:
-            optimizer.load_state_dict(case["optimizer"])
-        except LorankError:
-            after = {name: layer.rank for name, layer in find_layers(model).items()}
-            assert after == before, "a refusal has left ranks changed"
-            raise
-        model(**token_batch(2, 6)).loss.backward()
-        optimizer.step()
-
-    def saved(method: str) -> bytes:
-        out = io.BytesIO()
-        torch.save({"method": method, "optimizer": _train(method, 3).state_dict()}, out)
-        return out.getvalue()
-
-    return Kind(".pt", [saved(method) for method in methods], damage, read)
-
-
 KINDS: dict[str, Callable[[], Kind]] = {
     "adapter": adapter_kind,
     "adapter_config": adapter_config_kind,
     "history": history_kind,
-    # optimizer_state
     "yaml": yaml_kind,
 }

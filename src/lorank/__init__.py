@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from lorank.errors import LorankError
     from lorank.lora import find_layers, reserve_, save_adapter
-    from lorank.training import RankCallback, Ranks, attach, read_history, shard_base_
+    from lorank.training import RankCallback, Ranks, attach, last_checkpoint, read_history, shard_base_
 
 # Where each public name lives. They are imported when they are first asked for: torch, transformers and PEFT take
 # seconds, which `lorank --help` and a mistake in a configuration need not wait for.
@@ -42,6 +42,7 @@ _HOMES = {
     "attach": "training",
     "find_layers": "lora",
     "initial_ranks_": "allocators",
+    "last_checkpoint": "training",
     "read_history": "training",
     "reserve_": "lora",
     "save_adapter": "lora",
@@ -65,6 +66,7 @@ __all__ = [
     "attach",
     "find_layers",
     "initial_ranks_",
+    "last_checkpoint",
     "read_history",
     "reserve_",
     "save_adapter",

@@ -92,13 +92,14 @@ def score(
     `lorank score my/adapter --data rows.jsonl --by sensitivity task.holdout=0.1 task.validation_split=null`
     """
     with one_message():
-        from lorank.experiments import folder, posthoc
+        from lorank.experiments import posthoc
+        from lorank.files import write_text
 
         opened = _open(adapter, data, task, model, config, overrides)
         with _progress() as report:
             scored = posthoc.score(opened, by=by, terms=terms, samples=samples, progress=report)  # type: ignore[arg-type]  # checked there
         if out is not None:
-            folder.write(out, json.dumps(_as_json(opened, scored), indent=2) + "\n")
+            write_text(out, json.dumps(_as_json(opened, scored), indent=2) + "\n")
         Console().print(_scores_table(opened, scored))
         if out is not None:
             Console().print(f"written to {out}")

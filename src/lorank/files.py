@@ -102,11 +102,11 @@ def append_text(path: str | Path, text: str) -> None:
     with _told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
-        with path.open("ab") as file:
-            before = file.tell()
+        with path.open("ab", buffering=0) as file:  # a buffer would be written once more when it is closed
+            before, data = file.tell(), memoryview(text.encode())
             try:
-                file.write(text.encode())
-                file.flush()
+                while data:
+                    data = data[file.write(data) :]
                 os.fsync(file.fileno())
             except OSError:
                 os.ftruncate(file.fileno(), before)

@@ -9,8 +9,7 @@ metrics.json         the figures; written last, so its presence says that the ru
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,17 +17,14 @@ from typing import Any
 
 from lorank.config import RunConfig, load_config, to_yaml
 from lorank.experiments.errors import RunFolderError
+from lorank.files import is_leftover, remove_leftovers, write_text
+from lorank.training.checkpoints import last_checkpoint, remove_broken
+
+logger = logging.getLogger("lorank")
 
 CONFIG, METRICS, HISTORY = "config.yaml", "metrics.json", "rank_history.jsonl"
 ADAPTER, FULL_MODEL = "adapter", "model"
 _CHECKPOINT = "checkpoint-"
-_COMPLETE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-# an adapter, or a whole model in one file or several
-_WEIGHTS = (
-    ("adapter_config.json", "adapter_model.safetensors"),
-    ("model.safetensors",),
-    ("model.safetensors.index.json",),
-)
 
 
 def prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> Path | None:
@@ -53,8 +49,13 @@ def prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> Path | None:
         raise RunFolderError("--resume goes on with a run and --overwrite removes it: give one of them.")
     if resume:
         _check_resumable(config, folder)
-        return last_checkpoint(folder)
-    if folder.is_dir() and any(folder.iterdir()):
+        remove_leftovers(folder)
+        remove_broken(folder)
+        last = last_checkpoint(folder)
+        if last is None:
+            logger.warning("no complete checkpoint in %s: the run begins at its first step", folder)
+        return Path(last) if last else None
+    if folder.is_dir() and not all(map(is_leftover, folder.iterdir())):
         if not overwrite:
             raise RunFolderError(
                 f"output_dir {folder} is not empty. Go on with the run in it (--resume), remove that run "
@@ -62,7 +63,8 @@ def prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> Path | None:
             )
         remove_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / CONFIG, to_yaml(config))
+    remove_leftovers(folder)
+    write_text(folder / CONFIG, to_yaml(config))
     return None
 
 
@@ -71,24 +73,6 @@ def abandon(folder: Path) -> None:
     remove_run(folder)
     if not any(folder.iterdir()):
         folder.rmdir()
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that was written to its end, or None."""
-    steps = sorted(
-        (int(path.name.removeprefix(_CHECKPOINT)), path)
-        for path in folder.glob(f"{_CHECKPOINT}*")
-        if path.name.removeprefix(_CHECKPOINT).isdecimal()
-    )
-    complete = (path for step, path in reversed(steps) if _is_complete(path, step))
-    return next(complete, None)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file in one go: a reader sees the old content or the new, never a part."""
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -120,19 +104,6 @@ def remove_run(folder: Path) -> None:
     # the configuration goes last: if removing is cut short, the folder is still known as a run's
     for path in [*folder.glob("rank_history*.jsonl"), folder / METRICS, folder / CONFIG]:
         path.unlink(missing_ok=True)
-
-
-def _is_complete(path: Path, step: int) -> bool:
-    # the Trainer writes its state last, after everything that it belongs to
-    try:
-        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-
-    def there(names: tuple[str, ...]) -> bool:
-        return all((path / name).is_file() for name in names)
-
-    return bool(state.get("global_step") == step and there(_COMPLETE) and any(map(there, _WEIGHTS)))
 
 
 def _check_resumable(config: RunConfig, folder: Path) -> None:

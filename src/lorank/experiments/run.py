@@ -25,6 +25,7 @@ from lorank.experiments import folder
 from lorank.experiments.errors import SettingsError
 from lorank.experiments.models import load_model, load_tokenizer
 from lorank.experiments.progress import TrainingProgress
+from lorank.files import write_text
 from lorank.lora import find_layers, save_adapter, wrap
 from lorank.tasks import Task, build_task, mean_loss
 from lorank.training import RankCallback
@@ -126,7 +127,7 @@ def train(
             "final_evaluation": evaluated,
         },
     }
-    folder.write(out / folder.METRICS, json.dumps(metrics, indent=2) + "\n")
+    write_text(out / folder.METRICS, json.dumps(metrics, indent=2) + "\n")
     return RunResult(out, metrics)
 
 
@@ -221,7 +222,7 @@ def _trainer(
 ) -> Trainer:
     if config.training.patience is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=config.training.patience)]
-    trainer = Trainer(
+    trainer = _EndsWhereItShould(
         model=model,
         args=arguments,
         data_collator=task.collator,
@@ -232,6 +233,20 @@ def _trainer(
     # prints every log as a Python dictionary where transformers' own bar is off
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+class _EndsWhereItShould(Trainer):
+    """A run that is resumed from its last checkpoint takes no further step; transformers' Trainer takes one more."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        waited = any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+        if waited or self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
 
 def total_steps(settings: TrainingSettings, examples: int) -> int:

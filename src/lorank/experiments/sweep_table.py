@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.table import Table
 
-from lorank.experiments.folder import write
 from lorank.experiments.sweep import Finished, SweepResult
+from lorank.files import write_text
 from lorank.report.pareto import Point, pareto_front, pareto_picture
 
 TABLE, CSV, PICTURE = "table.md", "table.csv", "pareto.png"
@@ -40,7 +40,7 @@ def write_results(result: SweepResult, out: Path) -> list[Path]:
     if not result.finished:
         return []
     out.mkdir(parents=True, exist_ok=True)
-    write(out / CSV, _csv(result.finished))
+    write_text(out / CSV, _csv(result.finished))
     head, rows = summary(result.finished)
     lines = [_markdown_row(head), _markdown_row(["---"] * len(head)), *map(_markdown_row, rows)]
     front = [point.label for point in pareto_front(points(result.finished))]
@@ -50,7 +50,7 @@ def write_results(result: SweepResult, out: Path) -> list[Path]:
         f"{LOSS}: {'; '.join(front) or 'none'}.",
     ]
     notes += [f"- failed: {label}, seed {seed}: {message}" for label, seed, message in result.failures]
-    write(out / TABLE, "\n".join([*lines, *notes]) + "\n")
+    write_text(out / TABLE, "\n".join([*lines, *notes]) + "\n")
     files = [out / TABLE, out / CSV]
     if any(math.isfinite(point.loss) for point in points(result.finished)):
         files.append(

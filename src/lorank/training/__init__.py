@@ -2,8 +2,19 @@
 
 from lorank.training.attach import attach
 from lorank.training.callback import RankCallback
+from lorank.training.checkpoints import last_checkpoint
 from lorank.training.fsdp import shard_base_
 from lorank.training.history import HistoryError, RankHistory, Record, read_history
 from lorank.training.ranks import Ranks
 
-__all__ = ["HistoryError", "RankCallback", "RankHistory", "Ranks", "Record", "attach", "read_history", "shard_base_"]
+__all__ = [
+    "HistoryError",
+    "RankCallback",
+    "RankHistory",
+    "Ranks",
+    "Record",
+    "attach",
+    "last_checkpoint",
+    "read_history",
+    "shard_base_",
+]

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorank.allocators import Allocator, Run
 from lorank.errors import ResumeError, ValidationBatchError
 from lorank.lora import AdapterLayers, find_layers, follow_loaded_ranks, hold_base
+from lorank.training.checkpoints import seal
 from lorank.training.checks import LossFn
 from lorank.training.deepspeed import param_groups_of
 from lorank.training.distributed import is_first_process
@@ -142,6 +143,11 @@ class RankCallback(TrainerCallback):
             logger.info("step %d: the budget is kept; checkpoints from before no longer count as best", self.ranks.step)
             state.best_metric = None
             state.best_model_checkpoint = None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        if is_first_process() and checkpoint.is_dir():
+            seal(checkpoint)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.table import Table
 
-from lorank.experiments.folder import write
 from lorank.experiments.planted.methods import METHODS
 from lorank.experiments.planted.metrics import gap_closed, mean_and_interval, rank_overlap
 from lorank.experiments.planted.problem import Scenario
 from lorank.experiments.planted.study import Row
+from lorank.files import write_text
 
 TABLE, PICTURE = "table.md", "gap.png"
 HEAD = (
@@ -114,7 +114,7 @@ def write_results(rows: Sequence[Row], scenario: Scenario, out: Path) -> list[Pa
         ),
     ]
     out.mkdir(parents=True, exist_ok=True)
-    write(out / TABLE, "\n".join(lines) + "\n")
+    write_text(out / TABLE, "\n".join(lines) + "\n")
     if closed_by_seed(rows[0], rows) is None:
         return [out / TABLE]
     return [out / TABLE, picture(rows, out / PICTURE, _title(rows, scenario))]

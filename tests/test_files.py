@@ -1,0 +1,122 @@
+"""Files are whole or not there: errors and full disks leave what was complete before."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorank import files
+from lorank.files import WriteError, append_text, remove_leftovers, replacing_folder, write_text
+from lorank.training.history import RankHistory, Record, read_history
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from lorank.files import WriteError, append_text, write_text
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = Path(sys.argv[1])
+write_text(path, "old" * 100)
+append_text(path, "more")
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for write in (write_text, append_text):
+    try:
+        write(path, "new" * 1000)
+    except WriteError as error:
+        assert "there is no space" in str(error), error
+    else:
+        raise AssertionError("nothing was raised")
+"""
+
+
+def record(step: int) -> Record:
+    return Record(step, "ALoRA", {"a": 2}, {"a": (4, 4)})
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_is_replaced_in_one_go(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    write_text(path, "old")
+    write_text(path, "new")
+    assert path.read_text() == "new"
+    assert [found.name for found in path.parent.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    monkeypatch.setattr(files.os, "fsync", no_space)
+    with pytest.raises(WriteError, match="file cannot be written: No space left on device: there is no space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no limit on files here")
+def test_a_limit_of_the_system_leaves_the_old_file(tmp_path: Path) -> None:
+    """The real thing: the kernel refuses to write beyond 1,000 bytes, in the middle of a file."""
+    path = tmp_path / "file"
+    done = subprocess.run([sys.executable, "-c", LIMITED, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert path.read_text() == "old" * 100 + "more"
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_exchanged_and_an_error_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    for content in ("first", "second"):
+        with replacing_folder(path) as scratch:
+            (scratch / content).write_text(content)
+
+    def fail() -> None:
+        with replacing_folder(path) as scratch:
+            (scratch / "third").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [found.name for found in path.iterdir()] == ["second"]
+    assert [found.name for found in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_folder_is_replaced_where_the_system_cannot_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    test_a_folder_is_exchanged_and_an_error_leaves_the_old_one(tmp_path)
+
+
+def test_leftovers_of_killed_writers_go_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.123.part").write_text("half")
+    (tmp_path / ".adapter.123.part").mkdir()
+    (tmp_path / "mine.part").write_text("mine")
+    (tmp_path / ".mine").write_text("mine")
+    remove_leftovers(tmp_path)
+    assert {found.name for found in tmp_path.iterdir()} == {"mine.part", ".mine"}
+
+
+def test_a_torn_last_line_of_a_history_is_left_out_and_mended(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    append_text(path, f"{record(0).to_json()}\n{record(3).to_json()}\n{record(5).to_json()[:40]}")
+    assert [found.step for found in read_history(path)] == [0, 3]
+    history = RankHistory(path)
+    history.resume(3, record(3))
+    history.append(record(6))
+    assert [found.step for found in read_history(path)] == [0, 3, 6]
+    assert path.read_bytes().count(b"\n") == 3
+
+
+def test_a_history_that_cannot_grow_keeps_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    history = RankHistory(tmp_path / "history.jsonl")
+    history.begin(record(0))
+    monkeypatch.setattr(files.os, "fsync", no_space)
+    with pytest.raises(WriteError, match="there is no space"):
+        history.append(record(3))
+    monkeypatch.undo()
+    assert [found.step for found in read_history(tmp_path / "history.jsonl")] == [0]
