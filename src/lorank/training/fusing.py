@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from lorank.lora import AdapterLayers, fuse_, is_compiled, unfuse_
+from lorank.lora import AdapterLayers, fuse_, unfuse_
 
 
 class Fusing:
     """A run's wish, and its layers.
 
     Args:
-        outer: the model as the loop calls it, where that is known.
         wanted: whether layers are to be fused at all.
-        compiled: whether the model will be compiled; seen by itself where it has been.
+        compiled: whether the model is compiled, or will be: it fuses by itself then.
     """
 
-    def __init__(self, layers: AdapterLayers, outer: nn.Module, *, wanted: bool, compiled: bool) -> None:
+    def __init__(self, layers: AdapterLayers, *, wanted: bool, compiled: bool) -> None:
         self._layers, self._wanted = layers, wanted
-        self._compiled = compiled or is_compiled(outer)
+        self._compiled = compiled
 
     def follow(self, finished: bool) -> None:
         """The run begins, or goes on from what was loaded."""

@@ -28,12 +28,14 @@ from lorank.lora import (
     fold_gates_,
     follow_loaded_ranks,
     hold_base,
+    is_compiled,
     resize_,
     save_adapter,
     take_form_,
     taken,
 )
 from lorank.training.checks import VERSION, LossFn, check_batch, check_optimizer_state, check_resumable, check_run
+from lorank.training.compiling import Compiling
 from lorank.training.cutting import cut_
 from lorank.training.deepspeed import torch_optimizer
 from lorank.training.distributed import is_first_process
@@ -85,10 +87,13 @@ class Ranks:
         self._progress = progress
         self._finished = False
         self._foreign = False  # weights were loaded that the state knows nothing about
-        self._fusing = Fusing(layers, outer if outer is not None else layers.model, wanted=fused, compiled=compiled)
+        outer = outer if outer is not None else layers.model
+        compiled = compiled or is_compiled(outer)
+        self._fusing = Fusing(layers, wanted=fused, compiled=compiled)
         check_run(layers, self.optimizer, self.run)
+        self._compiling = Compiling(layers, compiled, per_head=bool(allocator.heads_of(layers)))
         base = hold_base(layers.model)
-        self._together = Together(layers, outer if outer is not None else layers.model, self.optimizer)
+        self._together = Together(layers, outer, self.optimizer)
         if STATE_KEY not in self.optimizer.param_groups[0]:
             self._together.fetch()
         self._together.check_start(allocator, self.run, validation_batch)
@@ -133,6 +138,7 @@ class Ranks:
         self._handles = []
         self._fusing.end()
         self._scaling.close()
+        self._compiling.end()
         self._together.close()
         self._end()
 
@@ -159,7 +165,7 @@ class Ranks:
             before = self.layers.ranks
             allocation = cut_(self.layers, self.limits, self.optimizer)
             self.history.append(self._record(allocation, before, 0.0))
-        self._together.follow()
+        self._follow()
         self._together.check_state(self.step, self.state)
 
     def save_adapter(self, directory: str | Path) -> None:
@@ -212,7 +218,7 @@ class Ranks:
         self._fate.allocations = state["allocations"]
         self.history.resume(self.step, self._beginning())
         self._fusing.follow(self._finished)
-        self._together.follow()
+        self._follow()
 
     # The optimiser's hooks, in the order in which they run.
 
@@ -255,7 +261,12 @@ class Ranks:
 
     def _note_foreign_weights(self) -> None:
         self._foreign = True
-        self._together.follow()  # they may have come with other ranks
+        self._follow()  # they may have come with other ranks
+
+    def _follow(self) -> None:
+        """Ranks may have moved: what holds on to the old shapes is made anew."""
+        self._together.follow()
+        self._compiling.follow()
 
     def _allocate(self, context: Context) -> None:
         began = time.perf_counter()
@@ -275,7 +286,7 @@ class Ranks:
         if allocation.plan:
             resize_(self.layers, allocation.plan, self.optimizer, seed=self._seed())
             self.allocator.resized(context, self.state, taken(allocation.plan, before))
-            self._together.follow()
+            self._follow()
         self._together.check_state(self.step, self.state)
         record = self._record(allocation, before, seconds + time.perf_counter() - began)
         self.history.append(record)
