@@ -25,6 +25,10 @@ class ValidationBatchError(LorankError):
     """The batch that ranks are scored on is missing, has no labels, or gives a loss that is not finite."""
 
 
+class NonFiniteError(LorankError):
+    """A gradient or a score holds NaN or infinity."""
+
+
 class ScheduleError(LorankError):
     """An allocator's schedule or budget does not fit the run."""
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lorank.allocators import Allocation, Allocator, Context, Run
+from lorank.errors import ValidationBatchError
 from lorank.lora import (
     AdapterLayers,
     compact_,
@@ -40,6 +41,7 @@ from lorank.training.cutting import cut_
 from lorank.training.deepspeed import torch_optimizer
 from lorank.training.distributed import is_first_process
 from lorank.training.fate import Fate
+from lorank.training.finite import require_finite_gradients, require_finite_scores, where_not_finite
 from lorank.training.fusing import Fusing
 from lorank.training.history import RankHistory, Record
 from lorank.training.progress import Report, scoring_progress
@@ -231,6 +233,8 @@ class Ranks:
         self._together.average_gates()
         if not self._finished:
             with self._together.gradients(self.allocator):
+                if self.allocator.moves_ranks:
+                    require_finite_gradients(self.layers, self.optimizer, self.step + 1)
                 self.allocator.observe(self._context(), self.state)
 
     def _after_step(self, *_: Any) -> None:
@@ -274,7 +278,13 @@ class Ranks:
         with scoring_progress(
             f"{type(self.allocator).__name__}, step {self.step}: scoring ranks", self._progress
         ) as bar:
-            allocation = self.allocator.allocate(replace(context, progress=bar), self.state)
+            try:
+                allocation = self.allocator.allocate(replace(context, progress=bar), self.state)
+            except ValidationBatchError as error:
+                where = where_not_finite(self.layers)
+                raise ValidationBatchError(f"step {self.step}: {error}{where}") from error
+        if allocation is not None:
+            require_finite_scores(allocation.scores, self.step, type(self.allocator).__name__)
         self._together.check_decision(self.step, allocation)
         if allocation is None:
             return
