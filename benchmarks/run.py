@@ -2,8 +2,9 @@
 
     PEFT LoRA            the reference
     PEFT AdaLoRA         starts at 1.5 times the ranks, update_and_allocate in every step
-    ALoRA                the paper's schedule: K1 one epoch, K2 a quarter, 8 rounds, ten epochs in all, |B_val| = 32
-    ALoRA, first order   the same, ranks scored by two backward passes over 64 samples
+    ALoRA, exact         the paper's schedule: K1 one epoch, K2 a quarter, 8 rounds, ten epochs in all; the paper's
+                         scores on 32 samples
+    ALoRA                the same, ranks scored by two backward passes over 128 samples, the default
     AdaLoRA              lorank's, starts at 1.5 times the ranks and ends with those of the others
 
 The model is the Llama that lorank carries (3 M parameters, every linear map but the head adapted, dropout 0.05) or a
@@ -102,8 +103,8 @@ def runs(make: Maker, steps: int) -> dict[str, Contender]:
     return {
         "PEFT LoRA": Contender(make.peft(fresh=True), make.batch),
         "PEFT AdaLoRA": Contender(model, make.batch, model.base_model.update_and_allocate),
+        "ALoRA, exact": attached(lorank.ALoRA(scores="exact"), make.rank),
         "ALoRA": attached(lorank.ALoRA(), make.rank),
-        "ALoRA, first order": attached(lorank.ALoRA(scores="first_order"), make.rank),
         "AdaLoRA": attached(lorank.AdaLoRA(delta_t=every, budget=make.rank), more),
     }
 

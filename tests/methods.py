@@ -30,9 +30,9 @@ QUICK = {"alpha_lr": 0.05, "l1": 0.05, "resize_every": 2, "hold": 1}
 
 METHODS: dict[str, Method] = {
     "static": Method(lambda budget=None: allocators.StaticLoRA(budget=budget)),
-    "alora": Method(lambda budget=None: allocators.ALoRA(**ROUNDS, budget=budget)),
+    "alora": Method(lambda budget=None: allocators.ALoRA(**ROUNDS, budget=budget, scores="exact")),
     "alora-retry": Method(
-        lambda budget=None: allocators.ALoRA(**ROUNDS, budget=budget, retry_empty=True, terms="without")
+        lambda budget=None: allocators.ALoRA(**ROUNDS, budget=budget, scores="exact", retry_empty=True, terms="without")
     ),
     "alora-first-order": Method(lambda budget=None: allocators.ALoRA(**ROUNDS, budget=budget, scores="first_order")),
     "alora-sensi": Method(lambda budget=None: allocators.ALoRASensi(**ROUNDS, budget=budget)),

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import growth, measuring, run, step
+from benchmarks import growth, measuring, run, scores, step
+from benchmarks.gate_derivatives import hessian_diagonal
 from benchmarks.shapes import SHAPES
+from lorank.lora import find_layers
+from tests.models import adapted, tiny_llama, token_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OURS = {"static", "ALoRA", "ARD-LoRA", "AdaLoRA", "SoRA", "DoRA"}
@@ -63,10 +67,43 @@ def test_growth(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_run() -> None:
     results = run.main(["--model", "tiny", "--steps", "20", "--rank", "2"])
-    assert len(results["ALoRA"].allocating) == len(results["ALoRA, first order"].allocating) == 8
+    assert len(results["ALoRA"].allocating) == len(results["ALoRA, exact"].allocating) == 8
     assert results["ALoRA"].round is not None
     assert not results["PEFT LoRA"].allocating
     assert len(results["AdaLoRA"].plain) + len(results["AdaLoRA"].allocating) == 19
+
+
+def test_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = scores.main(["--out", str(tmp_path), "--toy"])
+    printed = capsys.readouterr().out
+    assert list(found) == ["toy, early", "toy, middle", "toy, late"]
+    for state in found.values():
+        assert (state["ranks"], state["modules"]) == (12, 6)
+        assert state["screen"]["alike"] == [1.0, 1.0]
+        assert all(-1 <= way["spearman"] <= 1 and way["cost"] > 0 for way in state["ways"].values())
+        assert 0 <= state["ways"]["exact on 2"]["lowest"] <= 1
+    assert "| first order on 8 |" in printed
+    assert scores.main(["--out", str(tmp_path), "--toy"]) == found, "what was measured is read again"
+
+
+def test_second_derivatives_of_gates() -> None:
+    """Against differences of the loss itself; with one rank random signs are exact."""
+    model = adapted(tiny_llama(1), r=1, target_modules=["down_proj"]).double().eval()
+    layers, batch = find_layers(model), token_batch()
+    (layer,) = layers.values()
+    with torch.no_grad():
+        layer.B.mul_(10)
+    found = hessian_diagonal(model, layers, batch, 1.0, draws=2)
+
+    @torch.no_grad()
+    def loss(gate: float) -> float:
+        layer.gate = torch.tensor([gate], dtype=torch.float64)
+        return float(model(**batch).loss)
+
+    step = 0.2
+    expected = (loss(1 + step) - 2 * loss(1) + loss(1 - step)) / step**2
+    assert abs(expected) > 1e-3, "hardly curved: this test would pass with any"
+    assert float(found) == pytest.approx(expected, rel=0.05)
 
 
 def test_a_ratio_is_the_median_of_the_quotients_within_a_turn() -> None:

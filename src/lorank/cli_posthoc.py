@@ -57,13 +57,14 @@ By = Annotated[
     str,
     typer.Option(
         help="ablation (AB-LoRA: every rank is taken away, and left alone, once), first_order (two backward passes "
-        "that estimate it, however many ranks there are) or sensitivity (magnitudes of gradients of small batches)."
+        "that estimate it, however many ranks there are), screen (prune only: estimates, then evaluations until it is "
+        "settled which ranks go) or sensitivity (magnitudes of gradients of small batches)."
     ),
 ]
 Terms = Annotated[
     str,
     typer.Option(
-        help="Which terms of ablation or first_order count: both (the paper's), without (the rank), or alone."
+        help="Which terms of ablation, first_order or screen count: both (the paper's), without (the rank), or alone."
     ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Validation examples that ranks are scored on.")]
@@ -147,9 +148,16 @@ def prune(
         posthoc.check_out(adapter, out, overwrite=overwrite)
         opened = _open(adapter, data, task, model, config, overrides)
         wanted = posthoc.pruning_budget(opened, budget, max_lora_rank)
-        posthoc.check_budget(opened, wanted)
+        limits = posthoc.check_budget(opened, wanted)
         with _progress() as report:
-            scored = posthoc.score(opened, by=by, terms=terms, samples=samples, progress=report)  # type: ignore[arg-type]  # checked there
+            scored = posthoc.score(
+                opened,
+                by=by,  # type: ignore[arg-type]  # checked there
+                terms=terms,  # type: ignore[arg-type]
+                samples=samples,
+                limits=limits,
+                progress=report,
+            )
         pruned = posthoc.prune(opened, scored, wanted, out, overwrite=overwrite)
         Console().print(_pruned_table(opened, pruned))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from lorank.allocators import ALoRA, Context, Run, StaticLoRA
 from lorank.errors import ScheduleError
 from lorank.lora import find_layers
 from lorank.scoring import ablation_scores, first_order_scores
+from lorank.training import attach
 from tests.models import adapted, tiny_llama, token_batch
 
 
@@ -40,7 +42,7 @@ class TestSchedule:
         ({"unit": "hours"}, r"unit='hours'\): expected one of epochs, steps"),
         ({"terms": "neither"}, "expected one of both, without, alone"),
         ({"engine": "magic"}, "expected one of exact, reference"),
-        ({"scores": "guess"}, r"scores='guess'\): expected one of exact, first_order"),
+        ({"scores": "guess"}, r"scores='guess'\): expected one of first_order, exact, screen"),
         ({"samples": 0}, r"samples=0\): expected at least 1, or None"),
     ],
 )
@@ -77,7 +79,37 @@ def test_ranks_are_scored_as_asked(scores, score, terms) -> None:
     assert (details["evaluations"], details["backward_passes"]) == counts[scores, terms]
 
 
+def test_rounds_that_shrink_the_total_stop_before_the_last_rank() -> None:
+    """With as many to prune as there are ranks but one, nobody is left to receive, and the next round has too few."""
+    model = adapted(tiny_llama(), r=2, target_modules=["q_proj", "v_proj"])
+    allocator = ALoRA(per_round=7, k1=1, k2=1, unit="steps", rounds=3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ranks = attach(model, optimizer, allocator, validation_batch=token_batch(), total_steps=4)
+    totals = []
+    for step in range(4):
+        model(**token_batch(seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        totals.append(ranks.layers.total_rank)
+    assert min(totals) >= 1
+    assert totals[0] == 1, "the first round did not shrink it: this test shows nothing"
+    assert len(ranks.history.allocations) == 3
+
+
+def test_screened_scores_prune_what_exact_ones_do() -> None:
+    model = adapted(tiny_llama(), r=4)
+    layers, batch = find_layers(model), token_batch(padded=True)
+    context = Context(step=1, run=Run(10), model=model, layers=layers, validation_batch=batch)
+    screened, exact = (ALoRA(scores=scores, per_round=5).allocate(context, {}) for scores in ("screen", "exact"))
+    assert {name: change.keep for name, change in screened.plan.items() if len(change.keep) < 4} == {
+        name: change.keep for name, change in exact.plan.items() if len(change.keep) < 4
+    }
+    assert screened.details["scored_by"] == "screen"
+    assert screened.details["backward_passes"] == 2
+
+
 def test_how_many_samples_a_method_asks_for() -> None:
     assert StaticLoRA().validation_samples == ALoRA(scores="exact").validation_samples == 32
-    assert ALoRA(scores="first_order").validation_samples == 64
+    assert ALoRA(scores="screen").validation_samples == 32
+    assert ALoRA().validation_samples == ALoRA(scores="first_order").validation_samples == 128
     assert ALoRA(scores="exact", samples=5).validation_samples == 5

@@ -38,8 +38,8 @@ ROUNDS = {"k1": 2, "k2": 2, "rounds": 5, "unit": "steps", "per_round": 5}
 SEARCH = {"alpha_lr": 0.05, "l1": 0.05, "resize_every": 2, "hold": 1}
 METHODS = {
     "static": lorank.StaticLoRA,
-    "alora": lambda: lorank.ALoRA(**ROUNDS),
-    "alora-alone": lambda: lorank.ALoRA(**ROUNDS, terms="alone", engine="reference"),
+    "alora": lambda: lorank.ALoRA(**ROUNDS, scores="exact"),
+    "alora-alone": lambda: lorank.ALoRA(**ROUNDS, scores="exact", terms="alone", engine="reference"),
     "alora-sensi": lambda: lorank.ALoRASensi(**ROUNDS),
     "alora-dnas": lambda: lorank.ALoRADNAS(**ROUNDS, search_rows=2),
     "adalora": lambda: lorank.AdaLoRA(t_init=2, t_final=3, delta_t=1),

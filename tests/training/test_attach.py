@@ -19,7 +19,7 @@ from lorank.errors import AdapterError, OptimizerStateError, ResumeError, Schedu
 from lorank.lora import LayerPlan
 from tests.models import adapted, tiny_bert, tiny_llama, token_batch
 
-QUICK = lorank.ALoRA(k1=2, k2=2, rounds=3, unit="steps", per_round=6)
+QUICK = lorank.ALoRA(k1=2, k2=2, rounds=3, unit="steps", per_round=6, scores="exact")
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:

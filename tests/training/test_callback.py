@@ -171,7 +171,7 @@ def test_a_new_run_in_an_old_folder_moves_the_old_history_aside(tmp_path: Path) 
 
 def test_scoring_reports_how_far_it_is(tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
-    allocator = lorank.ALoRA(k1=1, unit="steps", rounds=1, per_round=3)
+    allocator = lorank.ALoRA(k1=1, unit="steps", rounds=1, per_round=3, scores="exact")
     Trainer(
         model=adapted(tiny_llama()),
         args=TrainingArguments(str(tmp_path), max_steps=2, save_strategy="no", report_to=[], use_cpu=True),
@@ -288,6 +288,6 @@ def test_trls_sft_trainer_allocates(tmp_path: Path) -> None:
     trainer.train()
     allocations = callback.ranks.history.allocations
     assert [record.step for record in allocations] == [2, 4]
-    assert all(record.details["engine"] == "exact" for record in allocations)
+    assert all(record.details["scored_by"] == "first_order" for record in allocations)
     reloaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "checkpoint-5")
     assert lorank.find_layers(reloaded).ranks == {k: r for k, r in allocations[-1].ranks.items() if r}

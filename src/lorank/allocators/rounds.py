@@ -73,7 +73,7 @@ class Rounds:
         pruned = self._count(layers)
         plan = self.initial_plan(layers)
         total = sum(plan[name].rank if name in plan else layer.rank for name, layer in layers.items())
-        needed = max(1, sum(_minima(layers).values()))
+        needed = _needed(layers)
         if pruned > total - needed:
             raise ScheduleError(
                 f"{self.method} would prune n_A = {pruned} ranks in a round and the {len(layers)} modules have {total} "
@@ -99,6 +99,10 @@ class Rounds:
             return 0
         return first + every * min(self.rounds - 1, (run.total_steps - 1 - first) // every)
 
+    def lowest(self, layers: AdapterLayers, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+        """The ranks that one round prunes, (module, index), from the lowest score upwards."""
+        return _lowest(scores, self._to_prune(layers), _minima(layers))
+
     def allocation(self, layers: AdapterLayers, scores: Mapping[str, Tensor], details: Mapping[str, Any]) -> Allocation:
         """One round.
 
@@ -109,7 +113,7 @@ class Rounds:
         limits = self.limits(layers)
         plan = prune_and_reallocate(
             scores,
-            self._count(layers),
+            self._to_prune(layers),
             {name: layer.max_rank for name, layer in layers.items()},
             self.retry_empty,
             limits=limits,
@@ -122,6 +126,10 @@ class Rounds:
 
     def _count(self, layers: AdapterLayers) -> int:
         return len(layers) if self.per_round is None else self.per_round
+
+    def _to_prune(self, layers: AdapterLayers) -> int:
+        """n_A, or fewer where rounds have shrunk the total so far that less than must stay would be left."""
+        return max(0, min(self._count(layers), layers.total_rank - _needed(layers)))
 
     def _first_and_every(self, run: Run) -> tuple[int, int]:
         if self.unit == "steps":
@@ -211,6 +219,11 @@ def _deal(
             still.append(name)
         turn = still
     return {name: held[name] - ranks[name] for name in receivers}
+
+
+def _needed(layers: AdapterLayers) -> int:
+    """The ranks that must stay, over all modules: an adapter without any is none."""
+    return max(1, sum(_minima(layers).values()))
 
 
 def _minima(layers: AdapterLayers) -> dict[str, int]:

@@ -29,7 +29,7 @@ SETTINGS: Mapping[str, Any] = {
 }
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "static": {"name": "static"},
-    "alora": {"name": "alora", "unit": "steps", "k1": 30, "k2": 30, "rounds": 3},
+    "alora": {"name": "alora", "scores": "exact", "unit": "steps", "k1": 30, "k2": 30, "rounds": 3},
 }
 TITLES = {"static": "LoRA, static", "alora": "ALoRA"}
 

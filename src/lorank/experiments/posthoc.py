@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,10 +22,10 @@ from lorank.errors import AdapterError, BudgetError
 from lorank.experiments.errors import SettingsError
 from lorank.experiments.finished import Opened
 from lorank.lora import LayerPlan, resize_, save_adapter
-from lorank.scoring import ablation_scores, first_order_scores, gate_gradient_scores
+from lorank.scoring import ablation_scores, first_order_scores, gate_gradient_scores, screened_scores
 from lorank.tasks import mean_loss
 
-By = Literal["ablation", "first_order", "sensitivity"]
+By = Literal["ablation", "first_order", "screen", "sensitivity"]
 Terms = Literal["both", "without", "alone"]
 SENSITIVITY_BATCH = 4
 """Samples per gradient: small, so that gradients of different samples do not cancel."""
@@ -75,20 +76,23 @@ def score(
     by: By = "ablation",
     terms: Terms = "both",
     samples: int = 32,
+    limits: Limits | None = None,
     progress: Any = None,
 ) -> Scored:
     """What each rank is worth, on the first `samples` validation examples.
 
     Args:
         by: `ablation` (AB-LoRA: the loss without the rank and with it alone, an evaluation each), `first_order`
-            (estimates of that by two backward passes) or `sensitivity` (the gradient of the loss with respect to a gate
-            on the rank: one backward pass per four samples).
+            (estimates of that by two backward passes), `screen` (both: evaluations until it is settled which ranks go)
+            or `sensitivity` (the gradient of the loss with respect to a gate on the rank: one backward pass per four
+            samples).
         terms: which terms of ablation count, or of its estimates.
         samples: ≥ 1.
+        limits: the budget that says which ranks go, for `screen`.
         progress: called with (evaluations, or passes over the samples, done, in all), except for sensitivity.
 
     Raises:
-        SettingsError: an unknown kind of score, or no sample.
+        SettingsError: an unknown kind of score, no sample, or `screen` without a budget.
         ValidationBatchError: see `lorank.scoring`.
     """
     if by not in get_args(By):
@@ -97,10 +101,18 @@ def score(
         raise SettingsError(f"--terms {terms!r}: expected one of {', '.join(get_args(Terms))}")
     if samples < 1:
         raise SettingsError(f"--samples {samples}: expected at least 1")
+    if by == "screen" and limits is None:
+        raise SettingsError(
+            "--by screen evaluates ranks until it is settled which of them a budget prunes, and there is no budget "
+            "here: use it with lorank prune, or score --by ablation or first_order"
+        )
     task, began = opened.task, time.perf_counter()
     examples = task.validation[:samples]
-    if by in ("ablation", "first_order"):
-        scorer = ablation_scores if by == "ablation" else first_order_scores
+    if by != "sensitivity":
+        scorer: Any = ablation_scores if by == "ablation" else first_order_scores
+        if by == "screen":
+            assert limits is not None  # said above
+            scorer = partial(screened_scores, choose=partial(_pruned_by, limits))
         result = scorer(opened.model, opened.layers, task.collator(examples), terms=terms, progress=progress)
         scores, loss = result.scores, result.baseline
     else:
@@ -108,6 +120,12 @@ def score(
         scores = gate_gradient_scores(opened.model, opened.layers, (task.collator(part) for part in parts))
         loss = mean_loss(opened.model, examples, task.collator, batch_size=opened.batch_size, progress=False)
     return Scored(scores, by, len(examples), loss, time.perf_counter() - began)
+
+
+def _pruned_by(limits: Limits, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+    """The ranks that a budget has no room for, (module, index)."""
+    kept = limits.keep_best(scores)
+    return [(name, k) for name, values in scores.items() for k in range(len(values)) if k not in kept[name]]
 
 
 def prune(opened: Opened, scored: Scored, budget: Budget, out: str | Path, *, overwrite: bool = False) -> Pruned:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.evaluation import Evaluator
 from lorank.scoring.loss import LossFn, own_loss, prepare_batch, require_finite, unwrap
+from lorank.scoring.parts import one_pass
 from lorank.scoring.sharing import Share
 from lorank.scoring.untouched import untouched
 from lorank.scoring.variants import TERMS, Progress, Term, Terms, VariantLosses, every_rank
@@ -134,15 +135,26 @@ def check_terms(terms: str, max_rows: int | None) -> None:
 
 
 def validation_loss(
-    model: nn.Module, layers: AdapterLayers, batch: Mapping[str, Any], loss_fn: LossFn | None = None
+    model: nn.Module,
+    layers: AdapterLayers,
+    batch: Mapping[str, Any],
+    loss_fn: LossFn | None = None,
+    *,
+    first_look: bool = False,
 ) -> float:
     """L(M) on the batch, leaving no trace: what scoring will start from, and a check that the batch can be scored on.
+
+    Args:
+        first_look: of so many samples only as one pass of scoring takes, where the batch is larger. The batch of
+            estimates has more of them than memory has room for at once.
 
     Raises:
         ValidationBatchError: as :func:`ablation_scores` would.
     """
     model = unwrap(model)
-    inputs = prepare_batch(model, batch, needs_labels=loss_fn is None)
+    inputs: Mapping[str, Any] = prepare_batch(model, batch, needs_labels=loss_fn is None)
+    if first_look and loss_fn is None:
+        inputs = one_pass(inputs)
     with untouched(model, layers):
         return require_finite(own_loss(model, inputs, loss_fn), "the model")
 

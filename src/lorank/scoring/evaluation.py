@@ -16,6 +16,7 @@ from lorank.scoring.reference import ReferenceEngine
 from lorank.scoring.sharing import Share, collected, dealt, exchanged, largest_share
 from lorank.scoring.variants import (
     Engine,
+    Gates,
     Progress,
     Term,
     VariantLosses,
@@ -66,6 +67,7 @@ class Evaluator:
         self._progress = progress or (lambda done, total: None)
         self._done, self._total = 0, 0
         self._made: Engine | None = None
+        self._gates = Gates(layers)
 
     def __call__(self, wanted: Wanted, backgrounds: Collection[Term]) -> VariantLosses:
         """The losses of the wanted variants, and of M (``without``) or the base (``alone``) if among ``backgrounds``.
@@ -108,6 +110,7 @@ class Evaluator:
                 )
                 logger.warning(self.notice)
                 self.engine, self._made = "reference", None
+                self._gates.background("without")  # the engine may have stopped in the middle of a variant
         if self._made is None:
             self._made = ReferenceEngine(self._model, self._layers, self._batch, self._loss_fn)
         return self._run(self._made, wanted, backgrounds)

@@ -24,12 +24,12 @@ from lorank.scoring.blocks import Unsuited
 from lorank.scoring.gate_gradient import loss_with_graph
 from lorank.scoring.loss import LossFn, base_of, field, forward_arguments, require_finite
 from lorank.scoring.parts import (
-    SAMPLES_WITHOUT_TOKENS,
+    TOKENS_PER_PASS,
     in_passes,
     inputs_of,
     is_by_sample,
+    is_larger_than_a_pass,
     labelled,
-    lengths,
     repeated,
     rows_of,
 )
@@ -39,8 +39,6 @@ from lorank.scoring.variants import Gates, in_order
 
 logger = logging.getLogger("lorank")
 
-TOKENS_PER_PASS = 2048
-"""Tokens in one forward and backward pass: what a training step of a small batch has, so that memory suffices."""
 SAMPLES_WATCHED = 4
 
 
@@ -96,7 +94,7 @@ class GatePath:
             self._count = Targets.of(self._form, batch["labels"]).count
         except Unsuited as reason:
             self._form = None
-            if _too_large(batch, max_rows):
+            if is_larger_than_a_pass(batch, max_rows):
                 self.notice = f"all samples share one pass over the gradients: they cannot be split, because {reason}"
                 logger.warning(self.notice)
 
@@ -198,17 +196,8 @@ def _parts(batch: Mapping[str, Any], max_rows: int | None, share: Share | None) 
     """
     rows = rows_of(batch)
     if not is_by_sample(batch, rows):
-        if share is None and not _too_large(batch, max_rows):
+        if share is None and not is_larger_than_a_pass(batch, max_rows):
             return [batch]
         raise Unsuited("some tensor of the batch does not have one row per sample")
     own = torch.tensor(dealt(range(rows), share), dtype=torch.long)
     return [*in_passes(batch, own, TOKENS_PER_PASS, max_rows)]
-
-
-def _too_large(batch: Mapping[str, Any], max_rows: int | None) -> bool:
-    """Whether one pass should not take the batch whole."""
-    sizes, labels = lengths(batch), batch.get("labels")
-    rows = len(labels) if isinstance(labels, Tensor) and labels.dim() else 1
-    if max_rows is not None:
-        return rows > max_rows
-    return rows > SAMPLES_WITHOUT_TOKENS if sizes is None else rows * int(sizes.max()) > TOKENS_PER_PASS

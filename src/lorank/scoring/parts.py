@@ -12,6 +12,8 @@ from lorank.scoring.blocks import Unsuited
 from lorank.scoring.loss import IGNORED, base_of
 from lorank.scoring.prefix import repeat
 
+TOKENS_PER_PASS = 2048
+"""Tokens in one forward and backward pass: what a training step of a small batch has, so that memory suffices."""
 SAMPLES_WITHOUT_TOKENS = 32
 """Samples in one pass where they are no token sequences (images)."""
 
@@ -75,6 +77,26 @@ def lengths(batch: Mapping[str, Any]) -> Tensor | None:
         counts = counts | (labels != IGNORED)
     positions = torch.arange(1, counts.shape[1] + 1, device=counts.device)  # (T,)
     return (counts * positions).amax(1).cpu()
+
+
+def is_larger_than_a_pass(batch: Mapping[str, Any], max_rows: int | None = None) -> bool:
+    """Whether one pass should not take the batch whole."""
+    sizes, labels = lengths(batch), batch.get("labels")
+    rows = len(labels) if isinstance(labels, Tensor) and labels.dim() else 1
+    if max_rows is not None:
+        return rows > max_rows
+    return rows > SAMPLES_WITHOUT_TOKENS if sizes is None else rows * int(sizes.max()) > TOKENS_PER_PASS
+
+
+def one_pass(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As many of the batch's samples as one pass takes: what a first look at it needs. All, if it cannot be split."""
+    if not is_larger_than_a_pass(batch) or "labels" not in batch:
+        return batch
+    rows = rows_of(batch)
+    if not is_by_sample(batch, rows):
+        return batch
+    parts = in_passes(batch, torch.arange(rows), TOKENS_PER_PASS, None)
+    return parts[0] if parts else batch
 
 
 def in_passes(batch: Mapping[str, Any], rows: Tensor, tokens: int, max_rows: int | None) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -22,18 +21,19 @@ from lorank.scoring.variants import (
 )
 
 
-@dataclass(frozen=True)
 class ReferenceEngine:
     """Losses of variants, a whole forward each. Used inside :func:`~lorank.scoring.untouched.untouched`.
 
     Args:
+        layers: with the gates of M, whatever a later call finds them set to.
         batch: on the model's device; run whole, whatever its size.
     """
 
-    model: nn.Module
-    layers: AdapterLayers
-    batch: Mapping[str, Any]
-    loss_fn: LossFn | None
+    def __init__(
+        self, model: nn.Module, layers: AdapterLayers, batch: Mapping[str, Any], loss_fn: LossFn | None
+    ) -> None:
+        self.model, self.layers, self.batch, self.loss_fn = model, layers, batch, loss_fn
+        self.gates = Gates(layers)
 
     def losses(self, wanted: Wanted, backgrounds: Collection[Term], report: Callable[[int], None]) -> VariantLosses:
         """The losses of the wanted variants, see :class:`~lorank.scoring.variants.Engine`.
@@ -41,7 +41,7 @@ class ReferenceEngine:
         Raises:
             ValidationBatchError: no loss, or one that is not finite.
         """
-        gates = Gates(self.layers)
+        gates = self.gates
         evaluations = 0
 
         def loss(what: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +172,14 @@ class RankCallback(TrainerCallback):
         if callable(data):
             data = data()
         if data is None:
+            data = loader.dataset
+            count = min(self._samples, len(data)) if isinstance(data, Sized) else self._samples
             logger.warning(
                 "%s scores ranks on the first %d rows of the training set, since RankCallback was given no "
                 "validation_batch. Held-out data judges ranks better: validation_batch=…",
                 type(self.allocator).__name__,
-                self._samples,
+                count,
             )
-            data = loader.dataset
         if isinstance(data, Mapping) and all(isinstance(value, torch.Tensor) for value in data.values()):
             return data
         return _collate(data, self._samples, loader)

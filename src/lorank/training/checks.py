@@ -83,7 +83,7 @@ def check_batch(
             f"{type(allocator).__name__} scores ranks on a fixed batch of held-out data and none was given: "
             "attach(…, validation_batch=batch), where model(**batch) gives a loss (32 samples in the paper)"
         )
-    validation_loss(layers.model, layers, batch, loss_fn)
+    validation_loss(layers.model, layers, batch, loss_fn, first_look=True)
 
 
 def check_optimizer_state(layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None:
