@@ -12,10 +12,12 @@ from lorank.allocators import Allocator, Run
 from lorank.errors import LorankError, OptimizerStateError, ResumeError, ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, check_state
 from lorank.scoring import validation_loss
+from lorank.training.base_values import check_base
 from lorank.training.deepspeed import ZeroOptimizer
 from lorank.training.fsdp import HOW
+from lorank.training.sealed_state import check_seal
 
-VERSION = 2
+VERSION = 3
 
 LossFn = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
@@ -94,13 +96,16 @@ def check_optimizer_state(layers: AdapterLayers, optimizer: torch.optim.Optimize
 
 
 def check_resumable(state: Mapping[str, Any], layers: AdapterLayers, allocator: Allocator, run: Run) -> None:
-    """Whether a saved rank state is of this run.
+    """Whether a saved rank state is whole, and of this run. Nothing is changed.
 
     Raises:
-        ResumeError: it is of another version, method, setting, seed, model or budget.
+        ResumeError: it is damaged, or of another version, method, setting, seed, model or budget.
     """
+    if not isinstance(state, Mapping):
+        raise ResumeError(f"the saved rank state is a {type(state).__name__}: the optimiser's file is damaged")
     if state.get("version") != VERSION:
         raise ResumeError(f"the saved rank state has version {state.get('version')!r}, this lorank reads {VERSION}")
+    check_seal(state)
     ours: dict[str, Any] = {**allocator.describe(), "seed": run.seed}
     theirs: dict[str, Any] = {**state["allocator"], "seed": state["seed"]}
     differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
@@ -114,6 +119,10 @@ def check_resumable(state: Mapping[str, Any], layers: AdapterLayers, allocator: 
             f"shape from the {len(shapes)} here. Load the base model that the run was started with, and adapt the "
             "same modules"
         )
+    most = {name: max(min(shape), run.initial_ranks.get(name, 0)) for name, shape in shapes.items()}
+    if state["ranks"].keys() != most.keys() or any(rank > most[name] for name, rank in state["ranks"].items()):
+        raise ResumeError("the saved rank state has ranks that its modules cannot have: it was not written by a run")
+    check_base(state["base"], layers)
     if state["initial_ranks"] != run.initial_ranks:
         saved, now = sum(state["initial_ranks"].values()), sum(run.initial_ranks.values())
         raise ResumeError(

@@ -35,6 +35,7 @@ from lorank.lora import (
     take_form_,
     taken,
 )
+from lorank.training.base_values import sample
 from lorank.training.checks import VERSION, LossFn, check_batch, check_optimizer_state, check_resumable, check_run
 from lorank.training.compiling import Compiling
 from lorank.training.cutting import cut_
@@ -48,6 +49,7 @@ from lorank.training.progress import Report, scoring_progress
 from lorank.training.recording import learning_rates, record_of, tell
 from lorank.training.saved_form import STATE_KEY, layers_state, load_gated_state, saved_heads, take_ranks_
 from lorank.training.scaling import LossScaling
+from lorank.training.sealed_state import sealed
 from lorank.training.together import Together
 
 
@@ -100,6 +102,7 @@ class Ranks:
             self._together.fetch()
         self._together.check_start(allocator, self.run, validation_batch)
         check_batch(layers, allocator, validation_batch, loss_fn)
+        self._base_values = sample(layers)
         saved = self.optimizer.param_groups[0].get(STATE_KEY)
         if saved is not None:
             check_resumable(saved, layers, allocator, self.run)
@@ -187,7 +190,7 @@ class Ranks:
 
         The optimiser's own ``state_dict`` carries it too, so most loops never call this.
         """
-        return {
+        state = {
             "version": VERSION,
             "step": self.step,
             "allocations": self._fate.allocations,
@@ -196,8 +199,10 @@ class Ranks:
             "finished": self._finished,
             "initial_ranks": dict(self.run.initial_ranks),
             **layers_state(self.layers),
+            "base": self._base_values,
             "state": {name: tensor.detach().clone() for name, tensor in self.state.items()},
         }
+        return sealed(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where ``state`` was taken: ranks take their shapes, steps their count.
@@ -205,7 +210,7 @@ class Ranks:
         Load it before or after the model's weights; the optimiser's state must be of the same moment.
 
         Raises:
-            ResumeError: it is of another method, other settings, another seed, or another adapter.
+            ResumeError: it is damaged, or of another method, other settings, another seed, base model or adapter.
         """
         check_resumable(state, self.layers, self.allocator, self.run)
         take_form_(self.layers, saved_heads(state))
