@@ -1,0 +1,71 @@
+"""Every method on the layers that are no Linear: GPT-2's Conv1D and Embedding, plain and with DoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+import lorank
+from tests.methods import METHODS, STEPS, Method
+from tests.models import adapted, tiny_gpt2, tiny_llama, token_batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A base model, and how layers of one kind in it are adapted.
+
+    Args:
+        part: of the names of the layers in question.
+    """
+
+    make: Callable[[], PreTrainedModel]
+    lora: dict[str, Any]
+    part: str
+
+
+KINDS = {
+    "Conv1D": Kind(tiny_gpt2, {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}, "h."),
+    "Embedding": Kind(tiny_llama, {"target_modules": ["embed_tokens", "q_proj", "down_proj"]}, "embed_tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_ranks_move_and_what_is_saved_is_plain_peft(kind: Kind, dora: bool, method: Method, tmp_path: Path) -> None:
+    if dora and method.heads:
+        pytest.skip("DoRA has no form with ranks per head: tests/lora/test_per_head.py")
+    torch.manual_seed(0)
+    model = adapted(kind.make(), random_B=False, use_dora=dora, **{**method.lora, **kind.lora}).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    batch = token_batch(seed=99)
+    budget = 1 if method is METHODS["adalora"] else None  # by itself it keeps all ranks of the embedding
+    ranks = lorank.attach(model, optimizer, method.make(budget), validation_batch=batch, total_steps=STEPS, seed=7)
+    while ranks.step < STEPS:
+        model(**token_batch(seed=ranks.step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    own = [name for name in ranks.layers if kind.part in name]
+    assert own
+    if method is not METHODS["static"]:
+        seen = {tuple(record.ranks[name] for name in own) for record in ranks.history}
+        assert len(seen) > 1, "no layer of this kind changed its rank"
+    assert any(ranks.layers[name].B.any() for name in own), "none has been trained"
+    model.eval()
+    with torch.no_grad():
+        after = model(**batch).logits
+    lorank.save_adapter(ranks.layers, tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(kind.make(), str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**batch).logits, after, rtol=1e-5, atol=1e-5)
+        merged = plain.merge_and_unload()(**batch).logits
+    torch.testing.assert_close(merged, after, rtol=1e-4, atol=1e-4)
