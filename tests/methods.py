@@ -42,3 +42,7 @@ METHODS: dict[str, Method] = {
     "ard": Method(lambda budget=None: allocators.ARDLoRA(**QUICK, budget=budget, heads="module")),
     "ard-heads": Method(lambda budget=None: allocators.ARDLoRA(**QUICK, budget=budget, min_rank=0), heads=True),
 }
+
+DORA = Method(METHODS["alora"].make, lora={"use_dora": True})
+WITH_DORA = {**METHODS, "dora": DORA}
+"""Where DoRA makes a difference that the methods do not."""

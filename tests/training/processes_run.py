@@ -39,6 +39,7 @@ SEARCH = {"alpha_lr": 0.05, "l1": 0.05, "resize_every": 2, "hold": 1}
 METHODS = {
     "static": lorank.StaticLoRA,
     "alora": lambda: lorank.ALoRA(**ROUNDS, scores="exact"),
+    "alora-first-order": lambda: lorank.ALoRA(**ROUNDS),
     "alora-alone": lambda: lorank.ALoRA(**ROUNDS, scores="exact", terms="alone", engine="reference"),
     "alora-sensi": lambda: lorank.ALoRASensi(**ROUNDS),
     "alora-dnas": lambda: lorank.ALoRADNAS(**ROUNDS, search_rows=2),
@@ -59,6 +60,7 @@ class Case:
             noticed.
         options: of DistributedDataParallel.
         attach_to: whether ``attach`` gets the model inside or what is around it.
+        dora: whether the adapter is DoRA.
         accumulate: micro-batches per step, all but the last without synchronisation.
         layers: blocks of the model.
         dropout: with it, processes draw different masks.
@@ -74,6 +76,7 @@ class Case:
     wrap: str = "ddp"
     options: dict[str, Any] = field(default_factory=dict)
     attach_to: str = "inner"
+    dora: bool = False
     accumulate: int = 2
     checkpointing: bool = True
     layers: int = 1
@@ -126,7 +129,7 @@ def run(case: Case, folder: Path, index: int, count: int) -> Seen:
 
 def _train(case: Case, folder: Path, index: int, count: int, seen: Seen) -> None:
     # ALoRA gets fewer ranks than the others, which only take away.
-    model = adapted(tiny_llama(case.layers), random_B=False, r=4, lora_dropout=case.dropout).train()
+    model = adapted(tiny_llama(case.layers), random_B=False, r=4, lora_dropout=case.dropout, use_dora=case.dora).train()
     model.to(getattr(torch, case.dtype))
     if case.checkpointing:
         base = model.base_model.model

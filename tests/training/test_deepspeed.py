@@ -35,6 +35,7 @@ OTHERS = {
 REFUSED = {
     "ranks per head": (case_of("ard-heads", "zero2"), "heads='module'"),
     "backward passes under ZeRO-3": (case_of("alora-dnas", "zero3"), "use ZeRO-2"),
+    "estimates under ZeRO-3": (case_of("alora-first-order", "zero3"), "scores='exact'"),
     "no room": (replace(case_of("alora", "zero2"), changes={"room": None}), "lorank.reserve_(model, max_rank=…)"),
 }
 

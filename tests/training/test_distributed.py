@@ -20,8 +20,12 @@ TRAINED = {
     "ard": Case("ard", options={"static_graph": True}, accumulate=1),
     "ard per head": Case("ard-heads", attach_to="outer"),
     "alora-dnas": Case("alora-dnas"),
+    "alora-first-order": Case("alora-first-order"),
+    "DoRA": Case("alora", dora=True),
     "alora, FSDP2": Case("alora", "fsdp2"),
     "adalora, FSDP2": Case("adalora", "fsdp2", attach_to="outer"),
+    "alora-first-order, FSDP2": Case("alora-first-order", "fsdp2"),
+    "DoRA, FSDP2": Case("alora", "fsdp2", dora=True),
     "ard per head, FSDP2": Case("ard-heads", "fsdp2"),
 }
 FOUR = [Case("alora"), Case("sora"), Case("ard-heads"), Case("alora", "fsdp2")]
@@ -61,8 +65,8 @@ def alone(folder: Path) -> Callable[..., Seen]:
     """What one process sees, with the same global batch."""
 
     @cache
-    def seen_alone(method: str, accumulate: int = 2) -> Seen:
-        return run(Case(method, "none", accumulate=accumulate), folder, index=0, count=1)
+    def seen_alone(method: str, accumulate: int = 2, dora: bool = False) -> Seen:
+        return run(Case(method, "none", accumulate=accumulate, dora=dora), folder, index=0, count=1)
 
     return seen_alone
 
@@ -85,7 +89,8 @@ def check(together: list[Seen], alone: Seen) -> None:
 def test_two_processes_have_the_same_and_what_one_would_have(
     name: str, seen: dict[str, list[Seen]], alone: Callable[..., Seen]
 ) -> None:
-    check(seen[name], alone(TRAINED[name].method, TRAINED[name].accumulate))
+    case = TRAINED[name]
+    check(seen[name], alone(case.method, case.accumulate, case.dora))
 
 
 def test_so_do_four_processes(folder: Path, alone: Callable[..., Seen]) -> None:

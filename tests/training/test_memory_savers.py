@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import lorank
-from tests.methods import METHODS, STEPS, Method
+from tests.methods import METHODS, STEPS, WITH_DORA, Method
 from tests.models import adapted, tiny_llama, token_batch
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -76,7 +76,7 @@ def same(one: tuple[lorank.Ranks, list[Tensor]], other: tuple[lorank.Ranks, list
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@every_method
+@pytest.mark.parametrize("method", WITH_DORA.values(), ids=WITH_DORA)
 def test_memory_savers(method: Method) -> None:
     plain = run(method)
     same(plain, run(method, parts=2), 1e-7)

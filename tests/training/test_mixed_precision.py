@@ -13,7 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
 import lorank
-from tests.methods import METHODS, STEPS, Method
+from tests.methods import METHODS, STEPS, WITH_DORA, Method
 from tests.models import adapted, tiny_llama, token_batch
 
 OVERFLOWS = (2, 5, 6)
@@ -89,7 +89,7 @@ def test_a_scaled_loss_changes_nothing(name: str, how: str) -> None:
         assert torch.equal(one, other), key
 
 
-@every_method
+@pytest.mark.parametrize("method", WITH_DORA.values(), ids=WITH_DORA)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_under_autocast(method: Method, dtype: torch.dtype) -> None:
     """float16 with a scale that overflows at first, as scalers begin; bfloat16 without one."""

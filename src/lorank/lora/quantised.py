@@ -63,6 +63,11 @@ def check_base(name: str, module: LoraLayer) -> None:
         known = f" ({IGNORE_VARIANTS[kind]})" if kind in IGNORE_VARIANTS else ""
         raise AdapterError(f"{name} is a {kind}{known}, whose ranks cannot be gated or resized. {INSTEAD}")
     base = module.get_base_layer()
+    if kind == "Linear8bitLt" and any(module.use_dora.values()) and base.weight.device.type == "cpu":
+        raise AdapterError(
+            f"{name}: PEFT's DoRA over bitsandbytes' int8 fails on a CPU, in the second training step. Use LoRA "
+            "without DoRA, or a base in nf4"
+        )
     if kind == "TorchaoLoraLinear" and _quantises_activations(base.weight):
         raise AdapterError(
             f"{name}: torchao quantises the activations too, and rounding passes no gradient to the adapters before: "
