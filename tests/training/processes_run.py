@@ -1,7 +1,7 @@
-"""One of several processes that train together:  python -m tests.training.processes_run FOLDER INDEX COUNT
+"""Several processes that train together:  python -m tests.training.processes_run FOLDER COUNT
 
-Reads ``FOLDER/cases.json``, a list of cases (:class:`Case`), and writes ``FOLDER/INDEX.json``: for each case what this
-process saw. The processes meet in a file, so that no port is needed.
+Reads ``FOLDER/cases.json``, a list of cases (:class:`Case`). Each process writes ``FOLDER/INDEX.json``: for each case
+what it saw. They are forked from one that has imported everything, and meet in a file, so that no port is needed.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -251,9 +253,7 @@ def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     return found.hexdigest()
 
 
-def launch(
-    folder: Path, cases: list[Case], count: int, module: str = "tests.training.processes_run"
-) -> list[list[Any]]:
+def launch(folder: Path, cases: list[Case], count: int) -> list[list[Seen]]:
     """Runs the cases in ``count`` new processes: for each case, what each process saw."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
@@ -261,41 +261,52 @@ def launch(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(lorank.__file__).parents[1]), str(root)])
-    logs = [folder / f"{index}.log" for index in range(count)]
-    children = []
-    for index, log in enumerate(logs):
-        with log.open("w") as file:  # the child keeps it open
-            command = [sys.executable, "-m", module, str(folder), str(index), str(count)]
-            own = {**environment, "LOCAL_RANK": str(index)}
-            children.append(subprocess.Popen(command, cwd=root, env=own, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        codes = [child.wait(timeout=LIMIT) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    command = [sys.executable, "-m", "tests.training.processes_run", str(folder), str(count)]
+    with (folder / "log").open("w") as log:
+        first = subprocess.Popen(
+            command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = first.wait(timeout=LIMIT)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(first.pid, signal.SIGKILL)  # and those that it forked
+            first.wait()
+    assert not code, (folder / "log").read_text()[-3000:]
     found = [json.loads((folder / f"{index}.json").read_text()) for index in range(count)]
     return [[Seen(**one) for one in together] for together in zip(*found, strict=True)]
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
+def one_of(folder: Path, index: int, count: int, cases: list[Case]) -> None:
+    """What one process does."""
     torch.set_num_threads(1)
-    folder, index, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    if count > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder / 'meeting'}",
-            rank=index,
-            world_size=count,
-            timeout=timedelta(seconds=120),
-        )
-    cases = [Case(**case) for case in json.loads((folder / "cases.json").read_text())]
+    os.environ["LOCAL_RANK"] = str(index)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'meeting'}",
+        rank=index,
+        world_size=count,
+        timeout=timedelta(seconds=120),
+    )
     seen = [asdict(run(case, folder, index, count)) for case in cases]
     (folder / f"{index}.json").write_text(json.dumps(seen))
-    if count > 1:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    folder, count = Path(sys.argv[1]), int(sys.argv[2])
+    cases = [Case(**case) for case in json.loads((folder / "cases.json").read_text())]
+    if any(case.zero for case in cases):
+        import deepspeed  # noqa: F401  # once, before the others are forked
+    # Nothing has been computed yet, so that no thread of PyTorch's is lost by forking.
+    fork = multiprocessing.get_context("fork")
+    others = [fork.Process(target=one_of, args=(folder, index, count, cases)) for index in range(count)]
+    for process in others:
+        process.start()
+    for process in others:
+        process.join()
+    sys.exit(any(process.exitcode for process in others))
 
 
 if __name__ == "__main__":
