@@ -28,7 +28,7 @@ TRAINED = {
     "DoRA, FSDP2": Case("alora", "fsdp2", dora=True),
     "ard per head, FSDP2": Case("ard-heads", "fsdp2"),
 }
-FOUR = [Case("alora"), Case("sora"), Case("ard-heads"), Case("alora", "fsdp2")]
+FOUR = [Case("alora"), Case("ard-heads", "fsdp2")]
 REFUSED = {
     "without DDP": (Case("alora", wrap="none"), "adapter after step 2"),
     "DDP keeps its old reducer": (Case("alora", changes={"old_reducer": True}), "adapter after step 4"),

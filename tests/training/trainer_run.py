@@ -1,15 +1,18 @@
-"""A small Trainer run in a process of its own: python trainer_run.py OUTPUT [--resume] [--kill-at STEP].
+"""A small Trainer run that is killed and goes on:  python -m tests.training.trainer_run FOLDER STEP
 
-Prints nothing; writes ``OUTPUT/result.json`` with every step's loss and the ranks. ``--kill-at`` sends itself SIGKILL
-at the end of that step: no handler runs, nothing is flushed.
+Three processes, one after the other, forked from one that has imported everything: one that is not disturbed, in
+``FOLDER/straight``; one in ``FOLDER/killed`` that sends itself SIGKILL at the end of STEP (no handler runs, nothing is
+flushed); one that goes on from there. Each that ends writes ``result.json`` with every step's loss and the ranks.
+Prints how the three ended: 0, or -9 for the signal.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +63,31 @@ def make_trainer(output: Path, kill_at: int | None = None, **changes: Any) -> Tr
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--kill-at", type=int)
-    arguments = parser.parse_args()
-    trainer = make_trainer(arguments.output, arguments.kill_at)
-    trainer.train(resume_from_checkpoint=arguments.resume or None)
+def run(output: Path, *, resume: bool = False, kill_at: int | None = None) -> None:
+    trainer = make_trainer(output, kill_at)
+    trainer.train(resume_from_checkpoint=resume or None)
     result = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
         "ranks": lorank.find_layers(trainer.model).ranks,
-        "history": [record.step for record in lorank.read_history(arguments.output / "rank_history.jsonl")],
+        "history": [record.step for record in lorank.read_history(output / "rank_history.jsonl")],
     }
-    (arguments.output / "result.json").write_text(json.dumps(result))
+    (output / "result.json").write_text(json.dumps(result))
+
+
+def forked(output: Path, **options: Any) -> int | None:
+    process = multiprocessing.get_context("fork").Process(target=run, args=(output,), kwargs=options)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def main() -> None:
+    folder, step = Path(sys.argv[1]), int(sys.argv[2])
+    ends = [forked(folder / "straight"), forked(folder / "killed", kill_at=step)]
+    if (folder / "killed" / "result.json").exists():
+        raise SystemExit("the run that was to be killed has come to its end")
+    print(*ends, forked(folder / "killed", resume=True), file=sys.__stdout__)
 
 
 if __name__ == "__main__":
