@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lorank
-from lorank.errors import LorankError, NonFiniteError
+from lorank.errors import NonFiniteError
 from tests.methods import METHODS, STEPS
 from tests.models import adapted, tiny_llama, token_batch
 
@@ -94,7 +94,7 @@ def test_large_gradients_are_finite() -> None:
     assert ranks.step == 1
 
 
-@pytest.mark.parametrize("name", ["alora", "alora-first-order"])
+@pytest.mark.parametrize("name", ADAPTIVE)
 def test_weights_that_are_none_do_not_move_ranks(name: str) -> None:
     """As after a step that nobody watched."""
     _, _, ranks = start(name)
@@ -102,7 +102,7 @@ def test_weights_that_are_none_do_not_move_ranks(name: str) -> None:
     with torch.no_grad():
         ranks.layers[broken].A[0, 0] = torch.inf
     before = ranks.layers.ranks
-    with pytest.raises(LorankError, match=f"step 0: .* is nan, .*Not finite are the weights of {broken}$"):
+    with pytest.raises(NonFiniteError, match=f"step 0: not finite are the weights of {broken}. No rank was moved"):
         ranks._allocate(ranks._context())
     assert ranks.layers.ranks == before
 

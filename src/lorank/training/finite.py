@@ -66,13 +66,22 @@ def require_finite_scores(scores: Mapping[str, Tensor] | None, step: int, method
             )
 
 
-def where_not_finite(layers: AdapterLayers) -> str:
-    """A sentence that names the modules whose A or B is not finite, for messages; empty if there are none."""
+def require_finite_weights(layers: AdapterLayers, step: int) -> None:
+    """Called before ranks are scored. The loss would not always tell: PyTorch's attention on some CPUs gives zeros for
+    queries that are NaN.
+
+    Raises:
+        NonFiniteError: A or B of a module holds NaN or infinity, as after a step that nobody watched.
+    """
+    weights = [weight.detach() for layer in layers.values() for weight in (layer.A, layer.B) if weight.numel()]
+    if not weights or bool(torch.nn.utils.get_total_norm(weights, norm_type=math.inf).isfinite()):
+        return
     names = [name for name, layer in layers.items() if _trouble(layer.A) or _trouble(layer.B)]
-    if not names:
-        return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f". Not finite are the weights of {', '.join(names[:3])}{more}"
+    raise NonFiniteError(
+        f"step {step}: not finite are the weights of {', '.join(names[:3])}{more}. No rank was moved. {REMEDY}. Resume "
+        "from the last checkpoint"
+    )
 
 
 def _named(layers: AdapterLayers) -> Iterator[tuple[str, Tensor]]:

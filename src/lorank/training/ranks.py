@@ -42,7 +42,7 @@ from lorank.training.cutting import cut_
 from lorank.training.deepspeed import torch_optimizer
 from lorank.training.distributed import is_first_process
 from lorank.training.fate import Fate
-from lorank.training.finite import require_finite_gradients, require_finite_scores, where_not_finite
+from lorank.training.finite import require_finite_gradients, require_finite_scores, require_finite_weights
 from lorank.training.fusing import Fusing
 from lorank.training.history import RankHistory, Record
 from lorank.training.progress import Report, scoring_progress
@@ -280,14 +280,14 @@ class Ranks:
     def _allocate(self, context: Context) -> None:
         began = time.perf_counter()
         self._together.fetch()
+        require_finite_weights(self.layers, self.step)
         with scoring_progress(
             f"{type(self.allocator).__name__}, step {self.step}: scoring ranks", self._progress
         ) as bar:
             try:
                 allocation = self.allocator.allocate(replace(context, progress=bar), self.state)
             except ValidationBatchError as error:
-                where = where_not_finite(self.layers)
-                raise ValidationBatchError(f"step {self.step}: {error}{where}") from error
+                raise ValidationBatchError(f"step {self.step}: {error}") from error
         if allocation is not None:
             require_finite_scores(allocation.scores, self.step, type(self.allocator).__name__)
         self._together.check_decision(self.step, allocation)
