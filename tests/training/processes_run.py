@@ -273,6 +273,11 @@ def launch(folder: Path, cases: list[Case], count: int) -> list[list[Seen]]:
                 os.killpg(first.pid, signal.SIGKILL)  # and those that it forked
             first.wait()
     assert not code, (folder / "log").read_text()[-3000:]
+    return launched(folder, count)
+
+
+def launched(folder: Path, count: int) -> list[list[Seen]]:
+    """What :func:`launch` returned, from its files."""
     found = [json.loads((folder / f"{index}.json").read_text()) for index in range(count)]
     return [[Seen(**one) for one in together] for together in zip(*found, strict=True)]
 

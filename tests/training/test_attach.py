@@ -313,7 +313,7 @@ class TestErrors:
         ranks = lorank.attach(model, optimizer, QUICK, validation_batch=token_batch(), total_steps=10)
         optimizer.step()
         model.get_base_model().model.norm.weight.data.fill_(float("nan"))
-        with pytest.raises(ValidationBatchError, match="step 2: .* is nan"):
+        with pytest.raises(ValidationBatchError, match=r"step 2: .* is nan"):
             optimizer.step()
         assert set(ranks.layers.ranks.values()) == {4}
 

@@ -11,7 +11,8 @@ import pytest
 
 from lorank.lora import find_layers
 from tests.models import adapted, tiny_llama
-from tests.training.processes_run import STEPS, Seen, launch, run
+from tests.once import once
+from tests.training.processes_run import STEPS, Seen, launch, launched, run
 from tests.training.processes_table import apart, case_of, flat
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'lorank[deepspeed]'")
@@ -39,16 +40,19 @@ REFUSED = {
 }
 
 
+CASES = {**TRAINED, **OTHERS, **{name: case for name, (case, _) in REFUSED.items()}}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("deepspeed")
+    """Where all cases have run in two processes."""
+    return once(tmp_path_factory, "deepspeed", lambda folder: launch(folder, list(CASES.values()), count=2))
 
 
 @pytest.fixture(scope="module")
 def seen(folder: Path) -> dict[str, list[Seen]]:
-    """What each of two processes saw."""
-    cases = {**TRAINED, **OTHERS, **{name: case for name, (case, _) in REFUSED.items()}}
-    return dict(zip(cases, launch(folder, list(cases.values()), count=2), strict=True))
+    """What each of the two saw."""
+    return dict(zip(CASES, launched(folder, count=2), strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lorank.training.agreement import digest
-from tests.training.processes_run import STEPS, Case, Seen, launch, run
+from tests.once import once
+from tests.training.processes_run import STEPS, Case, Seen, launch, launched, run
 
 # Every form of DistributedDataParallel with another method; all with accumulation and gradient checkpointing.
 TRAINED = {
@@ -47,17 +48,24 @@ RESUMED = {
 OTHERS = {"dropout": Case("alora", dropout=0.1)}
 
 
+CASES = {**TRAINED, **{name: case for name, (case, _) in REFUSED.items()}, **RESUMED, **OTHERS}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("processes")
+    """Where all cases have run in two processes."""
+
+    def make(folder: Path) -> None:
+        run(Case("alora", "none", stop=HALF, file="alone.pt"), folder, index=0, count=1)
+        launch(folder, list(CASES.values()), count=2)
+
+    return once(tmp_path_factory, "processes", make)
 
 
 @pytest.fixture(scope="module")
 def seen(folder: Path) -> dict[str, list[Seen]]:
-    """What each of two processes saw."""
-    run(Case("alora", "none", stop=HALF, file="alone.pt"), folder, index=0, count=1)
-    cases = {**TRAINED, **{name: case for name, (case, _) in REFUSED.items()}, **RESUMED, **OTHERS}
-    return dict(zip(cases, launch(folder, list(cases.values()), count=2), strict=True))
+    """What each of the two saw."""
+    return dict(zip(CASES, launched(folder, count=2), strict=True))
 
 
 @pytest.fixture(scope="module")
