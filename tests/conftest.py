@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
+
+from lorank.lora import products
 
 # The same examples in every run: a change that breaks nothing must not fail by the draw. Other examples, as many as
 # wanted: pytest --hypothesis-profile=default
@@ -13,3 +17,15 @@ settings.load_profile("fixed")
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)  # tiny models: threads only wait for each other
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """oneDNN's products, also where they gain nothing, also for tiny matrices."""
+    monkeypatch.setenv("LORANK_ONEDNN", "1")
+    monkeypatch.setattr(products, "_SMALLEST", 0)
+    products.onednn_linear.cache_clear()
+    if products.onednn_linear() is None:
+        pytest.skip("this PyTorch has no oneDNN product for float32")
+    yield
+    products.onednn_linear.cache_clear()

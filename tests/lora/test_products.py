@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,23 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorank.errors import LorankError
-from lorank.lora import products
 from lorank.lora.products import FrozenLinear, linear, onednn_linear, quicken_, slacken_
 
 
-@pytest.fixture
-def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """oneDNN's products, also where they gain nothing, also for tiny matrices."""
-    monkeypatch.setenv("LORANK_ONEDNN", "1")
-    monkeypatch.setattr(products, "_SMALLEST", 0)
-    onednn_linear.cache_clear()
-    if onednn_linear() is None:
-        pytest.skip("this PyTorch has no oneDNN product for float32")
-    yield
-    onednn_linear.cache_clear()
-
-
-@pytest.mark.usefixtures("forced")
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("sizes", [(64, 32, 48), (7, 5, 3), (1, 1, 1), (0, 4, 3), (5, 4, 0)])
 def test_products_agree(sizes: tuple[int, int, int], turned: bool) -> None:
@@ -41,7 +27,7 @@ def test_products_agree(sizes: tuple[int, int, int], turned: bool) -> None:
     torch.testing.assert_close(linear(one_row, W), F.linear(one_row, W), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("forced")
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6)])
 def test_a_frozen_map_keeps_its_values_and_gradients(shape: tuple[int, ...]) -> None:
     base = nn.Linear(6, 5).requires_grad_(False)
@@ -58,7 +44,7 @@ def test_a_frozen_map_keeps_its_values_and_gradients(shape: tuple[int, ...]) -> 
     assert type(quick) is nn.Linear
 
 
-@pytest.mark.usefixtures("forced")
+@pytest.mark.usefixtures("onednn")
 def test_a_map_that_is_trained_after_all_is_the_usual_one() -> None:
     layer = nn.Linear(6, 5)
     quicken_(layer)
@@ -67,7 +53,7 @@ def test_a_map_that_is_trained_after_all_is_the_usual_one() -> None:
     assert layer.bias.grad is not None
 
 
-@pytest.mark.usefixtures("forced")
+@pytest.mark.usefixtures("onednn")
 def test_other_precisions_are_left_alone() -> None:
     layer = nn.Linear(6, 5).double().requires_grad_(False)
     quicken_(layer)
@@ -79,7 +65,7 @@ def test_other_precisions_are_left_alone() -> None:
     assert layer.double()(torch.randn(3, 6).double()).dtype == torch.float64
 
 
-@pytest.mark.usefixtures("forced")
+@pytest.mark.usefixtures("onednn")
 def test_a_quick_map_is_saved_and_copied_whole() -> None:
     layer = nn.Linear(6, 5).requires_grad_(False)
     quicken_(layer)

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 import lorank
 from lorank.lora.fused_layer import FusedLora
 from lorank.lora.gated import GatedLora
+from lorank.lora.products import FrozenLinear
 from tests.methods import METHODS, Method
 from tests.models import adapted, class_batch, tiny_bert, tiny_llama, token_batch
 
@@ -152,6 +153,26 @@ def test_merging_while_fused(dora: bool) -> None:
     model.unmerge_adapter()
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits(model.merge_and_unload()), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"lora_dropout": 0.1}], ids=["LoRA", "DoRA", "dropout"])
+def test_frozen_maps_take_the_faster_product_while_the_run_lasts(lora: dict[str, Any]) -> None:
+    def kinds(layers: lorank.AdapterLayers) -> set[type]:
+        return {type(layer.module.get_base_layer()) for layer in layers.values()}
+
+    plain, *_, ranks = llama_run(lorank.StaticLoRA(), lora=lora, fused=False)
+    assert kinds(ranks.layers) == {torch.nn.Linear}
+    model, _, ranks = llama_run(lorank.StaticLoRA(), lora=lora)
+    assert kinds(ranks.layers) == {FrozenLinear}
+    for one in (plain, model):
+        one.eval()(**token_batch(), use_cache=False).loss.backward()
+    assert sum(p.grad is not None for p in model.parameters()) >= 28
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+    ranks.detach()
+    assert kinds(ranks.layers) == {torch.nn.Linear}
 
 
 @pytest.mark.parametrize("end", ["finish", "detach"])

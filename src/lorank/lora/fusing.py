@@ -15,12 +15,15 @@ from lorank.lora.fused_layer import FusedLora, fixed_weight
 from lorank.lora.gated import GatedLora
 from lorank.lora.head_lora import HeadLora
 from lorank.lora.layer import AdapterLayer, AdapterLayers
+from lorank.lora.products import quicken_, slacken_
 
 logger = logging.getLogger("lorank")
 
 
 def fuse_(layers: AdapterLayers, *, compiled: bool = False) -> dict[str, list[str]]:
     """Every layer that can computes by :class:`FusedLora` from here on. Layers that do already stay as they are.
+
+    Their frozen maps take oneDNN's products where these are faster (:mod:`lorank.lora.products`).
 
     Layers with a LoRA per head have a function of their own, which gets the dropout that all layers share; embeddings
     have no product to fuse, and weights in a pool may be elsewhere until PEFT's own modules are called: those are left
@@ -53,6 +56,7 @@ def fuse_(layers: AdapterLayers, *, compiled: bool = False) -> dict[str, list[st
             left[reason].append(name)
             continue
         fused += 1
+        quicken_(layer.module.get_base_layer())
         new = FusedLora(dropout, own)
         if isinstance(variant, GatedLora):
             variant.replaced = new
@@ -78,6 +82,7 @@ def unfuse_(layers: AdapterLayers) -> None:
             own.dropout = None
         if not isinstance(own, FusedLora):
             continue
+        slacken_(layer.module.get_base_layer())
         if isinstance(variant, GatedLora):
             variant.replaced = own.replaced
         elif own.replaced is not None:
