@@ -9,7 +9,7 @@
 
 S is the negative cross-entropy; gates are one and frozen. IS is found by first-order estimates on 128 samples unless
 ``scores="exact"`` asks for the paper's own evaluations on 32: against exact scores on 512 samples the estimates are
-about as close or closer, at a thirtieth of the cost (``docs/scoring.md``). The budget R_target = Σ r_m holds from the
+on average as close, at about a thirtieth of the cost (``docs/scoring.md``). The budget R_target = Σ r_m holds from the
 first step: the run starts with the ranks that the adapter was made with (the paper: 8 everywhere), or with a budget
 that is named, as evenly as it allows.
 
