@@ -1,7 +1,8 @@
 """The exact engine: the losses of the naive one, with less computed twice.
 
 - The blocks before the ablated one see nothing of it. Two prefixes, of M (for ``without``) and of the base (for
-  ``alone``), advance block by block, one hidden state each, and a variant starts at the block that it changes.
+  ``alone``), advance block by block, one hidden state each, and a variant starts at the block that it changes, there
+  at the layer (:mod:`lorank.scoring.within`).
 - Several variants run stacked in one forward: the batch repeated, and a gate per sample on the ablated layer.
 - Only labelled positions get logits.
 - A rank that adds nothing (a new one, with B = 0) needs no forward.
@@ -66,7 +67,7 @@ class ExactEngine:
 
         for part in self.parts:
             sweep = Sweep(self.fit, self.layers, self.gates, part, self.dead)
-            with sweep.skipper.patched():
+            with sweep.patched():
                 for term in sorted({*wanted, *needed}, reverse=True):  # "without" first
                     for name, ranks, losses in sweep.run(term, wanted.get(term, {}), one_part):
                         known = sums[term][name][ranks].nan_to_num(0.0)  # (ranks,), of the parts before

@@ -90,7 +90,7 @@ def _rehearse(
     variant = gates.variants(name, "without")[k]  # (r,)
     ones = gates.variants(name, "alone").sum(dim=0)  # (r,)
     gates.background("without")
-    with sweep.skipper.patched():
+    with sweep.patched():
         losses = sweep.losses(name, torch.stack([variant, ones]), "without") / sweep.targets.count  # (2,)
     layer.gate = variant
     expected = (float(own_loss(found.model, part, None)), loss)

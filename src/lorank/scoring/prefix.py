@@ -56,7 +56,7 @@ class Skipper:
         """Gives each block a ``forward`` that may skip it, and takes it away again."""
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
-                stack.enter_context(_replaced(block.module, self._forward(index, block)))
+                stack.enter_context(replaced(block.module, self._forward(index, block)))
             yield
 
     def _forward(self, index: int, block: Block) -> Callable[..., Any]:
@@ -109,7 +109,7 @@ class Skipper:
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """An instance-level ``forward``; one that was there before (accelerate sets such) comes back."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward

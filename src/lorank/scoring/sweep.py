@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from lorank.scoring.parts import inputs_of, repeated, rows_of
 from lorank.scoring.prefix import Prefix, Skipper
 from lorank.scoring.targets import Form, Head, Targets
 from lorank.scoring.variants import Gates, Term
+from lorank.scoring.within import Within
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,15 @@ class Sweep:
         self._fixed = forward_arguments(fit.model)
         self._repeated: dict[int, dict[str, Any]] = {}
         self._prefix: dict[Term, Prefix] = {"without": Prefix(), "alone": Prefix()}
+        self._ahead: dict[Term, Prefix] = {}
+        self._within = Within(layers, fit.trace.per_sample)
+        self._recorded: tuple[Term, int] | None = None
+
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        """Blocks and layers may be skipped inside."""
+        with self.skipper.patched(), self._within.patched():
+            yield
 
     def _arguments(self, copies: int) -> dict[str, Any]:
         if copies not in self._repeated:
@@ -60,10 +71,26 @@ class Sweep:
 
     def _advance(self, term: Term, to: int) -> Prefix:
         """The prefix of ``to`` blocks under the gates now set."""
-        arguments = self._arguments(1) if to > self._prefix[term].done else {}
-        prefix = self.skipper.advance(lambda: self.fit.model(**arguments), self._prefix[term], to)
+        prefix = self._prefix[term]
+        ahead = self._ahead.get(term, prefix)
+        if prefix.done < ahead.done <= to:
+            prefix = ahead
+        arguments = self._arguments(1) if to > prefix.done else {}
+        prefix = self.skipper.advance(lambda: self.fit.model(**arguments), prefix, to)
         self._prefix[term] = prefix
         return prefix
+
+    def _record(self, term: Term, prefix: Prefix) -> None:
+        """Remembers what the layers of the block after the prefix give, and that the prefix of one more is known."""
+        if self._recorded == (term, prefix.done):
+            return
+        self._recorded = (term, prefix.done)
+        if prefix.done == len(self.fit.trace.blocks):
+            self._within.forget()
+            return
+        arguments = self._arguments(1)
+        with self._within.recording():
+            self._ahead[term] = self.skipper.advance(lambda: self.fit.model(**arguments), prefix, prefix.done + 1)
 
     def losses(self, name: str, variants: Tensor, term: Term) -> Tensor:
         """Cross-entropy, summed over the labels, of variants of one layer; (v,) float64 on the CPU.
@@ -72,13 +99,15 @@ class Sweep:
             variants: the layer's gates, (v, r). The gates of all other layers are those of the background.
         """
         prefix = self._advance(term, self.fit.trace.start[name])
+        self._record(term, prefix)
         limit = self.max_copies if name in self.fit.trace.per_sample else 1
         losses = []
         for chunk in torch.split(variants, _even(len(variants), limit)):
             copies = len(chunk)
             # (copies, r) → (copies · n, r): a gate per sample
             self.layers[name].gate = chunk[0] if copies == 1 else chunk.repeat_interleave(self.rows, dim=0)
-            losses.append(self._run(prefix, copies))
+            with self._within.ablating(name, copies):
+                losses.append(self._run(prefix, copies))
         self.gates.restore(name, term)
         return torch.cat(losses).cpu()
 
