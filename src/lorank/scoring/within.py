@@ -31,12 +31,14 @@ class _Call:
     Attributes:
         turn: when, among the layers' calls.
         x: what it was called with: the tensor itself, to be recognised by.
+        version: how often that had been written to; what was written may depend on the ablated layer.
         output: a copy of what it gave.
         frozen: a copy of what its frozen map gave; None: that was called otherwise, or is needed for more (DoRA).
     """
 
     turn: int
     x: Tensor
+    version: int
     output: Tensor
     frozen: Tensor | None
 
@@ -56,6 +58,7 @@ class Within:
         self._ablated: str | None = None
         self._copies = 1
         self._given: Tensor | None = None  # what the ablated layer was called with in the variant that runs
+        self._given_version = 0
 
     @contextmanager
     def patched(self) -> Iterator[None]:
@@ -106,16 +109,16 @@ class Within:
         def forward(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
             if self._seen is not None:
-                turn = len(self._seen)
+                turn, version = len(self._seen), _version(x)
                 self._seen.append(name)
                 output = original(*args, **kwargs)
                 if x is not None and isinstance(output, Tensor):
                     frozen = self._frozen.get(name, [])
                     known = repeat(frozen[0], 1) if len(frozen) == 1 and isinstance(frozen[0], Tensor) else None
-                    self._calls[name] = _Call(turn, x, repeat(output, 1), known)
+                    self._calls[name] = _Call(turn, x, version, repeat(output, 1), known)
                 return output
             if name == self._ablated:
-                self._given = x
+                self._given, self._given_version = x, _version(x)
             elif self._ablated is not None and x is not None:
                 known = self._known(name, x)
                 if known is not None:
@@ -131,7 +134,8 @@ class Within:
             return None
         if self._given is None:
             return call.output if call.turn < ablated.turn else None
-        return call.output if call.x is ablated.x and x is self._given else None
+        same = call.x is ablated.x and call.version == ablated.version and x is self._given
+        return call.output if same and _version(x) == self._given_version else None
 
     def _watched(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -152,3 +156,8 @@ class Within:
             return repeat(known, self._copies)
 
         return forward
+
+
+def _version(x: Tensor | None) -> int:
+    """How often it has been written to."""
+    return 0 if x is None or x.is_inference() else x._version
