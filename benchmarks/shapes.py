@@ -27,11 +27,11 @@ def bert(width: int, layers: int) -> nn.Module:
     )
 
 
-def llama(width: int, layers: int, *, heads_per_key: int = 1) -> nn.Module:
+def llama(width: int, layers: int, *, heads_per_key: int = 1, vocabulary: int = VOCABULARY) -> nn.Module:
     """``heads_per_key``: query heads that share a key and a value (grouped-query attention)."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             hidden_size=width,
             num_hidden_layers=layers,
             num_attention_heads=width // 64,
