@@ -26,17 +26,19 @@ import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
 warnings.simplefilter("ignore")
 
 import torch  # noqa: E402  # after the warnings of the libraries that it imports
 
 import lorank  # noqa: E402
-from benchmarks.contenders import LONG, Base, Batch, Contender, Maker  # noqa: E402
+from benchmarks.contenders import LONG, Base, Contender, Maker  # noqa: E402
 from benchmarks.measuring import Seconds, interleaved, ratio, seconds_of  # noqa: E402
 from benchmarks.shapes import LLAMA_MAPS, VOCABULARY, Shape, llama  # noqa: E402
 from lorank.lora import LayerPlan, resize_  # noqa: E402
-from lorank.scoring import AblationResult, ablation_scores, first_order_scores  # noqa: E402
+from lorank.scoring import ablation_scores, first_order_scores  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Size:
         return Maker(Base(shape, device, dtype), 0.0, rank=self.rank)
 
 
+ENGINES: dict[str, Literal["exact", "reference"]] = {"exact": "exact", "reference": "reference", "run": "exact"}
 TABLES = ["growth", "hooks", "engine"]
 AXES: dict[str, list[int]] = {
     "layers": [2, 4, 8],
@@ -181,15 +184,12 @@ def engine_table(sizes: Sequence[Size], turns: int, device: torch.device) -> dic
                 labels[:, : -(size.tokens // 8)] = -100
                 batch["labels"] = labels
 
-            def scores(name: str, batch: Batch = batch) -> AblationResult:
-                layers = lorank.find_layers(models[name])
-                return ablation_scores(
-                    models[name], layers, batch, engine="reference" if name == "reference" else "exact"
-                )
-
-            runs = {name: (lambda name=name: scores(name)) for name in models}
+            runs = {
+                name: partial(ablation_scores, model, lorank.find_layers(model), batch, engine=ENGINES[name])
+                for name, model in models.items()
+            }
             seconds = interleaved(runs, turns, device, warm_up=0)
-            assert scores("exact").engine == "exact"
+            assert runs["exact"]().engine == "exact"
             found[size, what] = ratio(seconds, "reference", "exact")
             times = (f"{statistics.median(seconds[engine]):.1f}" for engine in ("exact", "reference"))
             verdict = "met" if found[size, what] >= bound else "missed"
