@@ -156,14 +156,23 @@ def test_merging_while_fused(dora: bool) -> None:
 
 
 @pytest.mark.usefixtures("onednn")
-@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"lora_dropout": 0.1}], ids=["LoRA", "DoRA", "dropout"])
-def test_frozen_maps_take_the_faster_product_while_the_run_lasts(lora: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("method", "lora"),
+    [
+        ("static", {}),
+        ("static", {"use_dora": True}),
+        ("static", {"lora_dropout": 0.1}),
+        ("ard-heads", {"random_B": False}),
+    ],
+    ids=["LoRA", "DoRA", "dropout", "heads"],
+)
+def test_frozen_maps_take_the_faster_product_while_the_run_lasts(method: str, lora: dict[str, Any]) -> None:
     def kinds(layers: lorank.AdapterLayers) -> set[type]:
         return {type(layer.module.get_base_layer()) for layer in layers.values()}
 
-    plain, *_, ranks = llama_run(lorank.StaticLoRA(), lora=lora, fused=False)
+    plain, *_, ranks = llama_run(METHODS[method].make(), lora=lora, fused=False)
     assert kinds(ranks.layers) == {torch.nn.Linear}
-    model, _, ranks = llama_run(lorank.StaticLoRA(), lora=lora)
+    model, _, ranks = llama_run(METHODS[method].make(), lora=lora)
     assert kinds(ranks.layers) == {FrozenLinear}
     for one in (plain, model):
         one.eval()(**token_batch(), use_cache=False).loss.backward()
@@ -171,7 +180,7 @@ def test_frozen_maps_take_the_faster_product_while_the_run_lasts(lora: dict[str,
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
-    ranks.detach()
+    ranks.finish() if method == "ard-heads" else ranks.detach()
     assert kinds(ranks.layers) == {torch.nn.Linear}
 
 

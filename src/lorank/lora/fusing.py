@@ -49,6 +49,8 @@ def fuse_(layers: AdapterLayers, *, compiled: bool = False) -> dict[str, list[st
             continue
         if isinstance(own, HeadLora):
             own.dropout = None if compiled else dropout
+            if not compiled:
+                quicken_(layer.module.get_base_layer())
         if layer.is_embedding or layer.groups is not None or layer.pool is not None:
             continue
         reason = "torch.compile, which fuses by itself" if compiled else _obstacle(layer)
@@ -78,11 +80,11 @@ def unfuse_(layers: AdapterLayers) -> None:
         table = layer.module.lora_variant
         variant = table.get(layer.adapter)
         own = _within(variant)
+        slacken_(layer.module.get_base_layer())
         if isinstance(own, HeadLora):
             own.dropout = None
         if not isinstance(own, FusedLora):
             continue
-        slacken_(layer.module.get_base_layer())
         if isinstance(variant, GatedLora):
             variant.replaced = own.replaced
         elif own.replaced is not None:
