@@ -12,6 +12,7 @@ from torch import nn
 
 from lorank.errors import LorankError
 from lorank.lora.products import FrozenLinear, linear, onednn_linear, quicken_, slacken_
+from tests.quantised import BASES
 
 
 @pytest.mark.usefixtures("onednn")
@@ -105,3 +106,14 @@ def test_a_pytorch_without_the_operator_is_no_error(monkeypatch: pytest.MonkeyPa
         assert onednn_linear() is None
     finally:
         onednn_linear.cache_clear()
+
+
+@pytest.mark.usefixtures("onednn")
+def test_weights_of_another_class_are_left_alone() -> None:
+    """torchao's quantised weights are in a plain nn.Linear and say that they are float32."""
+    quantised = [layer for layer in BASES["torchao8"]().modules() if type(layer) is nn.Linear]
+    foreign = [layer for layer in quantised if type(layer.weight) is not nn.Parameter]
+    assert any(layer.weight.dtype == torch.float32 for layer in foreign)
+    for layer in foreign:
+        quicken_(layer)
+        assert type(layer) is nn.Linear

@@ -108,7 +108,9 @@ def quicken_(base: nn.Module) -> None:
     Parameters, hooks and names stay: only the class changes. Other modules are left as they are. :func:`slacken_` is
     the way back.
     """
-    fits = type(base) is nn.Linear and base.weight.device.type == "cpu" and base.weight.dtype == torch.float32
+    W = base.weight if type(base) is nn.Linear else None
+    # torchao's quantised weights and sharded ones are of other classes, and still say float32.
+    fits = type(W) is nn.Parameter and W.device.type == "cpu" and W.dtype == torch.float32
     if fits and onednn_linear() is not None:
         base.__class__ = FrozenLinear
 
