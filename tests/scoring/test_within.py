@@ -74,6 +74,20 @@ def by_value(mlp: Any, x: Tensor) -> Tensor:
     return mlp.down_proj(mlp.act_fn(gate) * up)
 
 
+def test_outputs_that_somebody_changes_in_place() -> None:
+    """As some of PEFT's layers do with what their frozen map gives: a copy is kept of it as it was."""
+    model = adapted(tiny_llama(2), r=2).double()
+    layers, batch = find_layers(model), token_batch(4)
+    for layer in layers.values():
+        layer.module.get_base_layer().register_forward_hook(lambda _m, _a, output: output.mul_(1.5))
+        layer.module.register_forward_hook(lambda _m, _a, output: output.mul_(0.9))
+    reference = ablation_scores(model, layers, batch, engine="reference")
+    exact = ablation_scores(model, layers, batch)
+    assert exact.engine == "exact"
+    for name in layers:
+        torch.testing.assert_close(exact.scores[name], reference.scores[name], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("max_rows", [None, 4], ids=["stacked", "one by one"])
 @pytest.mark.parametrize("forward", [twice, written_to, written_into, by_value])
 def test_blocks_that_use_their_layers_otherwise(forward: Callable[[Any, Tensor], Tensor], max_rows: int | None) -> None:

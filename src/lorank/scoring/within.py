@@ -54,7 +54,7 @@ class Within:
         self.layers, self.per_sample = layers, per_sample
         self._calls: dict[str, _Call] = {}
         self._seen: list[str] | None = None  # layers in the order they are called, while a pass is recorded
-        self._frozen: dict[str, list[Any]] = {}
+        self._frozen: dict[str, list[Tensor | None]] = {}
         self._ablated: str | None = None
         self._copies = 1
         self._given: Tensor | None = None  # what the ablated layer was called with in the variant that runs
@@ -114,7 +114,7 @@ class Within:
                 output = original(*args, **kwargs)
                 if x is not None and isinstance(output, Tensor):
                     frozen = self._frozen.get(name, [])
-                    known = repeat(frozen[0], 1) if len(frozen) == 1 and isinstance(frozen[0], Tensor) else None
+                    known = frozen[0] if len(frozen) == 1 else None
                     self._calls[name] = _Call(turn, x, version, repeat(output, 1), known)
                 return output
             if name == self._ablated:
@@ -140,7 +140,8 @@ class Within:
     def _watched(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            self._frozen.setdefault(name, []).append(output)
+            # Now, since the layer may go on to add to it in place.
+            self._frozen.setdefault(name, []).append(repeat(output, 1) if isinstance(output, Tensor) else None)
             return output
 
         return forward
