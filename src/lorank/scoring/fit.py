@@ -17,9 +17,9 @@ from lorank.scoring.sweep import Fit, Sweep
 from lorank.scoring.targets import Head, Targets, find_form, output_embedding
 from lorank.scoring.variants import Gates, describe, in_order
 
-# Stacking fills a device that one batch leaves idle. A CPU is busy with 512 tokens: two variants of as many took a tenth
-# to a third longer together than one after the other (caches). A GPU wants more (its figure is reasoned, not measured).
-# The logits are bounded apart: 2²⁸ in float32 are 1 GiB.
+# Stacking fills a device that one batch leaves idle. A CPU is busy with 512 tokens: two variants took up to a
+# third longer together than one after the other. A GPU wants more (its figure is reasoned, not measured). The logits
+# are bounded apart: 2²⁸ in float32 are 1 GiB.
 TOKENS_PER_FORWARD: Mapping[str, int] = {"cpu": 512}
 TOKENS_PER_FORWARD_GPU = 16_384
 LOGITS_PER_FORWARD = 2**28
