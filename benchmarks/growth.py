@@ -219,7 +219,7 @@ def main(
         axes, start, engine, few, many = {"layers": [1]}, tiny, [tiny], tiny, tiny
     else:
         axes, start = AXES, Size()
-        engine = [Size(layers=8, rank=2, width=384, vocabulary=words) for words in (VOCABULARY, 32_000)]
+        engine = [Size(layers=8, rank=1, width=384, vocabulary=words) for words in (VOCABULARY, 32_000)]
         few, many = (Size(layers=layers, rank=8, width=128) for layers in (4, 32))
     found = growth_table(axes, start, options.turns, options.device) if "growth" in options.tables else {}
     hooks: dict[tuple[Size, str], float] = {}
