@@ -12,7 +12,8 @@ step, gradients there, no allocation), alone, for few maps and for many.
 
 Third table: the same scores by the exact engine and by 2R + 1 plain forward passes of PEFT's model, with few labelled
 positions (the last eighth of every row) and with all, a small vocabulary and a usual one; and by the exact engine in a
-run, whose layers are fused, over the same plain passes.
+run, whose layers are fused, over the same plain passes. Operations: the same quotient of floating-point operations,
+which no other program disturbs.
 
 Everything in a row of the first and of the third is measured in turns, in one process; ratios are medians over the
 turns.
@@ -32,6 +33,7 @@ from typing import Literal
 warnings.simplefilter("ignore")
 
 import torch  # noqa: E402  # after the warnings of the libraries that it imports
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import lorank  # noqa: E402
 from benchmarks.contenders import LONG, Base, Contender, Maker  # noqa: E402
@@ -167,10 +169,8 @@ def _hooks(contender: Contender) -> Callable[[], None]:
 
 def engine_table(sizes: Sequence[Size], turns: int, device: torch.device) -> dict[tuple[Size, str], float]:
     """How many times longer plain forward passes take than the exact engine, for the same scores."""
-    print(
-        "\n| model | labelled positions | naive / exact | exact, s | naive, s | at least | | naive / exact in a run |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    print("\n| model | labelled positions | operations | naive / exact | exact, s | naive, s | at least | | in a run |")
+    print("|---|---|---|---|---|---|---|---|---|")
     found: dict[tuple[Size, str], float] = {}
     for size in sizes:
         make = size.maker(device)
@@ -190,15 +190,23 @@ def engine_table(sizes: Sequence[Size], turns: int, device: torch.device) -> dic
             }
             seconds = interleaved(runs, turns, device, warm_up=0)
             assert runs["exact"]().engine == "exact"
+            less = _operations(runs["reference"]) / _operations(runs["exact"])
             found[size, what] = ratio(seconds, "reference", "exact")
             times = (f"{statistics.median(seconds[engine]):.1f}" for engine in ("exact", "reference"))
             verdict = "met" if found[size, what] >= bound else "missed"
             print(
-                f"| {title} | {what} | {found[size, what]:.2f} | {' | '.join(times)} | {bound:g} | {verdict} "
+                f"| {title} | {what} | {less:.2f} | {found[size, what]:.2f} | {' | '.join(times)} | {bound:g} | {verdict} "
                 f"| {ratio(seconds, 'reference', 'run'):.2f} |",
                 flush=True,
             )
     return found
+
+
+def _operations(run: Callable[[], object]) -> int:
+    """Floating-point operations of products and attention."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 def main(
@@ -219,7 +227,7 @@ def main(
         axes, start, engine, few, many = {"layers": [1]}, tiny, [tiny], tiny, tiny
     else:
         axes, start = AXES, Size()
-        engine = [Size(layers=8, rank=1, width=384, vocabulary=words) for words in (VOCABULARY, 32_000)]
+        engine = [Size(layers=8, rank=2, width=256, vocabulary=words) for words in (VOCABULARY, 32_000)]
         few, many = (Size(layers=layers, rank=8, width=128) for layers in (4, 32))
     found = growth_table(axes, start, options.turns, options.device) if "growth" in options.tables else {}
     hooks: dict[tuple[Size, str], float] = {}
