@@ -25,6 +25,36 @@ TINY = str(files("lorank") / "assets" / "tiny_llama")
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 40
 
 
+def train(options: argparse.Namespace, device: torch.device) -> None:
+    torch.manual_seed(0)  # the same new adapter in every process
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    base = AutoModelForCausalLM.from_pretrained(TINY).to(device)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    outer = lorank.shard_base_(model) if options.fsdp else DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+
+    tokens = tokenizer(TEXT, return_tensors="pt").input_ids[0].to(device)
+    blocks = tokens[: len(tokens) // 16 * 16].view(-1, 16)  # (blocks, 16)
+    rows, held_out = blocks[:-8], blocks[-8:]  # the validation batch is the same in every process
+    ranks = lorank.attach(
+        outer,
+        optimizer,
+        lorank.ALoRA(k1=options.steps // 4, k2=options.steps // 4, rounds=2, unit="steps"),
+        validation_batch={"input_ids": held_out, "labels": held_out},
+        total_steps=options.steps,
+    )
+    draws = torch.Generator().manual_seed(dist.get_rank())  # other rows in each process
+    for step in range(options.steps):
+        batch = rows[torch.randint(len(rows), (4,), generator=draws).to(device)]
+        loss = outer(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if dist.get_rank() == 0 and step % 5 == 4:
+            print(f"step {step + 1}: loss {loss.item():.3f}, ranks {sorted(set(ranks.layers.ranks.values()))}")
+    ranks.save_adapter(options.output)  # in all processes; process 0 writes plain PEFT
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fsdp", action="store_true", help="shard the base model (FSDP2) instead of copying it (DDP)")
@@ -37,34 +67,8 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-
-    torch.manual_seed(0)  # the same new adapter in every process
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    base = AutoModelForCausalLM.from_pretrained(TINY).to(device)
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    outer = lorank.shard_base_(model) if options.fsdp else DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-
-    tokens = tokenizer(TEXT, return_tensors="pt").input_ids[0].to(device)
-    blocks = tokens[: len(tokens) // 16 * 16].view(-1, 16)  # (blocks, 16)
-    train, held_out = blocks[:-8], blocks[-8:]  # the validation batch is the same in every process
-    ranks = lorank.attach(
-        outer,
-        optimizer,
-        lorank.ALoRA(k1=options.steps // 4, k2=options.steps // 4, rounds=2, unit="steps"),
-        validation_batch={"input_ids": held_out, "labels": held_out},
-        total_steps=options.steps,
-    )
-    draws = torch.Generator().manual_seed(dist.get_rank())  # other rows in each process
-    for step in range(options.steps):
-        batch = train[torch.randint(len(train), (4,), generator=draws).to(device)]
-        loss = outer(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if dist.get_rank() == 0 and step % 5 == 4:
-            print(f"step {step + 1}: loss {loss.item():.3f}, ranks {sorted(set(ranks.layers.ranks.values()))}")
-    ranks.save_adapter(options.output)  # in all processes; process 0 writes plain PEFT
+    train(options, device)  # which leaves nothing behind that would still use the processes' connections
+    dist.barrier()
     dist.destroy_process_group()
 
 
