@@ -153,7 +153,7 @@ def prune(
             scored = posthoc.score(
                 opened,
                 by=by,  # type: ignore[arg-type]  # checked there
-                terms=terms,  # type: ignore[arg-type]
+                terms=terms,  # type: ignore[arg-type]  # typer gives a str; checked by the scorer
                 samples=samples,
                 limits=limits,
                 progress=report,

@@ -12,7 +12,7 @@ import warnings
 from typing import Any
 
 try:  # there is no public way to see how a pattern is read
-    from re import _constants, _parser  # type: ignore[attr-defined]
+    from re import _constants, _parser  # type: ignore[attr-defined]  # not in typeshed
 except ImportError:  # Python 3.10
     import sre_constants as _constants
     import sre_parse as _parser

@@ -49,7 +49,7 @@ class Reducers:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
     def _look(self, module: nn.Module, arguments: Any) -> None:
-        active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+        active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]  # untyped in torch
         if active is not None and _holds(active, module):
             self.close()
             self._meet(active)
@@ -73,14 +73,14 @@ def rebuild_(ddp: DistributedDataParallel) -> None:
     ddp.reducer._remove_autograd_hooks()
     ddp.logger = None
     parameters, sparse = ddp._build_params_for_reducer()  # type: ignore[no-untyped-call]  # untyped in torch
-    names = ddp._build_debug_param_to_name_mapping(parameters)  # type: ignore[no-untyped-call]
+    names = ddp._build_debug_param_to_name_mapping(parameters)  # type: ignore[no-untyped-call]  # untyped in torch
     static, ddp.static_graph = ddp.static_graph, False
-    ddp._ddp_init_helper(parameters, sparse, names, static)  # type: ignore[no-untyped-call]
+    ddp._ddp_init_helper(parameters, sparse, names, static)  # type: ignore[no-untyped-call]  # untyped in torch
     ddp._has_rebuilt_buckets = False
     if static:
-        ddp._set_static_graph()  # type: ignore[no-untyped-call]
+        ddp._set_static_graph()  # type: ignore[no-untyped-call]  # untyped in torch
     for hook, state in ddp._comm_hooks:
-        torch.distributed._register_comm_hook(ddp.reducer, state, hook)  # type: ignore[attr-defined]
+        torch.distributed._register_comm_hook(ddp.reducer, state, hook)  # type: ignore[attr-defined]  # untyped in torch
 
 
 def ddp_of(outer: nn.Module) -> DistributedDataParallel | None:
