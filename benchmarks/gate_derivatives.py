@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lorank.lora import AdapterLayers
 from lorank.scoring.loss import IGNORED
-from lorank.scoring.parts import TOKENS_PER_PASS, in_passes
-from lorank.scoring.untouched import untouched
+from lorank.scoring.microbatch import TOKENS_PER_PASS, in_passes
+from lorank.scoring.preserve_state import untouched
 
 EPSILON = 0.1
 """Half the distance of a central difference between gradients; a gate goes from 0 to 1."""

@@ -33,8 +33,8 @@ from torch import Tensor, nn  # noqa: E402
 
 import lorank  # noqa: E402
 from lorank.lora import compact_, plan_for_heads, resize_, taken  # noqa: E402
-from lorank.lora.heads import head_groups  # noqa: E402
-from lorank.lora.per_head import HeadGroups, blocks, dense_A, dense_B  # noqa: E402
+from lorank.lora.attention_heads import head_groups  # noqa: E402
+from lorank.lora.kernels.per_head import HeadGroups, blocks, dense_A, dense_B  # noqa: E402
 
 # name → (model, what is adapted, rows × tokens of the batch)
 SHAPES: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int]]] = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from lorank.lora import products
+from lorank.lora.kernels import onednn as onednn_kernels
 
 # The same examples in every run: a change that breaks nothing must not fail by the draw. Other examples, as many as
 # wanted: pytest --hypothesis-profile=default
@@ -23,9 +23,9 @@ def _one_thread() -> None:
 def onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """oneDNN's products, also where they gain nothing, also for tiny matrices."""
     monkeypatch.setenv("LORANK_ONEDNN", "1")
-    monkeypatch.setattr(products, "_SMALLEST", 0)
-    products.onednn_linear.cache_clear()
-    if products.onednn_linear() is None:
+    monkeypatch.setattr(onednn_kernels, "_SMALLEST", 0)
+    onednn_kernels.onednn_linear.cache_clear()
+    if onednn_kernels.onednn_linear() is None:
         pytest.skip("this PyTorch has no oneDNN product for float32")
     yield
-    products.onednn_linear.cache_clear()
+    onednn_kernels.onednn_linear.cache_clear()

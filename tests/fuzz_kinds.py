@@ -13,10 +13,10 @@ import torch
 import yaml
 
 import lorank
-from lorank.config import load_config
+from lorank.config.settings import load_config
 from lorank.experiments.sweep import load_sweep
 from lorank.lora import LayerPlan, find_layers, open_adapter, resize_, save_adapter
-from lorank.lora.adapter_files import CONFIG, WEIGHTS
+from lorank.lora.io.adapter_validation import CONFIG, WEIGHTS
 from lorank.report.grid import grid_of
 from lorank.training.history import RankHistory, read_history
 from tests.fuzz import Kind

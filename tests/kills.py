@@ -29,10 +29,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from lorank.config import RunConfig, make_config
+from lorank.config.settings import RunConfig, make_config
 from lorank.experiments import folder, train
 from lorank.experiments.models import resolve
-from lorank.training.checkpoints import checkpoints, step_of
+from lorank.training.checkpoint.integrity import checkpoints, step_of
 from lorank.training.history import read_history
 from tests.models import tiny_llama
 

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from lorank import __version__
-from lorank.cli import app
+from lorank.cli.main import app
 
 
 def lorank(*arguments: str) -> Result:
@@ -100,7 +100,7 @@ def test_the_installed_command(recipe: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-c",
-        "from lorank.cli import main; main()",
+        "from lorank.cli.main import main; main()",
         "train",
         str(recipe),
         "training.max_steps=2",

@@ -10,8 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
-from lorank.config import ALLOCATORS, METHODS, ConfigError, RunConfig, json_schema, load_config, make_config, to_yaml
-from lorank.config_errors import OTHER_NAMES, _models
+from lorank.config.errors import OTHER_NAMES, _models
+from lorank.config.settings import (
+    ALLOCATORS,
+    METHODS,
+    ConfigError,
+    RunConfig,
+    json_schema,
+    load_config,
+    make_config,
+    to_yaml,
+)
 
 FILES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
 SWEEPS = [path for path in FILES if "base" in yaml.safe_load(path.read_text(encoding="utf-8"))]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lorank.allocators import ALoRA, Budget, Run, StaticLoRA
 from lorank.allocators.rounds import prune_and_reallocate
-from lorank.config import make_config, to_yaml
+from lorank.config.settings import make_config, to_yaml
 from lorank.errors import BudgetError, ScheduleError
 from lorank.lora import AdapterLayers, base_parameters, find_layers, resize_, save_adapter
 from tests.models import adapted, tiny_bert, tiny_gpt2, tiny_llama
@@ -244,7 +244,7 @@ class TestALoRAUnderABudget:
         return made[0]
 
     def test_gifts_are_as_dear_as_what_was_freed(self) -> None:
-        from lorank.allocators.limits import Constraint, Limits
+        from lorank.allocators.resolved_budget import Constraint, Limits
 
         limits = Limits(
             (Constraint("parameters", {"wide": 10, "slim": 3, "other": 4}, 47),),

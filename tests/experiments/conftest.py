@@ -12,7 +12,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from lorank.config import RunConfig, make_config
+from lorank.config.settings import RunConfig, make_config
 from lorank.experiments.models import resolve
 from tests.models import tiny_llama
 

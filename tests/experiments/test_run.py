@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 from lorank.allocators import ARDLoRA
-from lorank.config import RunConfig, load_config
+from lorank.config.settings import RunConfig, load_config
 from lorank.errors import LorankError
 from lorank.experiments import ModelError, RunFolderError, SettingsError, train
 from lorank.experiments.models import load_tokenizer, resolve

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lorank.cli import app
-from lorank.config import ConfigError
+from lorank.cli.main import app
+from lorank.config.settings import ConfigError
 from lorank.experiments import RunFolderError, train
 from lorank.experiments.sweep import load_sweep, run_sweep
 from lorank.experiments.sweep_table import summary, write_results

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import lorank
-from lorank.lora.fused_layer import FusedLora
-from lorank.lora.gated import GatedLora
-from lorank.lora.products import FrozenLinear
+from lorank.lora.kernels.onednn import FrozenLinear
+from lorank.lora.variants.fused import FusedLora
+from lorank.lora.variants.gated import GatedLora
 from tests.methods import METHODS, Method
 from tests.models import adapted, class_batch, tiny_bert, tiny_llama, token_batch
 

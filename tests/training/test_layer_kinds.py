@@ -43,7 +43,7 @@ KINDS = {
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_ranks_move_and_what_is_saved_is_plain_peft(kind: Kind, dora: bool, method: Method, tmp_path: Path) -> None:
     if dora and method.heads:
-        pytest.skip("DoRA has no form with ranks per head: tests/lora/test_per_head.py")
+        pytest.skip("DoRA has no form with ranks per head: tests/lora/kernels/test_per_head.py")
     torch.manual_seed(0)
     lora = {**method.lora, **kind.lora}
     if method is METHODS["adalora"] and "embed_tokens" in lora["target_modules"]:

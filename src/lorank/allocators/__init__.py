@@ -7,8 +7,8 @@ from lorank.allocators.alora_sensi import ALoRASensi
 from lorank.allocators.ard import ARDLoRA
 from lorank.allocators.base import Allocation, Allocator, Context, Run, State
 from lorank.allocators.budget import Budget, BudgetLike
-from lorank.allocators.initial import initial_ranks_
-from lorank.allocators.limits import Limits
+from lorank.allocators.initial_ranks import initial_ranks_
+from lorank.allocators.resolved_budget import Limits
 from lorank.allocators.sora import SoRA
 from lorank.allocators.static import StaticLoRA
 

@@ -31,9 +31,9 @@ from torch import Tensor
 from lorank.allocators.adam import adam_step_, resize_adam_, start_adam
 from lorank.allocators.base import Allocation, Allocator, Context, Run, State
 from lorank.allocators.budget import BudgetLike, as_budget
-from lorank.allocators.limits import Limits
 from lorank.allocators.orthogonality import add_orthogonality_gradient_
-from lorank.allocators.shrinking import final_limits, plan_to_keep, warn_if_nothing_to_prune
+from lorank.allocators.pruning_budget import final_limits, plan_to_keep, warn_if_nothing_to_prune
+from lorank.allocators.resolved_budget import Limits
 from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayer, AdapterLayers
 from lorank.scoring.sensitivity import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorank.allocators.base import State
-from lorank.lora.following import follow
+from lorank.lora.rank_index import follow
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 """PyTorch's defaults."""

@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Literal
 
 from lorank.allocators.base import Allocation, Allocator, Context, Run, State
 from lorank.allocators.budget import BudgetLike, as_budget
-from lorank.allocators.limits import Limits
+from lorank.allocators.resolved_budget import Limits
 from lorank.allocators.rounds import Rounds, check_choice
 from lorank.errors import ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, Plan

@@ -28,14 +28,14 @@ from torch import Tensor
 from lorank.allocators.adam import adam_step_, resize_adam_, start_adam
 from lorank.allocators.base import Allocation, Allocator, Context, Run, State
 from lorank.allocators.budget import BudgetLike, as_budget
-from lorank.allocators.limits import Limits
+from lorank.allocators.resolved_budget import Limits
 from lorank.allocators.rounds import Rounds
 from lorank.errors import ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, LearnedGates, Plan
-from lorank.lora.following import follow
-from lorank.scoring.gate_gradient import loss_with_graph
+from lorank.lora.rank_index import follow
 from lorank.scoring.loss import prepare_batch, require_finite, unwrap
-from lorank.scoring.untouched import untouched
+from lorank.scoring.preserve_state import untouched
+from lorank.scoring.saliency import loss_with_graph
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorank.allocators.base import Allocation, Allocator, Context, Run, State
 from lorank.allocators.budget import BudgetLike, as_budget
-from lorank.allocators.limits import Limits
+from lorank.allocators.resolved_budget import Limits
 from lorank.allocators.rounds import Rounds
 from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayers, Plan

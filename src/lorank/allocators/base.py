@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorank.allocators.limits import Limits
+from lorank.allocators.resolved_budget import Limits
 from lorank.lora import AdapterLayers, HeadGroups, Plan
 from lorank.scoring import Share
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TypeAlias, Union
 
-from lorank.allocators.limits import Constraint, Limits
+from lorank.allocators.resolved_budget import Constraint, Limits
 from lorank.errors import BudgetError
 from lorank.lora import AdapterLayer, AdapterLayers, LayerPlan, Plan, base_parameters, plan_for_rank
 

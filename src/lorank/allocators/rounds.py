@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorank.allocators.base import Allocation, Run, epochs_to_steps
 from lorank.allocators.budget import BudgetLike, limits_of, uniform_plan
-from lorank.allocators.limits import Limits
+from lorank.allocators.resolved_budget import Limits
 from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayers, LayerPlan, Plan
 

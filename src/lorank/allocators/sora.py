@@ -32,8 +32,8 @@ from torch import Tensor
 
 from lorank.allocators.base import Allocation, Allocator, Context, Run, State
 from lorank.allocators.budget import BudgetLike, as_budget
-from lorank.allocators.limits import Limits
-from lorank.allocators.shrinking import final_limits, plan_to_keep, warn_if_nothing_to_prune
+from lorank.allocators.pruning_budget import final_limits, plan_to_keep, warn_if_nothing_to_prune
+from lorank.allocators.resolved_budget import Limits
 from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayers
 

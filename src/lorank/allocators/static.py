@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from lorank.allocators.base import Allocation, Allocator, Context, Run, State
 from lorank.allocators.budget import BudgetLike, as_budget, limits_of, uniform_plan
-from lorank.allocators.limits import Limits
+from lorank.allocators.resolved_budget import Limits
 from lorank.lora import AdapterLayers, Plan
 
 

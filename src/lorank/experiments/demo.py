@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lorank.config import RunConfig, make_config
+from lorank.config.settings import RunConfig, make_config
 from lorank.experiments.run import RunResult, train
 from lorank.report import rank_heatmap
 from lorank.training import read_history

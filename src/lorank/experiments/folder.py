@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorank.config import RunConfig, load_config, to_yaml
+from lorank.config.settings import RunConfig, load_config, to_yaml
 from lorank.experiments.errors import RunFolderError
 from lorank.files import is_leftover, remove_leftovers, write_text
-from lorank.training.checkpoints import last_checkpoint, remove_broken
+from lorank.training.checkpoint.integrity import last_checkpoint, remove_broken
 
 logger = logging.getLogger("lorank")
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lorank.allocators import Budget, Limits
 from lorank.errors import AdapterError, BudgetError
+from lorank.experiments.adapter_session import Opened
 from lorank.experiments.errors import SettingsError
-from lorank.experiments.finished import Opened
 from lorank.lora import LayerPlan, resize_, save_adapter
 from lorank.scoring import ablation_scores, first_order_scores, gate_gradient_scores, screened_scores
 from lorank.tasks import mean_loss

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from lorank._version import __version__
 from lorank.allocators import Run, initial_ranks_
-from lorank.config import FullSettings, RunConfig, TrainingSettings
+from lorank.config.settings import FullSettings, RunConfig, TrainingSettings
 from lorank.errors import LorankError
 from lorank.experiments import folder
 from lorank.experiments.errors import SettingsError

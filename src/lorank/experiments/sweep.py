@@ -28,9 +28,9 @@ import yaml
 from pydantic import Field, ValidationError
 from rich.console import Console
 
-from lorank.config import ConfigError, RunConfig, load_config, make_config
-from lorank.config_errors import explain
-from lorank.config_yaml import apply_overrides, read_yaml
+from lorank.config.errors import explain
+from lorank.config.settings import ConfigError, RunConfig, load_config, make_config
+from lorank.config.yaml_files import apply_overrides, read_yaml
 from lorank.experiments import folder
 from lorank.experiments.errors import RunFolderError
 from lorank.experiments.run import RunResult, train

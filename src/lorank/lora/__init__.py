@@ -1,16 +1,16 @@
 """A LoRA layer physically: the only room that knows PEFT's classes and that changes a shape."""
 
+from lorank.lora.attention_heads import head_groups
 from lorank.lora.base_size import base_parameters
-from lorank.lora.compact import compact_, expand_, take_form_
-from lorank.lora.export import fold_gates_, save_adapter, wrap
-from lorank.lora.fusing import fuse_, is_compiled, unfuse_
+from lorank.lora.fused_forward import fuse_, is_compiled, unfuse_
 from lorank.lora.gates import LearnedGates
-from lorank.lora.heads import head_groups
+from lorank.lora.io.load_adapter import open_adapter, read_adapter_config
+from lorank.lora.io.load_weights import follow_loaded_ranks, plan_for_rank
+from lorank.lora.io.save_adapter import fold_gates_, save_adapter, wrap
+from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers, find_layers
-from lorank.lora.loading import follow_loaded_ranks, plan_for_rank
-from lorank.lora.opening import open_adapter, read_adapter_config
 from lorank.lora.optimizer_state import check_state, regrow, unwrap
-from lorank.lora.per_head import HeadGroups
+from lorank.lora.per_head_conversion import compact_, expand_, take_form_
 from lorank.lora.plan import LayerPlan, Plan, plan_for_heads, taken
 from lorank.lora.pool import padded, reserve_
 from lorank.lora.quantised import HeldBase, hold_base

@@ -17,13 +17,13 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from lorank.errors import AdapterError
-from lorank.lora.dora import is_dora
-from lorank.lora.fused_layer import FusedLora
-from lorank.lora.gated import GatedLora, pool_of, show_plain
 from lorank.lora.gates import LearnedGates
-from lorank.lora.head_lora import HeadLora
-from lorank.lora.per_head import HeadGroups
+from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.quantised import check_base
+from lorank.lora.variants.dora import is_dora
+from lorank.lora.variants.fused import FusedLora
+from lorank.lora.variants.gated import GatedLora, pool_of, show_plain
+from lorank.lora.variants.per_head import HeadLora
 
 if TYPE_CHECKING:
     from lorank.lora.pool import Pool

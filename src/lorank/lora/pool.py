@@ -9,7 +9,8 @@ A rank whose row of A, column of B and moments are zero is dead: its gradients a
 adds, weight decay included. It costs its place in memory and in the product, and nothing else.
 
 Everything in this package sees the r live ranks: :class:`Pool` holds them apart, as parameters of their own that are
-resized like any others. Whoever trains the stored ones brings the two together (:mod:`lorank.training.deepspeed`).
+resized like any others. Whoever trains the stored ones brings the two together
+(:mod:`lorank.training.parallel.deepspeed`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorank.errors import AdapterError
-from lorank.lora.gated import POOLS, plain_form, show_plain
 from lorank.lora.layer import AdapterLayer, find_layers
 from lorank.lora.resize import replace_data
+from lorank.lora.variants.gated import POOLS, plain_form, show_plain
 
 Model = TypeVar("Model", bound=nn.Module)
 

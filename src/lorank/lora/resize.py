@@ -19,10 +19,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from lorank.errors import OptimizerStateError, PlanError
-from lorank.lora.gated import show_plain
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_state import check_state, plan_state, regrow, unwrap
 from lorank.lora.plan import LayerPlan, Plan, check_heads, check_places
+from lorank.lora.variants.gated import show_plain
 
 
 @torch.no_grad()

@@ -2,10 +2,10 @@
 
 from lorank.scoring.ablation import AblationResult, ablation_scores, validation_loss
 from lorank.scoring.first_order import first_order_scores
-from lorank.scoring.gate_gradient import gate_gradient_scores
-from lorank.scoring.screen import screened_scores
-from lorank.scoring.sharing import Share
+from lorank.scoring.saliency import gate_gradient_scores
+from lorank.scoring.successive_screening import screened_scores
 from lorank.scoring.weight_gradient import weight_gradient_singular_values
+from lorank.scoring.work_sharding import Share
 
 __all__ = [
     "AblationResult",

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.evaluation import Evaluator
 from lorank.scoring.loss import LossFn, own_loss, prepare_batch, require_finite, unwrap
-from lorank.scoring.parts import one_pass
-from lorank.scoring.sharing import Share
-from lorank.scoring.untouched import untouched
+from lorank.scoring.microbatch import one_pass
+from lorank.scoring.preserve_state import untouched
 from lorank.scoring.variants import TERMS, Progress, Term, Terms, VariantLosses, every_rank
+from lorank.scoring.work_sharding import Share
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def ablation_scores(
     - ``alone``: L(base, all ranks off) − L(r alone), zero for a rank that adds nothing.
 
     The model is scored as it is used: in evaluation mode, without gradients, under the autocast that is on. A gate that
-    a layer already has belongs to M. Everything is restored (:func:`~lorank.scoring.untouched.untouched`).
+    a layer already has belongs to M. Everything is restored (:func:`~lorank.scoring.preserve_state.untouched`).
 
     Rounding: a single rank often changes the loss by 1e-4 or less, which 16-bit logits do not resolve. For ``without``
     prefer a model, or an autocast-free region, in float32.

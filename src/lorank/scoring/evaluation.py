@@ -9,11 +9,10 @@ from typing import Any, Literal
 from torch import nn
 
 from lorank.lora.layer import AdapterLayers
-from lorank.scoring.blocks import Unsuited
-from lorank.scoring.engine import ExactEngine
 from lorank.scoring.loss import LossFn, base_of, require_finite
+from lorank.scoring.prefix_cache.block_tracing import Unsuited
+from lorank.scoring.prefix_cache.engine import ExactEngine
 from lorank.scoring.reference import ReferenceEngine
-from lorank.scoring.sharing import Share, collected, dealt, exchanged, largest_share
 from lorank.scoring.variants import (
     Engine,
     Gates,
@@ -27,13 +26,14 @@ from lorank.scoring.variants import (
     grouped,
     nothing_known,
 )
+from lorank.scoring.work_sharding import Share, collected, dealt, exchanged, largest_share
 
 logger = logging.getLogger("lorank")
 EngineName = Literal["exact", "reference"]
 
 
 class Evaluator:
-    """Evaluates variants. Used inside :func:`~lorank.scoring.untouched.untouched`.
+    """Evaluates variants. Used inside :func:`~lorank.scoring.preserve_state.untouched`.
 
     Args:
         batch: on the model's device.

@@ -1,6 +1,6 @@
 """First-order estimates of ablation: two backward passes score every rank.
 
-With a mask m on the ranks (:mod:`lorank.scoring.gate_path`),
+With a mask m on the ranks (:mod:`lorank.scoring.taylor`),
 
     L(M without r)  ≈  L(M)    − ∂L/∂m_r at m = 1
     L(r alone)      ≈  L(base) + ∂L/∂m_r at m = 0
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.ablation import AblationResult, check_terms, scores_of
-from lorank.scoring.gate_path import GatePath
 from lorank.scoring.loss import LossFn, prepare_batch, unwrap
-from lorank.scoring.sharing import Share
-from lorank.scoring.untouched import untouched
+from lorank.scoring.preserve_state import untouched
+from lorank.scoring.taylor import GatePath
 from lorank.scoring.variants import TERMS, Progress, Term, Terms, VariantLosses
+from lorank.scoring.work_sharding import Share
 
 
 def first_order_scores(

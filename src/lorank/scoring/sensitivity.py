@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lorank.lora import AdapterLayers
-from lorank.lora.following import follow
+from lorank.lora.rank_index import follow
 
 BETA = 0.85
 """β₁ and β₂ of the paper."""

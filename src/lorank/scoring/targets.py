@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorank.scoring.blocks import Unsuited
 from lorank.scoring.loss import IGNORED, field
+from lorank.scoring.prefix_cache.block_tracing import Unsuited
 
 Form = Literal["shifted", "unshifted", "pooled"]
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from lorank.errors import ValidationBatchError
 from lorank.lora.layer import AdapterLayer, AdapterLayers
-from lorank.scoring.gate_gradient import loss_with_graph
 from lorank.scoring.loss import LossFn, prepare_batch, require_finite, unwrap
-from lorank.scoring.untouched import untouched
+from lorank.scoring.preserve_state import untouched
+from lorank.scoring.saliency import loss_with_graph
 
 OVERSAMPLING = 8
 WHOLE = 2**18

@@ -1,7 +1,7 @@
 """What a user can choose about a task: which data set, which columns, how much of it, how long a sequence.
 
 Immutable and checked when made: an unknown key or a value out of range raises pydantic's ValidationError, which lists
-everything that is wrong. `lorank.config` reads these from YAML; in Python they are made by keyword.
+everything that is wrong. `lorank.config.settings` reads these from YAML; in Python they are made by keyword.
 """
 
 from typing import Annotated, Any, Literal

@@ -2,9 +2,9 @@
 
 from lorank.training.attach import attach
 from lorank.training.callback import RankCallback
-from lorank.training.checkpoints import last_checkpoint
-from lorank.training.fsdp import shard_base_
+from lorank.training.checkpoint.integrity import last_checkpoint
 from lorank.training.history import HistoryError, RankHistory, Record, read_history
+from lorank.training.parallel.fsdp import shard_base_
 from lorank.training.ranks import Ranks
 
 __all__ = [

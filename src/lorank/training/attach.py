@@ -12,10 +12,10 @@ from torch import nn
 from lorank.allocators import Allocator, Run
 from lorank.lora import find_layers
 from lorank.training.checks import LossFn
-from lorank.training.ddp import ddp_of
-from lorank.training.deepspeed import engine_module
-from lorank.training.distributed import is_first_process
 from lorank.training.history import RankHistory
+from lorank.training.parallel.ddp import ddp_of
+from lorank.training.parallel.deepspeed import engine_module
+from lorank.training.parallel.process_group import is_first_process
 from lorank.training.progress import Report
 from lorank.training.ranks import Ranks
 

@@ -15,14 +15,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorank.allocators import Allocator, Run
 from lorank.errors import ResumeError, ValidationBatchError
 from lorank.lora import AdapterLayers, find_layers, follow_loaded_ranks, hold_base
-from lorank.training.checkpoints import seal
+from lorank.training.checkpoint.integrity import seal
+from lorank.training.checkpoint.layer_state import STATE_KEY
 from lorank.training.checks import LossFn
-from lorank.training.deepspeed import param_groups_of
-from lorank.training.distributed import is_first_process
 from lorank.training.history import RankHistory
+from lorank.training.parallel.deepspeed import param_groups_of
+from lorank.training.parallel.process_group import is_first_process
 from lorank.training.progress import Report
 from lorank.training.ranks import Ranks
-from lorank.training.saved_form import STATE_KEY
 
 logger = logging.getLogger("lorank")
 

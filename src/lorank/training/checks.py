@@ -12,10 +12,10 @@ from lorank.allocators import Allocator, Run
 from lorank.errors import LorankError, OptimizerStateError, ResumeError, ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, check_state
 from lorank.scoring import validation_loss
-from lorank.training.base_values import check_base
-from lorank.training.deepspeed import ZeroOptimizer
-from lorank.training.fsdp import HOW
-from lorank.training.sealed_state import check_seal
+from lorank.training.checkpoint.base_fingerprint import check_base
+from lorank.training.checkpoint.state_schema import check_seal
+from lorank.training.parallel.deepspeed import ZeroOptimizer
+from lorank.training.parallel.fsdp import HOW
 
 VERSION = 3
 

@@ -35,22 +35,22 @@ from lorank.lora import (
     take_form_,
     taken,
 )
-from lorank.training.base_values import sample
+from lorank.training.budget_enforcement import cut_
+from lorank.training.checkpoint.base_fingerprint import sample
+from lorank.training.checkpoint.layer_state import STATE_KEY, layers_state, load_gated_state, saved_heads, take_ranks_
+from lorank.training.checkpoint.state_schema import sealed
 from lorank.training.checks import VERSION, LossFn, check_batch, check_optimizer_state, check_resumable, check_run
-from lorank.training.compiling import Compiling
-from lorank.training.cutting import cut_
-from lorank.training.deepspeed import torch_optimizer
-from lorank.training.distributed import is_first_process
-from lorank.training.fate import Fate
-from lorank.training.finite import require_finite_gradients, require_finite_scores, require_finite_weights
 from lorank.training.fusing import Fusing
+from lorank.training.grad_scaling import LossScaling
 from lorank.training.history import RankHistory, Record
+from lorank.training.no_allocation_warning import Fate
+from lorank.training.nonfinite_checks import require_finite_gradients, require_finite_scores, require_finite_weights
+from lorank.training.parallel.coordinator import Together
+from lorank.training.parallel.deepspeed import torch_optimizer
+from lorank.training.parallel.process_group import is_first_process
 from lorank.training.progress import Report, scoring_progress
 from lorank.training.recording import learning_rates, record_of, tell
-from lorank.training.saved_form import STATE_KEY, layers_state, load_gated_state, saved_heads, take_ranks_
-from lorank.training.scaling import LossScaling
-from lorank.training.sealed_state import sealed
-from lorank.training.together import Together
+from lorank.training.torch_compile import Compiling
 
 
 class Ranks:

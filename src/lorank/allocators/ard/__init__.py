@@ -1,0 +1,5 @@
+"""ARD-LoRA."""
+
+from lorank.allocators.ard.allocator import ARDLoRA
+
+__all__ = ["ARDLoRA"]

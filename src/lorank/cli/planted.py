@@ -1,0 +1,94 @@
+"""`lorank planted`: how near each method comes to an allocation that is known to be right."""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lorank.cli.common import one_message, quiet_libraries
+
+
+class Where(str, Enum):
+    """Where ranks are planted."""
+
+    modules = "modules"
+    heads = "heads"
+
+
+class Sized(str, Enum):
+    """What all planted ranks have in common."""
+
+    weight = "weight"
+    effect = "effect"
+
+
+def planted(
+    out: Annotated[Path, typer.Option(help="The folder for the runs and results of this scenario.")] = Path(
+        "runs/planted"
+    ),
+    where: Annotated[Where, typer.Option(help="Plant ranks in whole modules, or in attention heads.")] = Where.modules,
+    methods: Annotated[str, typer.Option(help="Methods, by commas; all: every one that there is.")] = "all",
+    seeds: Annotated[str, typer.Option(help="Seeds that are reported, by commas.")] = "0,1,2,3,4",
+    tuning_seeds: Annotated[str, typer.Option(help="Seeds for choosing learning rates, by commas.")] = "100,101",
+    steps: Annotated[int | None, typer.Option(min=20, help="Optimiser steps of every student. [default: 2400]")] = None,
+    sized: Annotated[
+        Sized,
+        typer.Option(
+            help="What all planted ranks have in common: their size relative to the weight, or (harder) their effect "
+            "on the logits."
+        ),
+    ] = Sized.weight,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, each on one core.")] = 1,
+    device: Annotated[str, typer.Option(help="Where students are trained: cpu, cuda, cuda:1, …")] = "cpu",
+) -> None:
+    """Plant updates of known ranks in the tiny Llama, and see which method finds where they are.
+
+    Every method has as many ranks as were planted, as many steps and as many settings to be tuned over, on seeds that
+    are not reported. Beside them: uniform, random and the true ranks. Offline. A call that was interrupted goes on, and
+    finished runs are kept. Leaves runs.jsonl, table.md and gap.png.
+
+    Examples:
+
+    `lorank planted --methods uniform,oracle,random,alora --out runs/planted`
+
+    `lorank planted --where heads --out runs/planted_heads --jobs 2`
+    """
+    with one_message(interrupted="The same command goes on: finished runs are kept."):
+        from lorank.experiments.planted.methods import METHODS
+        from lorank.experiments.planted.problem import Scenario
+        from lorank.experiments.planted.study import PlantedError, run_study
+        from lorank.experiments.planted.table import rich_table, write_results
+
+        errors = Console(stderr=True)
+        quiet_libraries(errors)
+        logging.getLogger("lorank").setLevel(logging.ERROR)
+        scenario = Scenario(where=where.value, sized=sized.value, **({} if steps is None else {"steps": steps}))
+        chosen = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",") if name.strip()]
+        try:
+            reported, tuning = (
+                [int(seed) for seed in text.split(",") if seed.strip()] for text in (seeds, tuning_seeds)
+            )
+        except ValueError as error:
+            raise PlantedError(
+                f"--seeds {seeds} --tuning-seeds {tuning_seeds}: expected whole numbers, by commas"
+            ) from error
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+            task = bar.add_task("Students", total=None)
+
+            def report(done: int, total: int, last: str) -> None:
+                bar.update(task, completed=done, total=total, description=last)
+
+            rows = run_study(
+                scenario, chosen, out, seeds=reported, tuning_seeds=tuning, jobs=jobs, device=device, report=report
+            )
+        console = Console()
+        console.print(rich_table(rows, scenario))
+        for written in write_results(rows, scenario, out):
+            console.print(f"written to {written}", highlight=False)

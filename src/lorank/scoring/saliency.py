@@ -1,0 +1,89 @@
+"""First-order sensitivity: how much the loss would move if one rank were scaled a little.
+
+With a gate per rank, y = W x + s · B (g ⊙ (A x)), the loss at g = 1 has
+
+    ∂L/∂g_r = Σ_j A_rj ∂L/∂A_rj          score(r) = mean over batches of |∂L/∂g_r|
+
+since a gate g_r and a row A_r multiplied by g_r are the same. To first order |∂L/∂g_r| is what removing the rank costs.
+Near a minimum the gradient of the whole data is small for every rank, so the magnitude is taken per batch, where it
+does not cancel: smaller batches see more. One forward and one backward pass per batch, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorank.errors import ValidationBatchError
+from lorank.lora.layer import AdapterLayers
+from lorank.scoring.loss import LossFn, field, forward_arguments, prepare_batch, require_finite, unwrap
+from lorank.scoring.preserve_state import untouched
+
+
+def gate_gradient_scores(
+    model: nn.Module,
+    layers: AdapterLayers,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    loss_fn: LossFn | None = None,
+) -> dict[str, Tensor]:
+    """Scores every rank by |∂L/∂g_r|, averaged over batches. A gate that a layer already has belongs to the model.
+
+    The model is scored in evaluation mode and left as it was; no ``.grad`` is written.
+
+    Args:
+        model: the model that the layers belong to.
+        layers: its LoRA layers.
+        batches: one or a few, each with the arguments of the model's forward, ``labels`` included.
+        loss_fn: ``loss_fn(model, batch)`` → a scalar with a graph, in place of ``model(**batch).loss``.
+
+    Returns:
+        Per layer (r,) float64 on the CPU, ≥ 0, higher = keep.
+
+    Raises:
+        ValidationBatchError: no batch, or one without labels, without a loss, or with a loss that is not finite.
+    """
+    model = unwrap(model)
+    alive = {name: layer for name, layer in layers.items() if layer.rank}
+    rows = [layer.A for layer in alive.values()]  # (r, d_in) each
+    wanted = [A.requires_grad for A in rows]
+    scores = {name: torch.zeros(layer.rank, dtype=torch.float64) for name, layer in layers.items()}
+    count = 0
+    with untouched(model, layers), torch.enable_grad():
+        try:
+            for A in rows:
+                A.requires_grad_(True)
+            for batch in batches:
+                loss = loss_with_graph(model, prepare_batch(model, batch, needs_labels=loss_fn is None), loss_fn)
+                require_finite(loss.detach(), "the model")
+                gradients = torch.autograd.grad(loss, rows, allow_unused=True)
+                count += 1
+                for name, A, gradient in zip(alive, rows, gradients, strict=True):
+                    if gradient is not None:  # else the batch does not reach this module
+                        scores[name] += (A.detach().double() * gradient.double()).sum(1).abs().cpu()  # (r, d_in) → (r,)
+        finally:
+            for A, before in zip(rows, wanted, strict=True):
+                A.requires_grad_(before)
+    if not count:
+        raise ValidationBatchError("there is no batch to take gradients on: give at least one")
+    return {name: total / count for name, total in scores.items()}
+
+
+def loss_with_graph(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None) -> Tensor:
+    """The loss as training computes it, ready for a backward pass.
+
+    Raises:
+        ValidationBatchError: there is none, it is not one number, or it does not depend on the adapter.
+    """
+    loss = loss_fn(model, batch) if loss_fn is not None else field(model(**forward_arguments(model), **batch), "loss")
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) and loss.numel() != 1 else "no gradient"
+        what = what if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValidationBatchError(
+            f"the loss on a batch with {', '.join(batch)} is {what}; expected one number that depends on the adapter. "
+            "Give labels under the name that the model's forward expects, or loss_fn"
+        )
+    return loss
