@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from lorank.errors import PlanError
 from lorank.lora.layer import AdapterLayer
 
@@ -41,6 +38,11 @@ class LayerPlan:
         return tuple(-1 if place in new else next(kept) for place in range(self.rank))
 
 
+def plan_for_rank(rank: int, wanted: int) -> LayerPlan:
+    """Takes a layer from ``rank`` to ``wanted`` ranks: the first ones stay, new ones follow."""
+    return LayerPlan(tuple(range(min(rank, wanted))), max(0, wanted - rank))
+
+
 def plan_for_heads(ranks: Sequence[int], wanted: Sequence[int]) -> LayerPlan:
     """Takes the heads of a layer from ``ranks`` to ``wanted``: of each head the first ones stay, new ones follow them.
 
@@ -61,24 +63,6 @@ def plan_for_heads(ranks: Sequence[int], wanted: Sequence[int]) -> LayerPlan:
 
 Plan = Mapping[str, LayerPlan]
 """Layers by name; a layer that is not named stays as it is."""
-
-
-def taken(plan: Plan, ranks: Mapping[str, int]) -> Tensor:
-    """Where each rank comes from when a plan is carried out, for whoever keeps something per rank.
-
-    Args:
-        ranks: the rank of each layer before.
-
-    Returns:
-        (R after,) int64, all layers in order: the rank's index among all ranks before, or −1 where it is new.
-    """
-    origins: list[int] = []
-    first = 0
-    for name, rank in ranks.items():
-        change = plan.get(name, LayerPlan(tuple(range(rank))))
-        origins += [-1 if kept < 0 else first + kept for kept in change.origins]
-        first += rank
-    return torch.tensor(origins, dtype=torch.long)
 
 
 def check_places(name: str, wanted: LayerPlan) -> None:

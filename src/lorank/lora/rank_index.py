@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
+
+from lorank.lora.plan import LayerPlan, Plan
+
+
+def taken(plan: Plan, ranks: Mapping[str, int]) -> Tensor:
+    """Where each rank comes from when a plan is carried out, for whoever keeps something per rank.
+
+    Args:
+        ranks: the rank of each layer before.
+
+    Returns:
+        (R after,) int64, all layers in order: the rank's index among all ranks before, or −1 where it is new.
+    """
+    origins: list[int] = []
+    first = 0
+    for name, rank in ranks.items():
+        change = plan.get(name, LayerPlan(tuple(range(rank))))
+        origins += [-1 if kept < 0 else first + kept for kept in change.origins]
+        first += rank
+    return torch.tensor(origins, dtype=torch.long)
 
 
 def follow(values: Tensor, origins: Tensor, axis: int = 0) -> Tensor:

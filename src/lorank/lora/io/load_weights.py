@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from lorank.errors import AdapterError
 from lorank.lora.kernels.per_head import dense_B
 from lorank.lora.layer import AdapterLayer, AdapterLayers
-from lorank.lora.plan import LayerPlan, plan_for_heads
+from lorank.lora.plan import plan_for_heads
 from lorank.lora.pool import Pool, padded
 from lorank.lora.resize import resize_
 from lorank.lora.variants.gated import folded
@@ -146,11 +146,6 @@ def _fill_pool(layer: AdapterLayer, pool: Pool, keys: tuple[str, str], state_dic
     for key, own, axis in zip(keys, (layer.A, layer.B), (0, 1), strict=True):
         own.copy_(state_dict[key])
         state_dict[key] = padded(state_dict[key], axis, pool.capacity)
-
-
-def plan_for_rank(rank: int, wanted: int) -> LayerPlan:
-    """Takes a layer from ``rank`` to ``wanted`` ranks: the first ones stay, new ones follow."""
-    return LayerPlan(tuple(range(min(rank, wanted))), max(0, wanted - rank))
 
 
 def _keys(prefix: str, layer: AdapterLayer) -> tuple[str, str]:

@@ -16,18 +16,11 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor
 
 from lorank.errors import AdapterError
+from lorank.lora.pool import pool_of
 from lorank.lora.quantised import guard_merge
 from lorank.lora.variants import dora
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.per_head import HeadLora
-
-POOLS = "lorank_pools"
-"""Where a PEFT layer keeps its pools, by adapter (:mod:`lorank.lora.pool`)."""
-
-
-def pool_of(module: LoraLayer, adapter: str) -> Any:
-    """The layer's :class:`~lorank.lora.pool.Pool`, or None."""
-    return vars(module).get(POOLS, {}).get(adapter)
 
 
 def expand_gate(gate: Tensor, z: Tensor) -> Tensor:
