@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorank.lora import AdapterLayers
 from lorank.scoring.loss import IGNORED
 from lorank.scoring.microbatch import TOKENS_PER_PASS, in_passes
-from lorank.scoring.preserve_state import untouched
+from lorank.scoring.preserve_state import preserve_state
 
 EPSILON = 0.1
 """Half the distance of a central difference between gradients; a gate goes from 0 to 1."""
@@ -22,7 +22,7 @@ def gradient(model: nn.Module, layers: AdapterLayers, batch: Mapping[str, Tensor
     leaf = gates.float().requires_grad_()
     sums = torch.zeros(len(gates), dtype=torch.float64)
     total = label_count(batch)
-    with untouched(model, layers), torch.enable_grad():
+    with preserve_state(model, layers), torch.enable_grad():
         for layer, gate in zip(layers.values(), torch.split(leaf, sizes), strict=True):
             layer.gate = gate
         for part in in_passes(batch, torch.arange(len(batch["labels"])), TOKENS_PER_PASS, None):

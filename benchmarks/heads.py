@@ -32,7 +32,7 @@ from shapes import VOCABULARY, bert, llama  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import lorank  # noqa: E402
-from lorank.lora import compact_, plan_for_heads, resize_, taken  # noqa: E402
+from lorank.lora import plan_for_heads, rank_origins, resize_, split_into_heads_  # noqa: E402
 from lorank.lora.attention_heads import head_groups  # noqa: E402
 from lorank.lora.kernels.per_head import HeadGroups, blocks, dense_A, dense_B  # noqa: E402
 
@@ -182,10 +182,10 @@ def contenders(shape: str, mean: int, skewed: bool) -> dict[str, Trained]:
             plan = _plan(layers, mean, skewed)
             before = layers.ranks
             resize_(layers, plan, trained.optimizer)
-            ard.resized(ranks._context(), ranks.state, taken(plan, before))
+            ard.after_resize(ranks._context(), ranks.state, rank_origins(plan, before))
             trained.parameters = layers.parameters
             continue
-        compact_(layers, head_groups(layers))
+        split_into_heads_(layers, head_groups(layers))
         resize_(layers, _plan(layers, mean, skewed))
         gates = layers.learn_gates()
         made[name] = Trained(model, batch, gates.clear_grad)

@@ -15,7 +15,7 @@ import yaml
 import lorank
 from lorank.config.settings import load_config
 from lorank.experiments.sweep import load_sweep
-from lorank.lora import LayerPlan, find_layers, open_adapter, resize_, save_adapter
+from lorank.lora import LayerPlan, find_layers, load_adapter, resize_, save_adapter
 from lorank.lora.io.adapter_validation import CONFIG, WEIGHTS
 from lorank.report.grid import grid_of
 from lorank.training.history import RankHistory, read_history
@@ -233,7 +233,7 @@ def _open(config: bytes, weights: bytes) -> None:
     with TemporaryDirectory() as folder:
         (Path(folder) / CONFIG).write_bytes(config)
         (Path(folder) / WEIGHTS).write_bytes(weights)
-        find_layers(open_adapter(_base(), folder))
+        find_layers(load_adapter(_base(), folder))
 
 
 KINDS: dict[str, Callable[[], Kind]] = {

@@ -106,7 +106,7 @@ def test_the_run_ends_at_or_under_its_budget(kind: str, name: str, method: Metho
     budget: Any = BUDGETS[name]
     loop = Loop(MODELS[kind], method, budget).run(STEPS)
     # A rank of a head costs what it trains, which the finished adapter no longer shows.
-    limits = loop.ranks.limits if method.heads else lorank.Budget.parse(budget).limits(loop.ranks.layers)
+    limits = loop.ranks.budget if method.heads else lorank.Budget.parse(budget).resolve(loop.ranks.layers)
     ranks = loop.ranks.layers.ranks
     assert limits.fits(ranks)
     # nor is most of it left unused

@@ -42,4 +42,4 @@ class ResumeError(LorankError):
 
 
 class DisagreementError(LorankError):
-    """Processes that train one model together do not have the same ranks, weights, optimiser state or settings."""
+    """ProcessGroup that train one model together do not have the same ranks, weights, optimiser state or settings."""

@@ -12,7 +12,7 @@ from peft import AdaLoraConfig, get_peft_model
 from torch import nn
 
 import lorank
-from lorank.allocators import AdaLoRA, Context, Run
+from lorank.allocators import AdaLoRA, Context, TrainingInfo
 from lorank.allocators.orthogonality import add_orthogonality_gradient_
 from lorank.errors import ScheduleError
 from lorank.lora import find_layers
@@ -46,7 +46,7 @@ class TestPeftsOwn:
 
     def test_scores_budgets_and_masks(self) -> None:
         model = adapted(self.modules(), r=self.R, random_B=False, target_modules=["a", "b", "c"]).double()
-        layers, run = find_layers(model), Run(self.STEPS, initial_ranks=dict.fromkeys("abc", self.R))
+        layers, run = find_layers(model), TrainingInfo(self.STEPS, initial_ranks=dict.fromkeys("abc", self.R))
         ours = AdaLoRA(self.T_INIT, self.T_FINAL, self.DELTA_T, orthogonality=0.1)
         state = ours.start(layers, run)
         peft_model = self.theirs()
@@ -85,17 +85,17 @@ class TestPeftsOwn:
             loss.backward()
 
             context = Context(step - 1, run, model, layers, lr=3e-2, peak_lr=3e-2)
-            ours.observe(context, state)
+            ours.before_step(context, state)
             twin.update_ipt(peft_model.base_model.model)
             own.step()
             their.step()
             context = Context(step, run, model, layers, lr=3e-2, peak_lr=3e-2)
-            ours.project(context, state)
+            ours.after_step(context, state)
 
             budget, due = twin.budget_schedule(step)
             due = due or step == self.STEPS - self.T_FINAL  # where PEFT's model forces a mask
             assert ours.due(step, run) == due
-            limits = ours.limits(layers, run).relaxed(run.initial_ranks, ours.falling(step, run))
+            limits = ours.resolve_budget(layers, run).relaxed(run.initial_ranks, ours.falling(step, run))
             assert limits.constraints[0].limit == budget
             if due:
                 masks += 1
@@ -125,11 +125,11 @@ class TestPeftsOwn:
 
 class TestSchedule:
     def test_the_defaults_are_parts_of_the_run(self) -> None:
-        steps = AdaLoRA().schedule(Run(1000))
+        steps = AdaLoRA().schedule(TrainingInfo(1000))
         assert (steps[0], steps[-1], steps[1] - steps[0]) == (132, 520, 2)
 
     def test_the_budget_falls_as_a_cube_to_half_of_the_ranks(self) -> None:
-        run = Run(100)
+        run = TrainingInfo(100)
         method = AdaLoRA(t_init=10, t_final=30, delta_t=5)
         assert [method.falling(step, run) for step in (1, 10, 70, 99)] == [1, 1, 0, 0]
         assert method.falling(40, run) == pytest.approx(0.125)
@@ -155,7 +155,7 @@ class TestSchedule:
 
     def test_phases_that_leave_no_room(self) -> None:
         with pytest.raises(ScheduleError, match=r"t_init=6, t_final=4\) leaves no step .* a run of 10 steps"):
-            AdaLoRA(t_init=6, t_final=4).start(find_layers(adapted(tiny_llama())), Run(10))
+            AdaLoRA(t_init=6, t_final=4).start(find_layers(adapted(tiny_llama())), TrainingInfo(10))
 
     def test_a_run_that_starts_within_its_budget_says_so_and_keeps_its_ranks(
         self, caplog: pytest.LogCaptureFixture
@@ -189,15 +189,15 @@ class TestStart:
         model = adapted(tiny_llama(), random_B=False).eval()
         before = model(**token_batch()).logits
         layers = find_layers(model)
-        AdaLoRA().start(layers, Run(100, seed=3))
+        AdaLoRA().start(layers, TrainingInfo(100, seed=3))
         assert torch.equal(model(**token_batch()).logits, before)
         assert not layers.gates.values.any()
         deviations = torch.stack([layer.B.std() * (3 * layer.d_out) ** 0.5 for layer in layers.values()])
         assert ((deviations > 0.8) & (deviations < 1.2)).all()
         again = find_layers(adapted(tiny_llama(), random_B=False))
-        AdaLoRA().start(again, Run(100, seed=3))
+        AdaLoRA().start(again, TrainingInfo(100, seed=3))
         other = find_layers(adapted(tiny_llama(), random_B=False))
-        AdaLoRA().start(other, Run(100, seed=4))
+        AdaLoRA().start(other, TrainingInfo(100, seed=4))
         name = next(iter(layers))
         assert torch.equal(layers[name].B, again[name].B)
         assert not torch.equal(layers[name].B, other[name].B)
@@ -205,7 +205,7 @@ class TestStart:
     def test_a_trained_adapter_starts_as_it_is(self) -> None:
         layers = find_layers(adapted(tiny_llama()))
         weights = {name: layer.B.detach().clone() for name, layer in layers.items()}
-        AdaLoRA().start(layers, Run(100))
+        AdaLoRA().start(layers, TrainingInfo(100))
         assert (layers.gates.values == 1).all()
         assert all(torch.equal(layer.B, weights[name]) for name, layer in layers.items())
 
@@ -252,7 +252,7 @@ class TestRuns:
     @pytest.mark.parametrize("budget", [1.5, "2k params", {"percent": 10, "max_lora_rank": 3}])
     def test_every_budget_is_kept(self, budget: Any) -> None:
         ranks, _ = run_loop(AdaLoRA(2, 3, 2, budget=budget), SHORT)
-        assert ranks.limits.fits(ranks.layers.ranks)
+        assert ranks.budget.fits(ranks.layers.ranks)
         assert ranks.layers.total_rank < 56
 
     def test_dora_keeps_one_rank_in_every_module(self) -> None:

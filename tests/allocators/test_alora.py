@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorank.allocators import ALoRA, Context, Run, StaticLoRA
+from lorank.allocators import ALoRA, Context, StaticLoRA, TrainingInfo
 from lorank.errors import ScheduleError
 from lorank.lora import find_layers
 from lorank.scoring import ablation_scores, first_order_scores
@@ -16,20 +16,20 @@ from tests.models import adapted, tiny_llama, token_batch
 class TestSchedule:
     def test_the_papers_defaults(self) -> None:
         """K1 = 1 epoch, K2 = 0.25 epoch, at most 8 rounds."""
-        schedule = ALoRA().schedule(Run(total_steps=1000, steps_per_epoch=100))
+        schedule = ALoRA().schedule(TrainingInfo(total_steps=1000, steps_per_epoch=100))
         assert schedule == [100, 125, 150, 175, 200, 225, 250, 275]
 
     def test_rounds_at_or_after_the_last_step_are_left_out(self) -> None:
-        assert ALoRA().schedule(Run(total_steps=175, steps_per_epoch=100)) == [100, 125, 150]
+        assert ALoRA().schedule(TrainingInfo(total_steps=175, steps_per_epoch=100)) == [100, 125, 150]
 
     def test_without_epochs_the_run_counts_as_ten(self) -> None:
-        assert ALoRA(rounds=2).schedule(Run(total_steps=1000)) == [100, 125]
+        assert ALoRA(rounds=2).schedule(TrainingInfo(total_steps=1000)) == [100, 125]
 
     def test_steps(self) -> None:
-        assert ALoRA(k1=7, k2=3, rounds=3, unit="steps").schedule(Run(total_steps=100)) == [7, 10, 13]
+        assert ALoRA(k1=7, k2=3, rounds=3, unit="steps").schedule(TrainingInfo(total_steps=100)) == [7, 10, 13]
 
     def test_an_epoch_shorter_than_four_steps_allocates_at_most_once_a_step(self) -> None:
-        assert ALoRA(rounds=3).schedule(Run(total_steps=100, steps_per_epoch=2)) == [2, 3, 4]
+        assert ALoRA(rounds=3).schedule(TrainingInfo(total_steps=100, steps_per_epoch=2)) == [2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_settings_out_of_range(settings, message: str) -> None:
 def test_pruning_everything_is_refused_before_training() -> None:
     layers = find_layers(adapted(tiny_llama(), r=1))
     with pytest.raises(ScheduleError, match=r"would prune n_A = 14 ranks .* have 14 in all"):
-        ALoRA().start(layers, Run(total_steps=10))
-    assert ALoRA(per_round=13).start(layers, Run(total_steps=10)) == {}
+        ALoRA().start(layers, TrainingInfo(total_steps=10))
+    assert ALoRA(per_round=13).start(layers, TrainingInfo(total_steps=10)) == {}
 
 
 @pytest.mark.parametrize(("scores", "score"), [("exact", ablation_scores), ("first_order", first_order_scores)])
@@ -64,7 +64,7 @@ def test_ranks_are_scored_as_asked(scores, score, terms) -> None:
     model = adapted(tiny_llama(), r=2)
     layers, batch = find_layers(model), token_batch(padded=True)
     allocation = ALoRA(scores=scores, terms=terms).allocate(
-        Context(step=1, run=Run(10), model=model, layers=layers, validation_batch=batch), {}
+        Context(step=1, run=TrainingInfo(10), model=model, layers=layers, validation_batch=batch), {}
     )
     expected = score(model, layers, batch, terms=terms)
     assert all((allocation.scores[name] == values).all() for name, values in expected.scores.items())
@@ -99,7 +99,7 @@ def test_rounds_that_shrink_the_total_stop_before_the_last_rank() -> None:
 def test_screened_scores_prune_what_exact_ones_do() -> None:
     model = adapted(tiny_llama(), r=4)
     layers, batch = find_layers(model), token_batch(padded=True)
-    context = Context(step=1, run=Run(10), model=model, layers=layers, validation_batch=batch)
+    context = Context(step=1, run=TrainingInfo(10), model=model, layers=layers, validation_batch=batch)
     screened, exact = (ALoRA(scores=scores, per_round=5).allocate(context, {}) for scores in ("screen", "exact"))
     assert {name: change.keep for name, change in screened.plan.items() if len(change.keep) < 4} == {
         name: change.keep for name, change in exact.plan.items() if len(change.keep) < 4

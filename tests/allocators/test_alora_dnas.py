@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import lorank
-from lorank.allocators import ALoRADNAS, Context, Run
+from lorank.allocators import ALoRADNAS, Context, TrainingInfo
 from lorank.allocators.alora_dnas import rows_in_turn
 from lorank.errors import ScheduleError, ValidationBatchError
-from lorank.lora import LayerPlan, find_layers, resize_, taken
+from lorank.lora import LayerPlan, find_layers, rank_origins, resize_
 from tests.allocators.runs import SHORT, adamw, run_loop, same_run
 from tests.models import adapted, tiny_llama, token_batch
 
@@ -62,7 +62,7 @@ def test_the_gates_are_those_of_a_bilevel_loop_in_plain_autograd() -> None:
 def test_a_search_leaves_no_trace_but_the_gates() -> None:
     model = adapted(tiny_llama(), lora_dropout=0.5).train()
     layers = find_layers(model)
-    run = Run(10, initial_ranks=layers.ranks)
+    run = TrainingInfo(10, initial_ranks=layers.ranks)
     state = QUICK.start(layers, run)
     assert not any(leaf.requires_grad for leaf in layers.gates.leaves.values())
     model(**token_batch()).loss.backward()
@@ -70,7 +70,7 @@ def test_a_search_leaves_no_trace_but_the_gates() -> None:
         name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
     }
     random = torch.get_rng_state()
-    QUICK.project(Context(1, run, model, layers, token_batch(rows=4, seed=9)), state)
+    QUICK.after_step(Context(1, run, model, layers, token_batch(rows=4, seed=9)), state)
     assert (layers.gates.values != 1).all()
     assert not layers.gates.grad.any()
     assert not any(leaf.requires_grad for leaf in layers.gates.leaves.values())
@@ -84,19 +84,19 @@ def test_a_search_leaves_no_trace_but_the_gates() -> None:
 def test_new_ranks_start_at_a_gate_of_one_and_kept_ones_keep_theirs() -> None:
     model = adapted(tiny_llama())
     layers = find_layers(model)
-    run = Run(10, initial_ranks=layers.ranks)
+    run = TrainingInfo(10, initial_ranks=layers.ranks)
     state = QUICK.start(layers, run)
     context = Context(1, run, model, layers, token_batch(rows=4, seed=9))
-    QUICK.project(context, state)
+    QUICK.after_step(context, state)
     names, before = list(layers), layers.gates.values.clone()
     plan = {names[0]: LayerPlan((3, 1)), names[1]: LayerPlan((0, 1, 2, 3), 1)}
-    origins = taken(plan, layers.ranks)
+    origins = rank_origins(plan, layers.ranks)
     resize_(layers, plan)
-    QUICK.resized(context, state, origins)
+    QUICK.after_resize(context, state, origins)
     assert layers.gates.values[:7].tolist() == [before[3], before[1], *before[4:8], 1]
     torch.testing.assert_close(2 * state["alphas"].sigmoid(), layers.gates.values)
     assert not any(leaf.requires_grad for leaf in layers.gates.leaves.values())
-    QUICK.project(context, state)
+    QUICK.after_step(context, state)
     assert (layers.gates.values[:6] != 1).all()
 
 
@@ -147,7 +147,7 @@ def test_resume_is_bitwise(stop: int) -> None:
 @pytest.mark.parametrize("budget", [2, "3k params"])
 def test_the_budget_is_kept_at_every_moment(budget: Any) -> None:
     ranks, _ = run_loop(ALoRADNAS(k1=2, k2=2, rounds=3, unit="steps", per_round=6, budget=budget), SHORT)
-    assert all(ranks.limits.fits(record.ranks) for record in ranks.history)
+    assert all(ranks.budget.fits(record.ranks) for record in ranks.history)
 
 
 def test_dora() -> None:

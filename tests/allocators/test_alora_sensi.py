@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorank
-from lorank.allocators import ALoRA, ALoRASensi, Run
+from lorank.allocators import ALoRA, ALoRASensi, TrainingInfo
 from lorank.errors import ScheduleError
 from lorank.lora import find_layers
 from tests.allocators.runs import SHORT, adamw, run_loop, same_run
@@ -47,7 +47,7 @@ def test_scores_are_those_of_gates_that_stay_at_one() -> None:
 
 
 def test_its_schedule_and_its_errors_are_aloras() -> None:
-    settings, run = {"k1": 0.5, "k2": 0.1, "rounds": 4}, Run(1000, steps_per_epoch=100)
+    settings, run = {"k1": 0.5, "k2": 0.1, "rounds": 4}, TrainingInfo(1000, steps_per_epoch=100)
     assert ALoRASensi(**settings).schedule(run) == ALoRA(**settings).schedule(run)
     with pytest.raises(ScheduleError, match=r"ALoRASensi\(rounds=0\)"):
         ALoRASensi(rounds=0)
@@ -76,7 +76,7 @@ def test_resume_is_bitwise(stop: int) -> None:
 @pytest.mark.parametrize("budget", [2, "3k params"])
 def test_the_budget_is_kept_at_every_moment(budget: Any) -> None:
     ranks, _ = run_loop(ALoRASensi(k1=2, k2=2, rounds=3, unit="steps", per_round=6, budget=budget), SHORT)
-    assert all(ranks.limits.fits(record.ranks) for record in ranks.history)
+    assert all(ranks.budget.fits(record.ranks) for record in ranks.history)
 
 
 def test_dora() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lorank.allocators import ALoRA, Budget, Run, StaticLoRA
+from lorank.allocators import ALoRA, Budget, StaticLoRA, TrainingInfo
 from lorank.allocators.rounds import prune_and_reallocate
 from lorank.config.settings import make_config, to_yaml
 from lorank.errors import BudgetError, ScheduleError
@@ -83,7 +83,7 @@ def test_each_unit_is_counted_as_its_user_means_it(tmp_path) -> None:
     on_disk = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     saved = sum(tensor.numel() * tensor.element_size() for tensor in on_disk.values())
     budget = Budget(ranks_per_module=4, ranks=56, parameters=numbers, percent=100 * numbers / base, bytes=saved)
-    limits = budget.limits(layers)
+    limits = budget.resolve(layers)
     assert limits.is_used_up_by(layers.ranks)
     for unit, amounts in limits.used(layers.ranks).items():
         assert amounts["used"] == pytest.approx(amounts["limit"], rel=1e-9), unit
@@ -93,10 +93,10 @@ def test_each_unit_is_counted_as_its_user_means_it(tmp_path) -> None:
 
 def test_max_lora_rank_caps_every_module_and_by_itself_keeps_the_number_of_ranks() -> None:
     layers = layers_of(r=4)
-    limits = Budget(max_lora_rank=6).limits(layers)
+    limits = Budget(max_lora_rank=6).resolve(layers)
     assert set(limits.caps.values()) == {6}
     assert sum(limits.uniform().values()) == layers.total_rank
-    assert sum(Budget(max_lora_rank=2).limits(layers).uniform().values()) == 2 * len(layers)
+    assert sum(Budget(max_lora_rank=2).resolve(layers).uniform().values()) == 2 * len(layers)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_gpt2])
@@ -138,16 +138,16 @@ def test_base_parameters_of_a_four_bit_model_are_its_real_numbers() -> None:
 )
 def test_a_budget_that_does_not_fit_the_modules(budget, message: str) -> None:
     with pytest.raises(BudgetError, match=message):
-        Budget.parse(budget).limits(layers_of(r=4))
+        Budget.parse(budget).resolve(layers_of(r=4))
 
 
 def test_one_generous_limit_beside_a_tight_one_is_no_mistake() -> None:
-    limits = Budget(ranks=20, bytes=10**12).limits(layers_of(r=4))
+    limits = Budget(ranks=20, bytes=10**12).resolve(layers_of(r=4))
     assert sum(limits.uniform().values()) == 20
 
 
 def start(allocator, layers: AdapterLayers) -> dict[str, int]:
-    resize_(layers, allocator.initial_plan(layers, Run(total_steps=10)))
+    resize_(layers, allocator.initial_plan(layers, TrainingInfo(total_steps=10)))
     return layers.ranks
 
 
@@ -205,8 +205,8 @@ def test_a_wrong_budget_in_a_configuration_is_listed_with_its_key() -> None:
 class TestALoRAUnderABudget:
     def test_the_start_counts_the_budgets_ranks(self) -> None:
         with pytest.raises(ScheduleError, match=r"n_A = 14 ranks .* have 10 in all"):
-            ALoRA(budget="10 ranks").start(layers_of(r=4), Run(total_steps=10))
-        assert ALoRA(budget="20 ranks").start(layers_of(r=1), Run(total_steps=10)) == {}
+            ALoRA(budget="10 ranks").start(layers_of(r=4), TrainingInfo(total_steps=10))
+        assert ALoRA(budget="20 ranks").start(layers_of(r=1), TrainingInfo(total_steps=10)) == {}
 
     @settings(deadline=None, max_examples=40)
     @given(st.data())
@@ -215,7 +215,7 @@ class TestALoRAUnderABudget:
         unit = data.draw(st.sampled_from(["ranks", "parameters", "bytes"]))
         full = {"ranks": 56, "parameters": 4096, "bytes": 16500}[unit]
         budget = Budget(**{unit: full}, max_lora_rank=data.draw(st.sampled_from([5, 9, 32])))
-        limits = budget.limits(layers)
+        limits = budget.resolve(layers)
         ranks = limits.uniform()
         for _ in range(4):
             scores = {
@@ -244,9 +244,9 @@ class TestALoRAUnderABudget:
         return made[0]
 
     def test_gifts_are_as_dear_as_what_was_freed(self) -> None:
-        from lorank.allocators.resolved_budget import Constraint, Limits
+        from lorank.allocators.resolved_budget import Constraint, ResolvedBudget
 
-        limits = Limits(
+        limits = ResolvedBudget(
             (Constraint("parameters", {"wide": 10, "slim": 3, "other": 4}, 47),),
             dict.fromkeys(("wide", "slim", "other"), 9),
             dict.fromkeys(("wide", "slim", "other"), 0),

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorank.allocators.resolved_budget import Constraint, Limits
+from lorank.allocators.resolved_budget import Constraint, ResolvedBudget
 from lorank.errors import BudgetError
 
 
 @st.composite
-def some_limits(draw: st.DrawFn, *, equal_costs: bool = False, minima: bool = True) -> Limits:
+def some_limits(draw: st.DrawFn, *, equal_costs: bool = False, minima: bool = True) -> ResolvedBudget:
     names = [f"m{i}" for i in range(draw(st.integers(1, 6)))]
     caps = {name: draw(st.integers(1, 9)) for name in names}
     least = {name: draw(st.integers(0, 1)) if minima else 0 for name in names}
@@ -21,10 +21,10 @@ def some_limits(draw: st.DrawFn, *, equal_costs: bool = False, minima: bool = Tr
         costs = {name: 1 if equal_costs else draw(st.integers(1, 50)) for name in names}
         needed = sum(costs[name] * least[name] for name in names)
         constraints.append(Constraint(f"unit{index}", costs, needed + draw(st.integers(0, 300))))
-    return Limits(tuple(constraints), caps, least)
+    return ResolvedBudget(tuple(constraints), caps, least)
 
 
-def some_scores(data: st.DataObject, limits: Limits) -> dict[str, torch.Tensor]:
+def some_scores(data: st.DataObject, limits: ResolvedBudget) -> dict[str, torch.Tensor]:
     few = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0])  # ties are common
     return {
         name: torch.tensor(data.draw(st.lists(few, min_size=limits.minima[name], max_size=8))) for name in limits.caps
@@ -32,7 +32,7 @@ def some_scores(data: st.DataObject, limits: Limits) -> dict[str, torch.Tensor]:
 
 
 @given(some_limits())
-def test_uniform_fits_is_even_and_leaves_no_level_unused(limits: Limits) -> None:
+def test_uniform_fits_is_even_and_leaves_no_level_unused(limits: ResolvedBudget) -> None:
     ranks = limits.uniform()
     assert limits.fits(ranks)
     assert all(ranks[name] >= limits.minima[name] for name in ranks)
@@ -46,14 +46,14 @@ def test_uniform_fits_is_even_and_leaves_no_level_unused(limits: Limits) -> None
 
 
 @given(some_limits(equal_costs=True, minima=False))
-def test_uniform_spends_a_budget_of_ranks_to_the_last_one(limits: Limits) -> None:
+def test_uniform_spends_a_budget_of_ranks_to_the_last_one(limits: ResolvedBudget) -> None:
     limit = min(constraint.limit for constraint in limits.constraints)
     assert sum(limits.uniform().values()) == min(limit, sum(limits.caps.values()))
     assert limits.is_used_up_by(limits.uniform())
 
 
 def test_the_remainder_is_dealt_in_module_order() -> None:
-    limits = Limits(
+    limits = ResolvedBudget(
         (Constraint("ranks", {"a": 1, "b": 1, "c": 1}, 8),), {"a": 9, "b": 9, "c": 9}, dict.fromkeys("abc", 0)
     )
     assert limits.uniform() == {"a": 3, "b": 3, "c": 2}
@@ -61,7 +61,7 @@ def test_the_remainder_is_dealt_in_module_order() -> None:
 
 @given(st.data(), some_limits())
 def test_keep_best_fits_keeps_what_is_needed_and_leaves_out_nothing_that_would_fit(
-    data: st.DataObject, limits: Limits
+    data: st.DataObject, limits: ResolvedBudget
 ) -> None:
     scores = some_scores(data, limits)
     kept = limits.keep_best(scores)
@@ -77,8 +77,8 @@ def test_keep_best_fits_keeps_what_is_needed_and_leaves_out_nothing_that_would_f
 
 
 @given(st.data(), some_limits(equal_costs=True, minima=False))
-def test_keep_best_is_the_top_k_when_all_ranks_cost_the_same(data: st.DataObject, limits: Limits) -> None:
-    limits = Limits(limits.constraints, dict.fromkeys(limits.caps, 8), limits.minima)
+def test_keep_best_is_the_top_k_when_all_ranks_cost_the_same(data: st.DataObject, limits: ResolvedBudget) -> None:
+    limits = ResolvedBudget(limits.constraints, dict.fromkeys(limits.caps, 8), limits.minima)
     scores = some_scores(data, limits)
     k = min(constraint.limit for constraint in limits.constraints)
     everything = [
@@ -91,7 +91,7 @@ def test_keep_best_is_the_top_k_when_all_ranks_cost_the_same(data: st.DataObject
 
 
 def test_a_rank_that_does_not_fit_makes_way_for_a_cheaper_one() -> None:
-    limits = Limits(
+    limits = ResolvedBudget(
         (Constraint("parameters", {"wide": 10, "slim": 3}, 16),), {"wide": 8, "slim": 8}, {"wide": 0, "slim": 0}
     )
     scores = {"wide": torch.tensor([5.0, 9.0]), "slim": torch.tensor([1.0, 2.0, 0.5])}
@@ -99,13 +99,13 @@ def test_a_rank_that_does_not_fit_makes_way_for_a_cheaper_one() -> None:
 
 
 def test_a_score_that_is_not_a_number_is_refused() -> None:
-    limits = Limits((Constraint("ranks", {"a": 1, "b": 1}, 2),), {"a": 4, "b": 4}, {"a": 0, "b": 0})
+    limits = ResolvedBudget((Constraint("ranks", {"a": 1, "b": 1}, 2),), {"a": 4, "b": 4}, {"a": 0, "b": 0})
     with pytest.raises(BudgetError, match="score of rank 1 of b is not a number"):
         limits.keep_best({"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])})
 
 
 @given(st.data(), some_limits())
-def test_room_is_exactly_what_still_fits(data: st.DataObject, limits: Limits) -> None:
+def test_room_is_exactly_what_still_fits(data: st.DataObject, limits: ResolvedBudget) -> None:
     ranks = limits.uniform()
     for name in ranks:
         ranks[name] = data.draw(st.integers(0, ranks[name]))
@@ -117,7 +117,7 @@ def test_room_is_exactly_what_still_fits(data: st.DataObject, limits: Limits) ->
 
 @given(st.data(), some_limits(), st.lists(st.floats(0, 1), min_size=2, max_size=2))
 def test_relaxed_limits_only_tighten_and_begin_with_room_for_the_start(
-    data: st.DataObject, limits: Limits, fractions: list[float]
+    data: st.DataObject, limits: ResolvedBudget, fractions: list[float]
 ) -> None:
     start = {name: data.draw(st.integers(0, 20)) for name in limits.caps}
     late, early = (limits.relaxed(start, fraction) for fraction in sorted(fractions))
@@ -132,16 +132,18 @@ def test_relaxed_limits_only_tighten_and_begin_with_room_for_the_start(
 def test_relaxed_ranks_are_adaloras_schedule(final: int, more: int, fraction: float) -> None:
     """b(t) = ⌊(b0 − b_T) · f + b_T⌋, in the same floating-point order as AdaLoRA's own code."""
     b0 = final + more
-    limits = Limits((Constraint("ranks", {"m": 1}, final),), {"m": 500}, {"m": 0})
+    limits = ResolvedBudget((Constraint("ranks", {"m": 1}, final),), {"m": 500}, {"m": 0})
     assert limits.relaxed({"m": b0}, fraction).constraints[0].limit == int((b0 - final) * fraction + final)
 
 
 def test_a_fraction_out_of_range() -> None:
-    limits = Limits((Constraint("ranks", {"m": 1}, 3),), {"m": 5}, {"m": 0})
+    limits = ResolvedBudget((Constraint("ranks", {"m": 1}, 3),), {"m": 5}, {"m": 0})
     with pytest.raises(BudgetError, match=r"fraction=1\.5"):
         limits.relaxed({"m": 4}, 1.5)
 
 
 def test_used_speaks_in_the_users_units() -> None:
-    limits = Limits((Constraint("ranks_per_module", {"a": 1, "b": 1}, 16, 2),), {"a": 20, "b": 20}, {"a": 0, "b": 0})
+    limits = ResolvedBudget(
+        (Constraint("ranks_per_module", {"a": 1, "b": 1}, 16, 2),), {"a": 20, "b": 20}, {"a": 0, "b": 0}
+    )
     assert limits.used({"a": 3, "b": 10}) == {"ranks_per_module": {"used": 6.5, "limit": 8.0}}

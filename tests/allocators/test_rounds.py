@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorank.allocators import ALoRA, Run
+from lorank.allocators import ALoRA, TrainingInfo
 from lorank.allocators.rounds import Rounds, prune_and_reallocate
 from lorank.lora import LayerPlan
 
@@ -89,5 +89,5 @@ def test_every_round_prunes_the_lowest_and_never_exceeds_the_budget(data: st.Dat
 
 @given(st.integers(1, 60), st.integers(1, 30), st.integers(1, 9), st.integers(1, 80))
 def test_the_last_round_is_the_last_one_that_is_due(k1: int, k2: int, rounds: int, steps: int) -> None:
-    settings, run = ALoRA(k1=k1, k2=k2, rounds=rounds, unit="steps"), Run(steps)
+    settings, run = ALoRA(k1=k1, k2=k2, rounds=rounds, unit="steps"), TrainingInfo(steps)
     assert Rounds.of(settings).last(run) == max(settings.schedule(run), default=0)

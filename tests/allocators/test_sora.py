@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lorank
-from lorank.allocators import Run, SoRA
+from lorank.allocators import SoRA, TrainingInfo
 from lorank.allocators.sora import soft_threshold
 from lorank.errors import ScheduleError
 from lorank.lora import find_layers
@@ -77,13 +77,13 @@ class TestSteering:
         """With gradients of zero the largest gate outside the budget walks to zero in equal steps."""
         model = adapted(tiny_llama())
         layers = find_layers(model)
-        method, run = SoRA(until=0.5), Run(20, initial_ranks=layers.ranks)
+        method, run = SoRA(until=0.5), TrainingInfo(20, initial_ranks=layers.ranks)
         state = method.start(layers, run)
         gates = layers.gates
         gates.values.copy_(torch.linspace(0.1, 2, 56))
         largest = sorted(gates.values.tolist())[27]
         for step in range(1, 12):
-            method.project(lorank.allocators.Context(step, run, model, layers, lr=1.0, peak_lr=1.0), state)
+            method.after_step(lorank.allocators.Context(step, run, model, layers, lr=1.0, peak_lr=1.0), state)
             if step <= 10:
                 assert float(state["threshold"]) == pytest.approx(largest / 10, rel=1e-4)
         assert gates.values.count_nonzero() == 28
@@ -172,7 +172,7 @@ def test_resume_is_bitwise_under_a_cap_alone() -> None:
 @pytest.mark.parametrize("budget", [1.5, "2k params", {"percent": 10, "max_lora_rank": 3}])
 def test_every_budget_is_kept(budget: Any) -> None:
     ranks, _ = run_loop(SoRA(prune_every=2, budget=budget), SHORT)
-    assert ranks.limits.fits(ranks.layers.ranks)
+    assert ranks.budget.fits(ranks.layers.ranks)
     assert 0 < ranks.layers.total_rank < 56
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from lorank.lora import LayerPlan, find_layers, fold_gates_, follow_loaded_ranks, resize_, save_adapter
+from lorank.lora import LayerPlan, find_layers, fold_gates_, resize_, resize_on_load, save_adapter
 from tests.models import adapted, tiny_llama, token_batch
 
 
@@ -84,7 +84,7 @@ def test_what_is_saved_has_the_gates_folded_and_the_live_model_keeps_them(tmp_pa
 def test_loading_the_live_weights_keeps_gates_and_others_bring_gates_of_one() -> None:
     model, layers, gates = gated()
     calls: list[int] = []
-    follow_loaded_ranks(layers, on_new_weights=lambda: calls.append(1))
+    resize_on_load(layers, on_new_weights=lambda: calls.append(1))
     own = {key: value.clone() for key, value in model.state_dict().items()}
     values, B = gates.values.clone(), {name: layer.B.detach().clone() for name, layer in layers.items()}
     model.load_state_dict(own)

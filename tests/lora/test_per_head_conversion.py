@@ -20,16 +20,16 @@ from lorank.lora import (
     AdapterLayers,
     HeadGroups,
     LayerPlan,
-    compact_,
-    expand_,
     find_layers,
     fold_gates_,
-    follow_loaded_ranks,
     head_groups,
+    merge_heads_,
     plan_for_heads,
     resize_,
+    resize_on_load,
+    restore_layout_,
     save_adapter,
-    take_form_,
+    split_into_heads_,
 )
 from lorank.scoring import ablation_scores
 from tests.models import adapted, tiny_bert, tiny_gpt2, tiny_llama, token_batch
@@ -49,7 +49,7 @@ def in_heads(
     model = adapted(base or tiny_llama(), random_B=False, **{"target_modules": TARGETS, **lora})
     layers = find_layers(model)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    compact_(layers, head_groups(layers), optimizer, r0)
+    split_into_heads_(layers, head_groups(layers), optimizer, r0)
     generator = torch.Generator().manual_seed(1)
     for layer in layers.values():
         layer.B.data = torch.randn(layer.B.shape, generator=generator) * 0.2
@@ -71,7 +71,7 @@ def test_fresh_heads_leave_the_output_as_it_is_and_hold_only_what_they_own() -> 
     model = adapted(tiny_llama(), random_B=False, target_modules=TARGETS)
     layers = find_layers(model)
     expected = logits(model)
-    compact_(layers, head_groups(layers))
+    split_into_heads_(layers, head_groups(layers))
     assert torch.equal(logits(model), expected)
     q, o, down = layers[Q], layers[OUT], layers[DOWN]
     assert (q.A.shape, q.B.shape) == ((16, 32), (8, 16))  # 4 heads of width 8, r0 = 4
@@ -118,7 +118,7 @@ def test_expanding_leaves_the_output_and_a_stock_peft_model() -> None:
     layers.learn_gates(torch.linspace(0.5, 1.5, layers.total_rank))
     expected = logits(model)
     fold_gates_(layers)
-    expand_(layers, optimizer)
+    merge_heads_(layers, optimizer)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
     q = layers[Q]
     assert not q.module.lora_variant
@@ -206,28 +206,28 @@ def test_layers_that_cannot_take_the_form_are_refused_untouched(change: dict[str
     layers = find_layers(model)
     shapes = {name: (layer.A.shape, layer.B.shape) for name, layer in layers.items()}
     with pytest.raises(AdapterError, match=said):
-        compact_(layers, head_groups(layers))
+        split_into_heads_(layers, head_groups(layers))
     assert shapes == {name: (layer.A.shape, layer.B.shape) for name, layer in layers.items()}
 
 
 def test_a_head_holds_at_most_its_width() -> None:
     layers = find_layers(adapted(tiny_llama(), random_B=False, target_modules=TARGETS, r=9))
     with pytest.raises(AdapterError, match="8 wide and can hold at most 8 ranks, not 9"):
-        compact_(layers, head_groups(layers), r0=9)
-    compact_(layers, head_groups(layers))
+        split_into_heads_(layers, head_groups(layers), r0=9)
+    split_into_heads_(layers, head_groups(layers))
     assert layers[Q].head_ranks == (8, 8, 8, 8)
 
 
 def test_a_bias_in_lora_B_is_refused() -> None:
     layers = find_layers(adapted(tiny_bert(), random_B=False, target_modules=["query"], lora_bias=True))
     with pytest.raises(AdapterError, match="a bias in lora_B"):
-        compact_(layers, head_groups(layers))
+        split_into_heads_(layers, head_groups(layers))
 
 
 def test_twice_is_refused() -> None:
     _, layers, _ = in_heads()
     with pytest.raises(AdapterError, match="per-head form already"):
-        compact_(layers, {Q: HeadGroups("rows", 4, 8)})
+        split_into_heads_(layers, {Q: HeadGroups("rows", 4, 8)})
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -235,7 +235,7 @@ def test_its_own_weights_are_loaded_bitwise(gated: bool) -> None:
     model, layers, _ = in_heads()
     if gated:
         layers.learn_gates(torch.linspace(0.5, 1.5, layers.total_rank))
-    follow_loaded_ranks(layers)
+    resize_on_load(layers)
     before = {name: (x.A.data.clone(), x.B.data.clone(), x.head_ranks) for name, x in layers.items()}
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     resize = {Q: plan_for_heads(layers[Q].head_ranks, [1, 3, 0, 2])} if not gated else {}
@@ -253,7 +253,7 @@ def test_another_ranks_weights_bring_their_heads() -> None:
     resize_(others, {Q: plan_for_heads((2, 2, 2, 2), (1, 0, 4, 2)), OUT: plan_for_heads((2, 2, 2, 2), (0, 0, 3, 1))})
     others[Q].B.data[:, 3:5] = torch.rand(8, 2)  # the new ranks of head 2 trained a little
     step(model, optimizer)
-    follow_loaded_ranks(layers, optimizer)
+    resize_on_load(layers, optimizer)
     model.load_state_dict(other.state_dict())
     assert layers[Q].head_ranks == (1, 0, 4, 2)
     assert layers[OUT].head_ranks == (0, 0, 3, 1)
@@ -263,7 +263,7 @@ def test_another_ranks_weights_bring_their_heads() -> None:
 
 def test_weights_that_are_not_per_head_are_refused() -> None:
     model, layers, _ = in_heads()
-    follow_loaded_ranks(layers)
+    resize_on_load(layers)
     plain = adapted(tiny_llama(), target_modules=TARGETS, r=8)
     with pytest.raises(AdapterError, match="not of that form"):
         model.load_state_dict(plain.state_dict())
@@ -275,25 +275,25 @@ def test_a_saved_form_is_taken_from_any_other() -> None:
     resize_(layers, {Q: plan_for_heads((2, 2, 2, 2), (1, 0, 4, 2))})  # head 2 has two ranks with B = 0
     saved = {name: (x.groups, x.head_ranks) for name, x in layers.items() if x.groups is not None}
     expected = {name: (x.A.data.clone(), x.B.data.clone()) for name, x in layers.items()}
-    expand_(layers)
-    take_form_(layers, saved)
+    merge_heads_(layers)
+    restore_layout_(layers, saved)
     for name, (A, B) in expected.items():
         assert torch.equal(layers[name].A, A)
         assert torch.equal(layers[name].B, B)
     fresh = find_layers(adapted(tiny_llama(), random_B=False, target_modules=TARGETS))
-    take_form_(fresh, saved)
+    restore_layout_(fresh, saved)
     _, other, _ = in_heads(r0=1)
-    take_form_(other, saved)
+    restore_layout_(other, saved)
     for found in (fresh, other):
         assert {name: layer.A.shape for name, layer in found.items()} == {n: A.shape for n, (A, _) in expected.items()}
         assert found[Q].head_ranks == (1, 0, 4, 2)
-    take_form_(other, {})
+    restore_layout_(other, {})
     assert other[Q].groups is None
     trained = find_layers(adapted(tiny_llama(), target_modules=TARGETS))
     with pytest.raises(AdapterError, match="load the weights of the same checkpoint"):
-        take_form_(trained, saved)
+        restore_layout_(trained, saved)
     with pytest.raises(AdapterError, match="was saved with"):
-        take_form_(layers, {Q: (HeadGroups("rows", 2, 16), (4, 3))})
+        restore_layout_(layers, {Q: (HeadGroups("rows", 2, 16), (4, 3))})
 
 
 def test_gates_per_sample_are_seen() -> None:
@@ -325,7 +325,7 @@ def test_scores_in_this_form_are_those_of_the_plain_lora_that_it_equals() -> Non
     batch = token_batch(padded=True)
     found = ablation_scores(model, layers, batch, engine="exact")
     assert found.engine == "exact", found.notice
-    expand_(layers)
+    merge_heads_(layers)
     plain = ablation_scores(model, layers, batch, engine="reference")
     for name, scores in plain.scores.items():
         torch.testing.assert_close(found.scores[name], scores, rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import lorank
-from lorank.lora import LayerPlan, find_layers, follow_loaded_ranks, resize_, save_adapter
+from lorank.lora import LayerPlan, find_layers, resize_, resize_on_load, save_adapter
 from lorank.scoring import ablation_scores
 from tests.models import adapted, tiny_gpt2, tiny_llama, token_batch
 
@@ -87,7 +87,7 @@ def test_weights_of_other_ranks_fill_the_pool(tmp_path: Path) -> None:
     for layer in layers.values():
         torch.nn.init.normal_(layer.B, generator=torch.Generator().manual_seed(layer.rank))
     weights = {key: value for key, value in plain.state_dict().items() if "lora_" in key}
-    handle = follow_loaded_ranks(find_layers(roomy))
+    handle = resize_on_load(find_layers(roomy))
     roomy.load_state_dict(weights, strict=False)
     handle.remove()
     assert find_layers(roomy).ranks == ranks

@@ -9,7 +9,7 @@ import torch
 
 import lorank
 from lorank.errors import AdapterError
-from lorank.lora import find_layers, hold_base
+from lorank.lora import find_layers, prevent_repacking
 from lorank.lora.quantised import IGNORE_VARIANTS, SUPPORTED, is_repacked
 from tests.models import adapted, tiny_llama, token_batch
 from tests.quantised import bnb4, quanto, torchao8, torchao8_dynamic
@@ -80,7 +80,7 @@ def test_four_bit_weights_that_have_been_repacked_are_refused() -> None:
     weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
     with pytest.raises(AdapterError, match=r"repacked the 4-bit weights.*only after lorank\.attach"):
-        hold_base(model)
+        prevent_repacking(model)
 
 
 class TestMerging:
@@ -98,13 +98,13 @@ class TestMerging:
 
     def test_torchao_with_dora(self) -> None:
         model = adapted(torchao8(), use_dora=True)
-        hold_base(model)
+        prevent_repacking(model)
         with pytest.raises(AdapterError, match="without its DoraLinearVariant"):
             model.merge_and_unload()
 
     def test_quanto(self) -> None:
         model = adapted(quanto())
         find_layers(model)
-        hold_base(model)
+        prevent_repacking(model)
         with pytest.raises(AdapterError, match="merge it into the unquantised base"):
             model.merge_and_unload()

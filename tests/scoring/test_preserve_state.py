@@ -6,7 +6,7 @@ from torch import nn
 
 from lorank.lora import find_layers
 from lorank.scoring import ablation_scores
-from lorank.scoring.preserve_state import untouched
+from lorank.scoring.preserve_state import preserve_state
 from tests.models import adapted, tiny_llama, token_batch
 
 
@@ -99,7 +99,7 @@ def test_inside_random_numbers_may_be_drawn_and_modes_set() -> None:
     model = adapted(tiny_llama(1), r=1)
     layers = find_layers(model)
     before = state(model, layers)
-    with untouched(model, layers):
+    with preserve_state(model, layers):
         assert not torch.is_grad_enabled()
         assert not any(module.training for module in model.modules())
         torch.rand(3)
@@ -116,7 +116,7 @@ def test_four_bit_weights_are_not_repacked() -> None:
     layers = find_layers(model)
     linear = next(iter(layers.values())).module.base_layer
     linear.support_avx512bf16_for_cpu = 1  # as bitsandbytes' C function says it
-    with untouched(model, layers):
+    with preserve_state(model, layers):
         assert linear.support_avx512bf16_for_cpu is False
     assert linear.support_avx512bf16_for_cpu == 1
 

@@ -7,7 +7,7 @@ import torch
 
 from lorank.errors import ValidationBatchError
 from lorank.lora import AdapterLayers, find_layers
-from lorank.scoring import gate_gradient_scores, validation_loss
+from lorank.scoring import saliency_scores, validation_loss
 from tests.models import adapted, class_batch, tiny_bert, tiny_llama, token_batch
 
 
@@ -18,7 +18,7 @@ def double(model) -> AdapterLayers:
 def test_it_is_the_gradient_of_a_gate_of_ones() -> None:
     layers = double(adapted(tiny_llama()))
     batches = [token_batch(padded=True), token_batch(seed=1)]
-    scores = gate_gradient_scores(layers.model, layers, batches)
+    scores = saliency_scores(layers.model, layers, batches)
     expected = {name: torch.zeros(layer.rank, dtype=torch.float64) for name, layer in layers.items()}
     layers.model.eval()
     for batch in batches:
@@ -36,7 +36,7 @@ def test_it_is_the_gradient_of_a_gate_of_ones() -> None:
 def test_it_predicts_what_a_slightly_closed_gate_does_to_the_loss() -> None:
     layers = double(adapted(tiny_bert(), task_type="SEQ_CLS", target_modules=["query", "dense"]))
     batch = class_batch(padded=True)
-    scores = gate_gradient_scores(layers.model, layers, [batch])
+    scores = saliency_scores(layers.model, layers, [batch])
     name = max(scores, key=lambda n: float(scores[n].max()))
     rank, step = int(scores[name].argmax()), 1e-4
     losses = []
@@ -54,13 +54,13 @@ def test_it_leaves_no_trace_and_needs_no_trainable_adapter() -> None:
     layers = find_layers(model.train())
     first = next(iter(layers.values()))
     first.A.grad = torch.ones_like(first.A)
-    trained = gate_gradient_scores(model, layers, [token_batch()])
+    trained = saliency_scores(model, layers, [token_batch()])
     assert model.training
     assert all(A.requires_grad for layer in layers.values() for A in (layer.A, layer.B))
     assert torch.equal(first.A.grad, torch.ones_like(first.A))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    frozen = gate_gradient_scores(model, layers, [token_batch()])
+    frozen = saliency_scores(model, layers, [token_batch()])
     assert not any(parameter.requires_grad for parameter in model.parameters())
     for name in trained:
         assert torch.equal(trained[name], frozen[name])
@@ -69,8 +69,8 @@ def test_it_leaves_no_trace_and_needs_no_trainable_adapter() -> None:
 def test_magnitudes_are_averaged_over_batches() -> None:
     layers = double(adapted(tiny_llama()))
     one, two = token_batch(), token_batch(seed=1)
-    both = gate_gradient_scores(layers.model, layers, [one, two])
-    apart = [gate_gradient_scores(layers.model, layers, [batch]) for batch in (one, two)]
+    both = saliency_scores(layers.model, layers, [one, two])
+    apart = [saliency_scores(layers.model, layers, [batch]) for batch in (one, two)]
     for name in both:
         torch.testing.assert_close(both[name], (apart[0][name] + apart[1][name]) / 2)
 
@@ -82,4 +82,4 @@ def test_magnitudes_are_averaged_over_batches() -> None:
 def test_batches_that_will_not_do(batches, message: str) -> None:
     layers = find_layers(adapted(tiny_llama()))
     with pytest.raises(ValidationBatchError, match=message):
-        gate_gradient_scores(layers.model, layers, batches)
+        saliency_scores(layers.model, layers, batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorank.lora import LayerPlan, find_layers, resize_, taken
+from lorank.lora import LayerPlan, find_layers, rank_origins, resize_
 from lorank.scoring.sensitivity import (
     drop_sensitivity_,
     has_sensitivity,
@@ -90,7 +90,7 @@ def test_kept_ranks_keep_their_statistics_through_a_resize() -> None:
     before = sensitivity_scores(state, layers)
     names = list(layers)
     plan = {names[0]: LayerPlan((3, 1)), names[2]: LayerPlan((0, 1, 2, 3), 2), names[3]: LayerPlan(())}
-    origins = taken(plan, layers.ranks)
+    origins = rank_origins(plan, layers.ranks)
     resize_(layers, plan)
     resize_sensitivity_(state, layers, origins)
     after = sensitivity_scores(state, layers)

@@ -75,7 +75,7 @@ def test_what_is_settled_is_not_evaluated() -> None:
 
 def test_a_budget_chooses_the_same_ranks() -> None:
     model, layers, batch = llama()
-    limits = Budget(parameters=layers.parameters // 2).limits(layers)
+    limits = Budget(parameters=layers.parameters // 2).resolve(layers)
 
     def gone(scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
         kept = limits.keep_best(scores)

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from lorank.lora import find_layers
 from lorank.scoring import ablation_scores, first_order_scores
 from lorank.scoring.loss import prepare_batch
-from lorank.scoring.preserve_state import untouched
+from lorank.scoring.preserve_state import preserve_state
 from lorank.scoring.taylor import GatePath
 from tests.models import adapted, class_batch, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit, token_batch
 from tests.models import digit_batch as digits
@@ -46,7 +46,7 @@ def few_labels() -> dict[str, Tensor]:
 def gradient_at(model, batch, t: float, **options):
     layers = find_layers(model)
     options = {"loss_fn": None, "max_rows": None, "share": None, **options}
-    with untouched(model, layers):
+    with preserve_state(model, layers):
         path = GatePath(model, layers, prepare_batch(model, batch, needs_labels=True), **options)
         return path.at(t), path
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 import lorank
-from lorank.allocators import Allocation, Allocator, Context, Run, State
+from lorank.allocators import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.errors import AdapterError, OptimizerStateError, ResumeError, ScheduleError, ValidationBatchError
 from lorank.lora import LayerPlan
 from tests.models import adapted, tiny_bert, tiny_llama, token_batch
@@ -106,17 +106,17 @@ def test_the_users_own_loss_and_scheduler_and_clipping() -> None:
 class Watcher(Allocator):
     """Records what each hook saw, and resizes at step 2: the frame that other methods will stand in."""
 
-    def start(self, layers: Any, run: Run) -> State:
+    def start(self, layers: Any, run: TrainingInfo) -> State:
         return {"gradients": torch.zeros(1), "moved": torch.zeros(1)}
 
-    def due(self, step: int, run: Run) -> bool:
+    def due(self, step: int, run: TrainingInfo) -> bool:
         return step == 2
 
-    def observe(self, context: Context, state: State) -> None:
+    def before_step(self, context: Context, state: State) -> None:
         state["gradients"] += sum(layer.B.grad.abs().sum() for layer in context.layers.values())
         state["before"] = torch.cat([layer.B.detach().flatten() for layer in context.layers.values()])
 
-    def project(self, context: Context, state: State) -> None:
+    def after_step(self, context: Context, state: State) -> None:
         after = torch.cat([layer.B.detach().flatten() for layer in context.layers.values()])
         state["moved"] += (after - state["before"]).abs().sum()
 

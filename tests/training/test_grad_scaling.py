@@ -120,8 +120,8 @@ def test_under_autocast(method: Method, dtype: torch.dtype) -> None:
     assert losses[-1] < losses[0]
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in model.parameters())
     assert ranks.layers.gates is None
-    if ranks.limits is not None:
-        assert ranks.limits.fits(ranks.layers.ranks)
+    if ranks.budget is not None:
+        assert ranks.budget.fits(ranks.layers.ranks)
 
 
 def test_float16_without_a_known_scaler_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

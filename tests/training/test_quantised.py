@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import lorank
 from lorank.errors import AdapterError
-from lorank.lora import hold_base
+from lorank.lora import prevent_repacking
 from lorank.training import Ranks
 from tests.methods import DORA, STEPS, WITH_DORA, Method
 from tests.models import adapted, token_batch
@@ -44,7 +44,7 @@ def logits_of(model: torch.nn.Module) -> Tensor:
 
 def reload(base: PreTrainedModel, folder: Path) -> PeftModel:
     model = PeftModel.from_pretrained(base, str(folder))
-    hold_base(model)  # else bitsandbytes evaluates it in bfloat16
+    prevent_repacking(model)  # else bitsandbytes evaluates it in bfloat16
     return model
 
 

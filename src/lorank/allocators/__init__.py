@@ -5,10 +5,10 @@ from lorank.allocators.alora import ALoRA
 from lorank.allocators.alora_dnas import ALoRADNAS
 from lorank.allocators.alora_sensi import ALoRASensi
 from lorank.allocators.ard import ARDLoRA
-from lorank.allocators.base import Allocation, Allocator, Context, Run, State
+from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import Budget, BudgetLike
 from lorank.allocators.initial_ranks import initial_ranks_
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.allocators.sora import SoRA
 from lorank.allocators.static import StaticLoRA
 
@@ -23,10 +23,10 @@ __all__ = [
     "Budget",
     "BudgetLike",
     "Context",
-    "Limits",
-    "Run",
+    "ResolvedBudget",
     "SoRA",
     "State",
     "StaticLoRA",
+    "TrainingInfo",
     "initial_ranks_",
 ]

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from lorank.allocators.adam import adam_step_, resize_adam_, start_adam
-from lorank.allocators.base import Allocation, Allocator, Context, Run, State
+from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import BudgetLike, as_budget
 from lorank.allocators.orthogonality import add_orthogonality_gradient_
-from lorank.allocators.pruning_budget import final_limits, plan_to_keep, warn_if_nothing_to_prune
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
+from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayer, AdapterLayers
 from lorank.scoring.sensitivity import (
@@ -92,17 +92,17 @@ class AdaLoRA(Allocator):
             raise ScheduleError(f"AdaLoRA(orthogonality={self.orthogonality}): expected a number of at least 0")
         object.__setattr__(self, "budget", as_budget(self.budget))
 
-    def limits(self, layers: AdapterLayers, run: Run) -> Limits:
-        return final_limits(self.budget, layers, run)
+    def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget:
+        return final_budget(self.budget, layers, run)
 
-    def start(self, layers: AdapterLayers, run: Run) -> State:
+    def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
         t_init, t_final = self._t_init(run), run.total_steps - self._end(run)
         if t_init + t_final >= run.total_steps:
             raise ScheduleError(
                 f"AdaLoRA(t_init={t_init}, t_final={t_final}) leaves no step in which the budget could fall, in a run "
                 f"of {run.total_steps} steps: name smaller ones, or train longer"
             )
-        warn_if_nothing_to_prune("AdaLoRA", self.limits(layers, run), run)
+        warn_if_nothing_to_prune("AdaLoRA", self.resolve_budget(layers, run), run)
         generator = torch.Generator().manual_seed((run.seed * 1_000_003 + 0xADA) % 2**63)
         values = []
         for layer in layers.values():
@@ -114,7 +114,7 @@ class AdaLoRA(Allocator):
         gates = layers.learn_gates(torch.cat(values))
         return {**start_sensitivity(layers), **start_adam(gates.values)}
 
-    def observe(self, context: Context, state: State) -> None:
+    def before_step(self, context: Context, state: State) -> None:
         layers = context.layers
         products = rank_products(layers)  # before the penalty, which λ has no part in
         if self.orthogonality:
@@ -122,32 +122,32 @@ class AdaLoRA(Allocator):
         if context.step < self._end(context.run):
             update_sensitivity_(state, layers, products, self.beta1, self.beta2)
 
-    def project(self, context: Context, state: State) -> None:
+    def after_step(self, context: Context, state: State) -> None:
         gates = context.layers.gates
         if gates is not None:
             adam_step_(gates.values, gates.grad, state, context.lr)
 
-    def due(self, step: int, run: Run) -> bool:
+    def due(self, step: int, run: TrainingInfo) -> bool:
         end = self._end(run)
         return step == end or (self._t_init(run) < step < end and step % self._delta_t(run) == 0)
 
     def allocate(self, context: Context, state: State) -> Allocation | None:
         run, ranks = context.run, context.layers.ranks
-        limits = self.limits(context.layers, run).relaxed(run.initial_ranks, self.falling(context.step, run))
+        limits = self.resolve_budget(context.layers, run).relaxed(run.initial_ranks, self.falling(context.step, run))
         return self._cut(context, state, limits, ranks, remove=context.step >= self._end(run))
 
-    def resized(self, context: Context, state: State, origins: Tensor) -> None:
+    def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
         resize_adam_(state, origins)
         resize_sensitivity_(state, context.layers, origins)
 
     def finish(self, context: Context, state: State) -> Allocation | None:
         """Where training stops before the budget is final, the triplets outside it go now."""
-        limits, ranks = self.limits(context.layers, context.run), context.layers.ranks
+        limits, ranks = self.resolve_budget(context.layers, context.run), context.layers.ranks
         if limits.fits(ranks) or not has_sensitivity(state):
             return None
         return self._cut(context, state, limits, ranks, remove=True)
 
-    def falling(self, step: int, run: Run) -> float:
+    def falling(self, step: int, run: TrainingInfo) -> float:
         """Where b(t) is between b0 (1) and b_T (0), after optimiser step ``step``."""
         t_init, end = self._t_init(run), self._end(run)
         if step <= t_init:
@@ -155,7 +155,7 @@ class AdaLoRA(Allocator):
         return (1 - (step - t_init) / (end - t_init)) ** 3 if step < end else 0.0
 
     def _cut(
-        self, context: Context, state: State, limits: Limits, ranks: dict[str, int], *, remove: bool
+        self, context: Context, state: State, limits: ResolvedBudget, ranks: dict[str, int], *, remove: bool
     ) -> Allocation:
         """Masks the triplets outside the limits, and removes them if they are not to return."""
         scores = sensitivity_scores(state, context.layers)
@@ -171,15 +171,15 @@ class AdaLoRA(Allocator):
         used = limits.used({name: len(some) for name, some in kept.items()})
         return Allocation(plan_to_keep(kept, ranks) if remove else {}, scores, {"budget": used})
 
-    def _t_init(self, run: Run) -> int:
+    def _t_init(self, run: TrainingInfo) -> int:
         return round(T_INIT * run.total_steps) if self.t_init is None else self.t_init
 
-    def _end(self, run: Run) -> int:
+    def _end(self, run: TrainingInfo) -> int:
         """T − t_f, the step after which the budget is final."""
         t_final = round(T_FINAL * run.total_steps) if self.t_final is None else self.t_final
         return run.total_steps - t_final
 
-    def _delta_t(self, run: Run) -> int:
+    def _delta_t(self, run: TrainingInfo) -> int:
         return max(1, round(DELTA_T * run.total_steps)) if self.delta_t is None else self.delta_t
 
 

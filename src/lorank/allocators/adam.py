@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorank.allocators.base import State
-from lorank.lora.rank_index import follow
+from lorank.lora.rank_index import reindex_ranks
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 """PyTorch's defaults."""
@@ -52,4 +52,4 @@ def adam_step_(values: Tensor, grad: Tensor, state: State, lr: float) -> None:
 def resize_adam_(state: State, origins: Tensor) -> None:
     """After a resize: kept ranks keep their moments, new ones start at zero."""
     for name in (_MEAN, _SQUARE):
-        state[name] = follow(state[name], origins)
+        state[name] = reindex_ranks(state[name], origins)

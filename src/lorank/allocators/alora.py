@@ -31,9 +31,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lorank.allocators.base import Allocation, Allocator, Context, Run, State
+from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import BudgetLike, as_budget
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.allocators.rounds import Rounds, check_choice
 from lorank.errors import ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, Plan
@@ -101,7 +101,7 @@ class ALoRA(Allocator):
             raise ScheduleError(f"ALoRA(samples={self.samples}): expected at least 1, or None for the default")
         object.__setattr__(self, "budget", as_budget(self.budget))
 
-    def start(self, layers: AdapterLayers, run: Run) -> State:
+    def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
         Rounds.of(self).check_run(layers, run)
         return {}
 
@@ -109,13 +109,13 @@ class ALoRA(Allocator):
     def own_backward(self) -> bool:
         return self.scores != "exact"
 
-    def limits(self, layers: AdapterLayers, run: Run) -> Limits | None:
-        return Rounds.of(self).limits(layers)
+    def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
+        return Rounds.of(self).resolve_budget(layers)
 
-    def initial_plan(self, layers: AdapterLayers, run: Run) -> Plan:
+    def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
         return Rounds.of(self).initial_plan(layers)
 
-    def due(self, step: int, run: Run) -> bool:
+    def due(self, step: int, run: TrainingInfo) -> bool:
         return Rounds.of(self).due(step, run)
 
     def allocate(self, context: Context, state: State) -> Allocation | None:

@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 
 from lorank.allocators.adam import adam_step_, resize_adam_, start_adam
-from lorank.allocators.base import Allocation, Allocator, Context, Run, State
+from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import BudgetLike, as_budget
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.allocators.rounds import Rounds
 from lorank.errors import ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, LearnedGates, Plan
-from lorank.lora.rank_index import follow
-from lorank.scoring.loss import prepare_batch, require_finite, unwrap
-from lorank.scoring.preserve_state import untouched
+from lorank.lora.rank_index import reindex_ranks
+from lorank.scoring.loss import prepare_batch, require_finite, unwrap_model
+from lorank.scoring.preserve_state import preserve_state
 from lorank.scoring.saliency import loss_with_graph
 
 
@@ -82,7 +82,7 @@ class ALoRADNAS(Allocator):
                 raise ScheduleError(f"ALoRADNAS({name}={getattr(self, name)}): expected at least 1")
         object.__setattr__(self, "budget", as_budget(self.budget))
 
-    def start(self, layers: AdapterLayers, run: Run) -> State:
+    def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
         Rounds.of(self).check_run(layers, run)
         dtype = torch.promote_types(next(iter(layers.values())).A.dtype, torch.float32)
         gates = layers.learn_gates(torch.ones(layers.total_rank, dtype=dtype))
@@ -94,16 +94,16 @@ class ALoRADNAS(Allocator):
     def own_backward(self) -> bool:
         return True  # the search
 
-    def limits(self, layers: AdapterLayers, run: Run) -> Limits | None:
-        return Rounds.of(self).limits(layers)
+    def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
+        return Rounds.of(self).resolve_budget(layers)
 
-    def initial_plan(self, layers: AdapterLayers, run: Run) -> Plan:
+    def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
         return Rounds.of(self).initial_plan(layers)
 
-    def due(self, step: int, run: Run) -> bool:
+    def due(self, step: int, run: TrainingInfo) -> bool:
         return Rounds.of(self).due(step, run)
 
-    def project(self, context: Context, state: State) -> None:
+    def after_step(self, context: Context, state: State) -> None:
         gates = context.layers.gates
         if gates is None:
             return
@@ -118,8 +118,8 @@ class ALoRADNAS(Allocator):
         values = torch.split(layers.gates.values.double().cpu(), list(layers.ranks.values()))
         return Rounds.of(self).allocation(layers, dict(zip(layers, values, strict=True)), {})
 
-    def resized(self, context: Context, state: State, origins: Tensor) -> None:
-        state["alphas"] = follow(state["alphas"], origins)
+    def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
+        state["alphas"] = reindex_ranks(state["alphas"], origins)
         resize_adam_(state, origins)
         if context.layers.gates is not None:
             context.layers.gates.freeze()
@@ -132,10 +132,10 @@ class ALoRADNAS(Allocator):
             )
         rows = rows_in_turn(context.validation_batch, int(state["searched"]), self.search_rows)
         state["searched"] += 1
-        model = unwrap(context.model)
+        model = unwrap_model(context.model)
         leaves = list(gates.leaves.values())
         gates.freeze(False)
-        with untouched(model, context.layers), torch.enable_grad():
+        with preserve_state(model, context.layers), torch.enable_grad():
             loss = loss_with_graph(
                 model, prepare_batch(model, rows, needs_labels=context.loss_fn is None), context.loss_fn
             )

@@ -14,9 +14,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lorank.allocators.base import Allocation, Allocator, Context, Run, State
+from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import BudgetLike, as_budget
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.allocators.rounds import Rounds
 from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayers, Plan
@@ -70,27 +70,27 @@ class ALoRASensi(Allocator):
                 raise ScheduleError(f"ALoRASensi({name}={getattr(self, name)}): expected a number between 0 and 1")
         object.__setattr__(self, "budget", as_budget(self.budget))
 
-    def start(self, layers: AdapterLayers, run: Run) -> State:
+    def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
         Rounds.of(self).check_run(layers, run)
         return start_sensitivity(layers)
 
-    def limits(self, layers: AdapterLayers, run: Run) -> Limits | None:
-        return Rounds.of(self).limits(layers)
+    def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
+        return Rounds.of(self).resolve_budget(layers)
 
-    def initial_plan(self, layers: AdapterLayers, run: Run) -> Plan:
+    def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
         return Rounds.of(self).initial_plan(layers)
 
-    def due(self, step: int, run: Run) -> bool:
+    def due(self, step: int, run: TrainingInfo) -> bool:
         return Rounds.of(self).due(step, run)
 
-    def observe(self, context: Context, state: State) -> None:
+    def before_step(self, context: Context, state: State) -> None:
         if context.step < Rounds.of(self).last(context.run):
             update_sensitivity_(state, context.layers, rank_products(context.layers), self.beta1, self.beta2)
 
     def allocate(self, context: Context, state: State) -> Allocation | None:
         return Rounds.of(self).allocation(context.layers, sensitivity_scores(state, context.layers), {})
 
-    def resized(self, context: Context, state: State, origins: Tensor) -> None:
+    def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
         if context.step < Rounds.of(self).last(context.run):
             resize_sensitivity_(state, context.layers, origins)
         else:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.lora import AdapterLayers, HeadGroups, Plan
 from lorank.scoring import Share
 
@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingInfo:
     """The run that ranks are allocated in.
 
     Args:
@@ -58,7 +58,7 @@ class Context:
     """
 
     step: int
-    run: Run
+    run: TrainingInfo
     model: nn.Module
     layers: AdapterLayers
     validation_batch: Mapping[str, Any] | None = None
@@ -114,7 +114,8 @@ class Allocator(ABC):
         return 32
 
     sees_gradients: ClassVar[bool] = False
-    """Whether :meth:`observe` looks at the gradients of A and B, or changes them. Those of gates are always there."""
+    """Whether :meth:`before_step` looks at the gradients of A and B, or changes them. Those of gates are always
+    there."""
 
     @property
     def own_backward(self) -> bool:
@@ -128,7 +129,7 @@ class Allocator(ABC):
     def allocate(self, context: Context, state: State) -> Allocation | None:
         """Decides where ranks go, when :meth:`due` says that it is time. None: everything stays as it is."""
 
-    def due(self, step: int, run: Run) -> bool:
+    def due(self, step: int, run: TrainingInfo) -> bool:
         """Whether ranks are allocated after optimiser step ``step`` (from 1). A pure function of its arguments."""
         return False
 
@@ -136,15 +137,15 @@ class Allocator(ABC):
         """The heads that get ranks of their own, per layer. A new run's layers are brought into that form first."""
         return {}
 
-    def limits(self, layers: AdapterLayers, run: Run) -> Limits | None:
+    def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
         """What the ranks must fit at the end of the run. None: nothing was named, and the method sets no bound."""
         return None
 
-    def initial_plan(self, layers: AdapterLayers, run: Run) -> Plan:
+    def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
         """How a new run's ranks differ from those that the adapter was made with. A resumed run has its own."""
         return {}
 
-    def start(self, layers: AdapterLayers, run: Run) -> State:
+    def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
         """Checks the settings against the run, sets gates where the method has them, and returns the first state.
 
         Called before training, also when a run is resumed; the state and the gates are then replaced by the saved ones.
@@ -154,30 +155,30 @@ class Allocator(ABC):
         """
         return {}
 
-    def observe(self, context: Context, state: State) -> None:
+    def before_step(self, context: Context, state: State) -> None:
         """Before an optimiser step: gradients are there (clipped, if the loop clips), weights have not moved.
 
         The place for statistics of gradients, and for adding a penalty's gradient in closed form, so that the loss
         that the loop reports stays the task's own. ``context.step`` counts the steps done before this one. Gates that
-        are learned have their gradients in ``layers.gates.grad``, which is cleared after :meth:`project`.
+        are learned have their gradients in ``layers.gates.grad``, which is cleared after :meth:`after_step`.
         """
 
-    def project(self, context: Context, state: State) -> None:
+    def after_step(self, context: Context, state: State) -> None:
         """After an optimiser step: the weights have moved. The place for a proximal step."""
 
-    def resized(self, context: Context, state: State, origins: Tensor) -> None:
+    def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
         """After ranks have moved: whatever the state holds per rank must follow, and new ranks need their gates.
 
         Args:
             origins: (R,) int64, for each rank of all layers in order, where it was before, or −1 for a new one
-                (:func:`lorank.lora.taken`). ``layers.gates.values`` has followed already, with 1 for new ranks.
+                (:func:`lorank.lora.rank_origins`). ``layers.gates.values`` has followed already, with 1 for new ranks.
         """
 
     def finish(self, context: Context, state: State) -> Allocation | None:
         """After the last step: the last decision. Then all gates are folded into B, and the adapter is plain."""
         return None
 
-    def schedule(self, run: Run) -> list[int]:
+    def schedule(self, run: TrainingInfo) -> list[int]:
         """The steps at which ranks will be allocated."""
         return [step for step in range(1, run.total_steps + 1) if self.due(step, run)]
 
@@ -187,7 +188,7 @@ class Allocator(ABC):
         return {"method": type(self).__name__, **settings}
 
 
-def epochs_to_steps(epochs: float, run: Run, assumed_epochs: float) -> int:
+def epochs_to_steps(epochs: float, run: TrainingInfo, assumed_epochs: float) -> int:
     """A duration in epochs as optimiser steps, at least 1.
 
     Where the length of an epoch is unknown, the run is read as ``assumed_epochs`` epochs long.

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TypeAlias, Union
 
-from lorank.allocators.resolved_budget import Constraint, Limits
+from lorank.allocators.resolved_budget import Constraint, ResolvedBudget
 from lorank.errors import BudgetError
 from lorank.lora import AdapterLayer, AdapterLayers, LayerPlan, Plan, base_parameters, plan_for_rank
 
@@ -105,7 +105,7 @@ class Budget:
                     return cls(**{unit: rounded})  # type: ignore[arg-type]  # as above
         raise BudgetError(f"budget {spec!r}: expected {EXAMPLES}")
 
-    def limits(self, layers: AdapterLayers) -> Limits:
+    def resolve(self, layers: AdapterLayers) -> ResolvedBudget:
         """This budget for one model: costs per rank and limits, and the cap min(d_in, d_out, ``max_lora_rank``).
 
         Raises:
@@ -135,7 +135,7 @@ class Budget:
         if not constraints:  # a cap alone: as many ranks as there are, as far as the modules can hold them
             constraints.append(Constraint("ranks", each, min(layers.total_rank, sum(caps.values()))))
         minima = {name: getattr(layer, "min_rank", 0) for name, layer in layers.items()}
-        made = Limits(tuple(constraints), caps, minima)
+        made = ResolvedBudget(tuple(constraints), caps, minima)
         _check(made)
         return made
 
@@ -149,9 +149,9 @@ def as_budget(spec: BudgetLike) -> Budget | None:
     return None if spec is None else Budget.parse(spec)
 
 
-def limits_of(spec: BudgetLike, layers: AdapterLayers) -> Limits | None:
+def resolve_budget(spec: BudgetLike, layers: AdapterLayers) -> ResolvedBudget | None:
     """The limits that a setting stands for in a model, None for no budget."""
-    return None if spec is None else Budget.parse(spec).limits(layers)
+    return None if spec is None else Budget.parse(spec).resolve(layers)
 
 
 def uniform_plan(spec: BudgetLike, layers: AdapterLayers) -> Plan:
@@ -159,7 +159,7 @@ def uniform_plan(spec: BudgetLike, layers: AdapterLayers) -> Plan:
 
     Nothing happens without a budget, nor where the adapter's ranks already use it up: somebody has chosen them.
     """
-    limits = limits_of(spec, layers)
+    limits = resolve_budget(spec, layers)
     if limits is None or limits.is_used_up_by(layers.ranks):
         return {}
     plan: dict[str, LayerPlan] = {}
@@ -179,7 +179,7 @@ def _floor(value: float) -> int:
     return math.floor(value + 1e-6)
 
 
-def _check(limits: Limits) -> None:
+def _check(limits: ResolvedBudget) -> None:
     modules = len(limits.caps)
     for constraint in limits.constraints:
         # a file needs one rank somewhere: the cheapest, where no module needs one of its own

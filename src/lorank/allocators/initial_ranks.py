@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lorank.allocators.budget import Budget, BudgetLike
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.errors import AdapterError, BudgetError
 from lorank.lora import AdapterLayers, find_layers, plan_for_rank, resize_
 from lorank.lora.eva import eva_components
@@ -90,7 +90,7 @@ def initial_ranks_(
     return layers.ranks
 
 
-def _eva(layers: AdapterLayers, limits: Limits, batches: list[Mapping[str, Any]], seed: int) -> None:
+def _eva(layers: AdapterLayers, limits: ResolvedBudget, batches: list[Mapping[str, Any]], seed: int) -> None:
     even = limits.uniform()
     components = eva_components(layers, batches, even, limits.caps)
     wanted = {name: max(limits.minima[name], len(components.get(name, range(even[name])))) for name in layers}
@@ -106,11 +106,11 @@ def _eva(layers: AdapterLayers, limits: Limits, batches: list[Mapping[str, Any]]
             layers[name].A[:rows].copy_(found[:rows])
 
 
-def _limits(layers: AdapterLayers, budget: BudgetLike) -> Limits:
+def _limits(layers: AdapterLayers, budget: BudgetLike) -> ResolvedBudget:
     if budget is not None:
-        return Budget.parse(budget).limits(layers)
+        return Budget.parse(budget).resolve(layers)
     holds = sum(layer.max_rank for layer in layers.values())
-    return Budget(ranks=min(layers.total_rank, holds)).limits(layers)
+    return Budget(ranks=min(layers.total_rank, holds)).resolve(layers)
 
 
 def _check_fresh(layers: AdapterLayers) -> None:

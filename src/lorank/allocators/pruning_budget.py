@@ -6,15 +6,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
-from lorank.allocators.base import Run
+from lorank.allocators.base import TrainingInfo
 from lorank.allocators.budget import Budget, BudgetLike
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.lora import AdapterLayers, LayerPlan, Plan
 
 logger = logging.getLogger("lorank")
 
 
-def final_limits(budget: BudgetLike, layers: AdapterLayers, run: Run) -> Limits:
+def final_budget(budget: BudgetLike, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget:
     """What must hold at the end.
 
     Args:
@@ -27,17 +27,17 @@ def final_limits(budget: BudgetLike, layers: AdapterLayers, run: Run) -> Limits:
     initial = sum((run.initial_ranks or layers.ranks).values())
     needed = max(1, sum(layer.min_rank for layer in layers.values()))
     if budget is None:
-        return Budget(ranks=max(needed, initial // 2)).limits(layers)
+        return Budget(ranks=max(needed, initial // 2)).resolve(layers)
     wanted = Budget.parse(budget)
     cap = wanted.max_lora_rank
     if cap is not None and all(getattr(wanted, f.name) is None for f in fields(wanted) if f.name != "max_lora_rank"):
         # Not the ranks that are there now: some have gone, and a resumed run must find what the first one found.
         room = sum(min(layer.max_rank, cap) for layer in layers.values())
         wanted = replace(wanted, ranks=min(initial, room))
-    return wanted.limits(layers)
+    return wanted.resolve(layers)
 
 
-def warn_if_nothing_to_prune(method: str, limits: Limits, run: Run) -> None:
+def warn_if_nothing_to_prune(method: str, limits: ResolvedBudget, run: TrainingInfo) -> None:
     """A run that starts within its budget prunes nothing, which is hardly what was meant."""
     if limits.fits(run.initial_ranks):
         logger.warning(

@@ -35,7 +35,7 @@ class Constraint:
 
 
 @dataclass(frozen=True)
-class Limits:
+class ResolvedBudget:
     """All constraints of a budget, for one model.
 
     Args:
@@ -120,8 +120,9 @@ class Limits:
                 spare = [left - cost for cost, left in zip(costs[name], spare, strict=True)]
         return {name: tuple(sorted(some)) for name, some in kept.items()}
 
-    def relaxed(self, start_ranks: Mapping[str, int], fraction: float) -> Limits:
-        """Limits on the way from ``start_ranks`` down to these: L becomes ⌊L + (cost(start) − L) · fraction⌋, caps too.
+    def relaxed(self, start_ranks: Mapping[str, int], fraction: float) -> ResolvedBudget:
+        """ResolvedBudget on the way from ``start_ranks`` down to these: L becomes ⌊L + (cost(start) − L) · fraction⌋,
+        caps too.
 
         Args:
             start_ranks: ranks that are allowed at ``fraction`` 1. Where they are under the budget, L stays.

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorank.allocators.base import Allocation, Run, epochs_to_steps
-from lorank.allocators.budget import BudgetLike, limits_of, uniform_plan
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.base import Allocation, TrainingInfo, epochs_to_steps
+from lorank.allocators.budget import BudgetLike, resolve_budget, uniform_plan
+from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayers, LayerPlan, Plan
 
@@ -68,7 +68,7 @@ class Rounds:
                 f"{self.method}(per_round={self.per_round}): expected at least 1, or None for one per module"
             )
 
-    def check_run(self, layers: AdapterLayers, run: Run) -> None:
+    def check_run(self, layers: AdapterLayers, run: TrainingInfo) -> None:
         """Raises ScheduleError if one round would leave less than must stay."""
         pruned = self._count(layers)
         plan = self.initial_plan(layers)
@@ -81,18 +81,18 @@ class Rounds:
                 "smaller per_round"
             )
 
-    def limits(self, layers: AdapterLayers) -> Limits | None:
-        return limits_of(self.budget, layers)
+    def resolve_budget(self, layers: AdapterLayers) -> ResolvedBudget | None:
+        return resolve_budget(self.budget, layers)
 
     def initial_plan(self, layers: AdapterLayers) -> Plan:
         return uniform_plan(self.budget, layers)
 
-    def due(self, step: int, run: Run) -> bool:
+    def due(self, step: int, run: TrainingInfo) -> bool:
         first, every = self._first_and_every(run)
         done, since = divmod(step - first, every)
         return since == 0 and 0 <= done < self.rounds and step < run.total_steps
 
-    def last(self, run: Run) -> int:
+    def last(self, run: TrainingInfo) -> int:
         """The step of the last round; 0 where there is none."""
         first, every = self._first_and_every(run)
         if first >= run.total_steps:
@@ -110,7 +110,7 @@ class Rounds:
             scores: per layer (r,), higher = keep.
             details: of the scores, for the history; what the budget then is comes with them.
         """
-        limits = self.limits(layers)
+        limits = self.resolve_budget(layers)
         plan = prune_and_reallocate(
             scores,
             self._to_prune(layers),
@@ -131,7 +131,7 @@ class Rounds:
         """n_A, or fewer where rounds have shrunk the total so far that less than must stay would be left."""
         return max(0, min(self._count(layers), layers.total_rank - _needed(layers)))
 
-    def _first_and_every(self, run: Run) -> tuple[int, int]:
+    def _first_and_every(self, run: TrainingInfo) -> tuple[int, int]:
         if self.unit == "steps":
             return max(1, round(self.k1)), max(1, round(self.k2))
         return epochs_to_steps(self.k1, run, PAPER_EPOCHS), epochs_to_steps(self.k2, run, PAPER_EPOCHS)
@@ -149,7 +149,7 @@ def prune_and_reallocate(
     capacity: Mapping[str, int],
     retry_empty: bool = False,
     *,
-    limits: Limits | None = None,
+    limits: ResolvedBudget | None = None,
     minima: Mapping[str, int] | None = None,
 ) -> Plan:
     """One round: prune the ``count`` lowest ranks, give as many to the modules that lost none.
@@ -199,7 +199,11 @@ def _lowest(scores: Mapping[str, Tensor], count: int, minima: Mapping[str, int])
 
 
 def _deal(
-    ranks: Mapping[str, int], receivers: Sequence[str], capacity: Mapping[str, int], count: int, limits: Limits | None
+    ranks: Mapping[str, int],
+    receivers: Sequence[str],
+    capacity: Mapping[str, int],
+    count: int,
+    limits: ResolvedBudget | None,
 ) -> dict[str, int]:
     """Deals ranks in turns, in the order of ``receivers``: as even as can be, the remainder to the first.
 

@@ -30,10 +30,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorank.allocators.base import Allocation, Allocator, Context, Run, State
+from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import BudgetLike, as_budget
-from lorank.allocators.pruning_budget import final_limits, plan_to_keep, warn_if_nothing_to_prune
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
+from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayers
 
@@ -75,11 +75,11 @@ class SoRA(Allocator):
             raise ScheduleError(f"SoRA(prune_every={self.prune_every}): expected at least 1 step, or None")
         object.__setattr__(self, "budget", as_budget(self.budget))
 
-    def limits(self, layers: AdapterLayers, run: Run) -> Limits:
-        return final_limits(self.budget, layers, run)
+    def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget:
+        return final_budget(self.budget, layers, run)
 
-    def start(self, layers: AdapterLayers, run: Run) -> State:
-        limits = self.limits(layers, run)
+    def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
+        limits = self.resolve_budget(layers, run)
         if self.l1 is None:
             warn_if_nothing_to_prune("SoRA", limits, run)
         first = next(iter(layers.values())).A
@@ -92,7 +92,7 @@ class SoRA(Allocator):
         }
 
     @torch.no_grad()
-    def project(self, context: Context, state: State) -> None:
+    def after_step(self, context: Context, state: State) -> None:
         gates = context.layers.gates
         if gates is None:
             return
@@ -105,7 +105,7 @@ class SoRA(Allocator):
         gates.values.copy_(soft_threshold(moved, threshold))
         state["threshold"] = threshold
 
-    def due(self, step: int, run: Run) -> bool:
+    def due(self, step: int, run: TrainingInfo) -> bool:
         end = self._end(run)
         last = end if self.l1 is None else run.total_steps - 1
         return step == end or (step <= last and step % self._prune_every(run) == 0)
@@ -140,7 +140,7 @@ class SoRA(Allocator):
     def _prune(self, context: Context, *, to_budget: bool) -> Allocation:
         """Removes the ranks whose gate is zero, and with ``to_budget`` those with the smallest updates over it."""
         layers, run = context.layers, context.run
-        limits = self.limits(layers, run)
+        limits = self.resolve_budget(layers, run)
         allowed = limits if to_budget else replace(limits, constraints=(), caps=layers.ranks)
         gates = {name: (torch.ones(0) if x.gate is None else x.gate.detach().abs()) for name, x in layers.items()}
         sizes = {
@@ -163,11 +163,11 @@ class SoRA(Allocator):
         plan = plan_to_keep(kept, layers.ranks)
         return Allocation(plan, gates, {"budget": limits.used({name: len(some) for name, some in kept.items()})})
 
-    def _end(self, run: Run) -> int:
+    def _end(self, run: TrainingInfo) -> int:
         """t_end, the step at which the budget is met."""
         return max(1, round(self.until * run.total_steps))
 
-    def _prune_every(self, run: Run) -> int:
+    def _prune_every(self, run: TrainingInfo) -> int:
         return max(1, round(PRUNE_EVERY * run.total_steps)) if self.prune_every is None else self.prune_every
 
 

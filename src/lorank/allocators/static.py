@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lorank.allocators.base import Allocation, Allocator, Context, Run, State
-from lorank.allocators.budget import BudgetLike, as_budget, limits_of, uniform_plan
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
+from lorank.allocators.budget import BudgetLike, as_budget, resolve_budget, uniform_plan
+from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.lora import AdapterLayers, Plan
 
 
@@ -30,10 +30,10 @@ class StaticLoRA(Allocator):
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", as_budget(self.budget))
 
-    def limits(self, layers: AdapterLayers, run: Run) -> Limits | None:
-        return limits_of(self.budget, layers)
+    def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
+        return resolve_budget(self.budget, layers)
 
-    def initial_plan(self, layers: AdapterLayers, run: Run) -> Plan:
+    def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
         return uniform_plan(self.budget, layers)
 
     def allocate(self, context: Context, state: State) -> Allocation | None:

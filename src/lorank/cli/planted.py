@@ -44,7 +44,7 @@ def planted(
             "on the logits."
         ),
     ] = Sized.weight,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes, each on one core.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="ProcessGroup, each on one core.")] = 1,
     device: Annotated[str, typer.Option(help="Where students are trained: cpu, cuda, cuda:1, …")] = "cpu",
 ) -> None:
     """Plant updates of known ranks in the tiny Llama, and see which method finds where they are.

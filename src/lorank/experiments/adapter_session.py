@@ -15,7 +15,7 @@ from lorank.config.settings import ConfigError, RunConfig, load_config, make_con
 from lorank.experiments import folder
 from lorank.experiments.errors import ModelError
 from lorank.experiments.models import load_model, load_tokenizer
-from lorank.lora import AdapterLayers, find_layers, open_adapter, read_adapter_config
+from lorank.lora import AdapterLayers, find_layers, load_adapter, read_adapter_config
 from lorank.tasks import Example, Task, build_task, mean_loss
 from lorank.tasks.known import KNOWN
 
@@ -85,7 +85,7 @@ def open_finished(
     built = build_task(settings.task.model_copy(update={"max_train": 1}), tokenizer)
     set_seed(settings.training.seed)
     base = _with_hint(lambda: load_model(settings.model, built), model)
-    opened = open_adapter(base, path)
+    opened = load_adapter(base, path)
     return Opened(path, settings, opened, find_layers(opened), built)
 
 

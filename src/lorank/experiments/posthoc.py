@@ -17,12 +17,12 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lorank.allocators import Budget, Limits
+from lorank.allocators import Budget, ResolvedBudget
 from lorank.errors import AdapterError, BudgetError
 from lorank.experiments.adapter_session import Opened
 from lorank.experiments.errors import SettingsError
 from lorank.lora import LayerPlan, resize_, save_adapter
-from lorank.scoring import ablation_scores, first_order_scores, gate_gradient_scores, screened_scores
+from lorank.scoring import ablation_scores, first_order_scores, saliency_scores, screened_scores
 from lorank.tasks import mean_loss
 
 By = Literal["ablation", "first_order", "screen", "sensitivity"]
@@ -76,7 +76,7 @@ def score(
     by: By = "ablation",
     terms: Terms = "both",
     samples: int = 32,
-    limits: Limits | None = None,
+    limits: ResolvedBudget | None = None,
     progress: Any = None,
 ) -> Scored:
     """What each rank is worth, on the first `samples` validation examples.
@@ -117,12 +117,12 @@ def score(
         scores, loss = result.scores, result.baseline
     else:
         parts = [examples[start : start + SENSITIVITY_BATCH] for start in range(0, len(examples), SENSITIVITY_BATCH)]
-        scores = gate_gradient_scores(opened.model, opened.layers, (task.collator(part) for part in parts))
+        scores = saliency_scores(opened.model, opened.layers, (task.collator(part) for part in parts))
         loss = mean_loss(opened.model, examples, task.collator, batch_size=opened.batch_size, progress=False)
     return Scored(scores, by, len(examples), loss, time.perf_counter() - began)
 
 
-def _pruned_by(limits: Limits, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+def _pruned_by(limits: ResolvedBudget, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
     """The ranks that a budget has no room for, (module, index)."""
     kept = limits.keep_best(scores)
     return [(name, k) for name, values in scores.items() for k in range(len(values)) if k not in kept[name]]
@@ -144,7 +144,7 @@ def prune(opened: Opened, scored: Scored, budget: Budget, out: str | Path, *, ov
     """
     check_out(opened.adapter, out, overwrite=overwrite)
     layers, before = opened.layers, opened.layers.ranks
-    limits = budget.limits(layers)
+    limits = budget.resolve(layers)
     if limits.fits(before):
         used = ", ".join(f"{v['used']:.6g} of {v['limit']:.6g} {unit}" for unit, v in limits.used(before).items())
         raise BudgetError(
@@ -187,13 +187,13 @@ def pruning_budget(opened: Opened, spec: str | None, max_lora_rank: int | None =
     return budget if max_lora_rank is None else replace(budget, max_lora_rank=max_lora_rank)
 
 
-def check_budget(opened: Opened, budget: Budget) -> Limits:
+def check_budget(opened: Opened, budget: Budget) -> ResolvedBudget:
     """The budget's limits for this adapter, if there is something to prune.
 
     Raises:
         BudgetError: the adapter already fits, or no adapter could.
     """
-    limits, ranks = budget.limits(opened.layers), opened.layers.ranks
+    limits, ranks = budget.resolve(opened.layers), opened.layers.ranks
     if limits.fits(ranks):
         used = ", ".join(f"{v['used']:.6g} of {v['limit']:.6g} {unit}" for unit, v in limits.used(ranks).items())
         raise BudgetError(f"the adapter already fits the budget ({used}): nothing to prune. Name a smaller one")

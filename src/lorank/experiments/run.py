@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback
 
 from lorank._version import __version__
-from lorank.allocators import Run, initial_ranks_
+from lorank.allocators import TrainingInfo, initial_ranks_
 from lorank.config.settings import FullSettings, RunConfig, TrainingSettings
 from lorank.errors import LorankError
 from lorank.experiments import folder
@@ -26,7 +26,7 @@ from lorank.experiments.errors import SettingsError
 from lorank.experiments.models import load_model, load_tokenizer
 from lorank.experiments.progress import TrainingProgress
 from lorank.files import write_text
-from lorank.lora import find_layers, save_adapter, wrap
+from lorank.lora import find_layers, make_peft_model, save_adapter
 from lorank.tasks import Task, build_task, mean_loss
 from lorank.training import RankCallback
 
@@ -155,7 +155,7 @@ def _adapted(config: RunConfig, task: Task) -> nn.Module:
     lora = config.lora
     targets = lora.target_modules
     try:
-        return wrap(
+        return make_peft_model(
             base,
             task_type="CAUSAL_LM" if task.model_kind == "causal_lm" else "SEQ_CLS",
             r=lora.r,
@@ -178,13 +178,13 @@ def _spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:
     examples = task.train[: config.lora.initial_batches * settings.batch_size]
     parts = [examples[start : start + settings.batch_size] for start in range(0, len(examples), settings.batch_size)]
     # An allocator that begins at its budget shares that; one that comes down to it begins with the adapter's own ranks.
-    allocator, run, layers = config.allocator.build(), Run(total_steps=1), find_layers(model)
+    allocator, run, layers = config.allocator.build(), TrainingInfo(total_steps=1), find_layers(model)
     if allocator.heads_of(layers):
         raise SettingsError(
             f"lora.initial_ranks is {config.lora.initial_ranks!r}, and the allocator {config.allocator.name!r} begins "
             "with ranks of its own for every head, which would undo them: set it to uniform"
         )
-    limits, plan = allocator.limits(layers, run), allocator.initial_plan(layers, run)
+    limits, plan = allocator.resolve_budget(layers, run), allocator.initial_plan(layers, run)
     begins = {name: plan[name].rank if name in plan else layer.rank for name, layer in layers.items()}
     at_budget = limits is not None and begins == limits.uniform()
     ranks = initial_ranks_(

@@ -5,17 +5,17 @@ from lorank.lora.base_size import base_parameters
 from lorank.lora.find_layers import find_layers
 from lorank.lora.fused_forward import fuse_, is_compiled, unfuse_
 from lorank.lora.gates import LearnedGates
-from lorank.lora.io.load_adapter import open_adapter, read_adapter_config
-from lorank.lora.io.load_weights import follow_loaded_ranks
-from lorank.lora.io.save_adapter import fold_gates_, save_adapter, wrap
+from lorank.lora.io.load_adapter import load_adapter, read_adapter_config
+from lorank.lora.io.load_weights import resize_on_load
+from lorank.lora.io.save_adapter import fold_gates_, make_peft_model, save_adapter
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
-from lorank.lora.optimizer_state import check_state, regrow, unwrap
-from lorank.lora.per_head_conversion import compact_, expand_, take_form_
+from lorank.lora.optimizer_state import check_state, unwrap_optimizer
+from lorank.lora.per_head_conversion import merge_heads_, restore_layout_, split_into_heads_
 from lorank.lora.plan import LayerPlan, Plan, plan_for_heads, plan_for_rank
 from lorank.lora.pool import padded
-from lorank.lora.quantised import HeldBase, hold_base
-from lorank.lora.rank_index import taken
+from lorank.lora.quantised import RepackingPrevention, prevent_repacking
+from lorank.lora.rank_index import rank_origins
 from lorank.lora.reserve import reserve_
 from lorank.lora.resize import resize_
 
@@ -23,33 +23,32 @@ __all__ = [
     "AdapterLayer",
     "AdapterLayers",
     "HeadGroups",
-    "HeldBase",
     "LayerPlan",
     "LearnedGates",
     "Plan",
+    "RepackingPrevention",
     "base_parameters",
     "check_state",
-    "compact_",
-    "expand_",
     "find_layers",
     "fold_gates_",
-    "follow_loaded_ranks",
     "fuse_",
     "head_groups",
-    "hold_base",
     "is_compiled",
-    "open_adapter",
+    "load_adapter",
+    "make_peft_model",
+    "merge_heads_",
     "padded",
     "plan_for_heads",
     "plan_for_rank",
+    "prevent_repacking",
+    "rank_origins",
     "read_adapter_config",
-    "regrow",
     "reserve_",
     "resize_",
+    "resize_on_load",
+    "restore_layout_",
     "save_adapter",
-    "take_form_",
-    "taken",
+    "split_into_heads_",
     "unfuse_",
-    "unwrap",
-    "wrap",
+    "unwrap_optimizer",
 ]

@@ -10,7 +10,7 @@ from collections import defaultdict
 
 from torch import nn
 
-from lorank.lora.kernels.onednn import quicken_, slacken_
+from lorank.lora.kernels.onednn import disable_onednn_, enable_onednn_
 from lorank.lora.kernels.sparse_dropout import Dropout
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.variants.fused import FusedLora, fixed_weight
@@ -50,7 +50,7 @@ def fuse_(layers: AdapterLayers, *, compiled: bool = False) -> dict[str, list[st
         if isinstance(own, HeadLora):
             own.dropout = None if compiled else dropout
             if not compiled:
-                quicken_(layer.module.get_base_layer())
+                enable_onednn_(layer.module.get_base_layer())
         if layer.is_embedding or layer.groups is not None or layer.pool is not None:
             continue
         reason = "torch.compile, which fuses by itself" if compiled else _obstacle(layer)
@@ -58,7 +58,7 @@ def fuse_(layers: AdapterLayers, *, compiled: bool = False) -> dict[str, list[st
             left[reason].append(name)
             continue
         fused += 1
-        quicken_(layer.module.get_base_layer())
+        enable_onednn_(layer.module.get_base_layer())
         new = FusedLora(dropout, own)
         if isinstance(variant, GatedLora):
             variant.replaced = new
@@ -80,7 +80,7 @@ def unfuse_(layers: AdapterLayers) -> None:
         table = layer.module.lora_variant
         variant = table.get(layer.adapter)
         own = _within(variant)
-        slacken_(layer.module.get_base_layer())
+        disable_onednn_(layer.module.get_base_layer())
         if isinstance(own, HeadLora):
             own.dropout = None
         if not isinstance(own, FusedLora):

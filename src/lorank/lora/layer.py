@@ -104,7 +104,7 @@ class AdapterLayer:
 
     @property
     def groups(self) -> HeadGroups | None:
-        """The heads, where the layer is in per-head form (:func:`lorank.lora.compact_`); else None."""
+        """The heads, where the layer is in per-head form (:func:`lorank.lora.split_into_heads_`); else None."""
         heads = self.form
         return heads.groups if isinstance(heads, HeadLora) else None
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorank.errors import OptimizerStateError
+from lorank.lora.rank_index import reindex_ranks
 
 # Factored moments: name → (the axis that was averaged away, whether it is still there with size 1).
 FACTORED = {
@@ -33,25 +34,7 @@ _EIGHT_BIT_PARTS = {name for parts in EIGHT_BIT.values() for name in parts}
 EIGHT_BIT_BLOCK = 256
 
 
-def regrow(tensor: Tensor, axis: int, keep: Tensor, add: int = 0) -> Tensor:
-    """A copy with the entries ``keep`` of ``axis``, in that order, followed by ``add`` zeros.
-
-    An entry of −1 in ``keep`` is a zero too, so that zeros may stand anywhere.
-    """
-    if bool((keep < 0).any()):
-        shape = list(tensor.shape)
-        shape[axis] = 1
-        tensor = torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)  # −1 is the last
-        keep = torch.where(keep < 0, tensor.shape[axis] - 1, keep)
-    kept = tensor.index_select(axis, keep.to(tensor.device))
-    if not add:
-        return kept
-    shape = list(kept.shape)
-    shape[axis] = add
-    return torch.cat([kept, kept.new_zeros(shape)], dim=axis)
-
-
-def unwrap(optimizer: Any) -> torch.optim.Optimizer:
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimiser inside accelerate's wrapper, or the optimiser itself.
 
     Raises:
@@ -76,18 +59,18 @@ def check_state(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) 
 
     A fused optimiser accepts such a state silently, or crashes the process, so this runs after every resize.
     """
-    _plan(optimizer.state.get(parameter, {}), name, parameter, axis=0, keep=torch.arange(0), add=0)
+    _plan(optimizer.state.get(parameter, {}), name, parameter, axis=0, origins=torch.arange(0))
 
 
 def plan_state(
-    optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, axis: int, keep: Tensor, add: int = 0
+    optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, axis: int, origins: Tensor
 ) -> Callable[[], None]:
     """Looks at the state of ``parameter`` and returns a function that makes it follow a resize.
 
     Args:
         name: the parameter's name, for the message.
         axis: the rank axis of ``parameter`` (2-D).
-        keep: int64 indices of the ranks that stay, −1 for a zero; ``add`` zeros follow them.
+        origins: (ranks after,) int64, where each rank was before, or −1 for a new one.
 
     Raises:
         OptimizerStateError: an entry has a shape for which no rule is known.
@@ -95,7 +78,7 @@ def plan_state(
     state = optimizer.state.get(parameter)
     if not state:
         return lambda: None
-    updates = _plan(state, name, parameter, axis, keep, add)
+    updates = _plan(state, name, parameter, axis, origins)
 
     def apply() -> None:
         state.update({key: make() for key, make in updates.items()})
@@ -104,7 +87,7 @@ def plan_state(
 
 
 def _plan(
-    state: Mapping[str, Any], name: str, parameter: Tensor, axis: int, keep: Tensor, add: int
+    state: Mapping[str, Any], name: str, parameter: Tensor, axis: int, origins: Tensor
 ) -> dict[str, Callable[[], Any]]:
     """For each entry that changes, how to make its new value. Raises for shapes that fit no rule."""
     updates: dict[str, Callable[[], Any]] = {}
@@ -113,7 +96,7 @@ def _plan(
             continue
         if key in EIGHT_BIT and value.dtype == torch.uint8:
             _check_eight_bit(state, key, name, parameter)
-            updates |= _eight_bit_updates(state, key, tuple(parameter.shape), axis, keep, add)
+            updates |= _eight_bit_updates(state, key, tuple(parameter.shape), axis, origins)
         elif key in FACTORED:
             averaged, stays = FACTORED[key]
             averaged %= parameter.dim()
@@ -123,16 +106,16 @@ def _plan(
                 raise _unknown(name, key, value, parameter)
             if averaged != axis:
                 own_axis = axis if stays or axis < averaged else axis - 1
-                updates[key] = _later(value, own_axis, keep, add)
+                updates[key] = _later(value, own_axis, origins)
         elif value.shape == parameter.shape:
-            updates[key] = _later(value, axis, keep, add)
+            updates[key] = _later(value, axis, origins)
         elif value.dim() > 0 and value.numel() != 1:
             raise _unknown(name, key, value, parameter)
     return updates
 
 
-def _later(value: Tensor, axis: int, keep: Tensor, add: int) -> Callable[[], Tensor]:
-    return lambda: regrow(value, axis, keep, add)
+def _later(value: Tensor, axis: int, origins: Tensor) -> Callable[[], Tensor]:
+    return lambda: reindex_ranks(value, origins, axis)
 
 
 def _unknown(name: str, key: str, value: Tensor, parameter: Tensor) -> OptimizerStateError:
@@ -157,7 +140,7 @@ def _check_eight_bit(state: Mapping[str, Any], key: str, name: str, parameter: T
 
 
 def _eight_bit_updates(
-    state: Mapping[str, Any], key: str, shape: tuple[int, ...], axis: int, keep: Tensor, add: int
+    state: Mapping[str, Any], key: str, shape: tuple[int, ...], axis: int, origins: Tensor
 ) -> dict[str, Callable[[], Any]]:
     absmax_key, code_key = EIGHT_BIT[key]
     made: list[tuple[Tensor, Tensor]] = []
@@ -170,7 +153,7 @@ def _eight_bit_updates(
             values = bnb.dequantize_blockwise(
                 state[key].reshape(-1), absmax=state[absmax_key], code=code, blocksize=EIGHT_BIT_BLOCK
             ).reshape(shape)
-            grown = regrow(values, axis, keep, add).contiguous()
+            grown = reindex_ranks(values, origins, axis).contiguous()
             if not grown.numel():  # bitsandbytes refuses an empty tensor
                 made.append((state[key].new_zeros(grown.shape), state[absmax_key].new_zeros(0)))
             else:

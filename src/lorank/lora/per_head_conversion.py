@@ -9,14 +9,14 @@ import torch
 from lorank.errors import AdapterError
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
-from lorank.lora.optimizer_state import unwrap
+from lorank.lora.optimizer_state import unwrap_optimizer
 from lorank.lora.plan import LayerPlan, plan_for_heads, plan_for_rank
 from lorank.lora.resize import replace_data, resize_, write_patterns
 from lorank.lora.variants.per_head import HeadLora, head_ranks_of
 
 
 @torch.no_grad()
-def compact_(
+def split_into_heads_(
     layers: AdapterLayers,
     groups: Mapping[str, HeadGroups],
     optimizer: torch.optim.Optimizer | None = None,
@@ -38,7 +38,7 @@ def compact_(
         AdapterError: a layer that has been trained, is merged, or has DoRA, a bias in lora_B or another form already; a
             head that cannot hold ``r0`` ranks.
     """
-    inner = unwrap(optimizer) if optimizer is not None else None
+    inner = unwrap_optimizer(optimizer) if optimizer is not None else None
     plan: dict[str, LayerPlan] = {}
     for name, heads in groups.items():
         layer = layers[name]
@@ -69,13 +69,13 @@ def compact_(
 
 
 @torch.no_grad()
-def expand_(layers: AdapterLayers, optimizer: torch.optim.Optimizer | None = None) -> None:
+def merge_heads_(layers: AdapterLayers, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Every layer in per-head form becomes the plain LoRA that it is equal to, of rank Σ r_h, on the same Parameters.
 
     The optimiser's state of its parameters starts anew where their shape changes: what is plain from here on has zeros
     that would train.
     """
-    inner = unwrap(optimizer) if optimizer is not None else None
+    inner = unwrap_optimizer(optimizer) if optimizer is not None else None
     changed = [layer for layer in layers.values() if layer.groups is not None]
     for layer in changed:
         heads = HeadLora(layer.groups, layer.head_ranks)  # type: ignore[arg-type]  # not None, as just seen
@@ -92,7 +92,7 @@ def expand_(layers: AdapterLayers, optimizer: torch.optim.Optimizer | None = Non
 
 
 @torch.no_grad()
-def take_form_(layers: AdapterLayers, saved: Mapping[str, tuple[HeadGroups, Sequence[int]]]) -> None:
+def restore_layout_(layers: AdapterLayers, saved: Mapping[str, tuple[HeadGroups, Sequence[int]]]) -> None:
     """Brings the layers into the form that a run was saved in, whatever form they have.
 
     A plain layer whose weights are those of heads is taken apart exactly. One that holds other weights, to be replaced
@@ -117,7 +117,7 @@ def take_form_(layers: AdapterLayers, saved: Mapping[str, tuple[HeadGroups, Sequ
                     "the weights of the same checkpoint"
                 )
     if any(layer.groups is not None and name not in saved for name, layer in layers.items()):
-        expand_(layers)
+        merge_heads_(layers)
     for name, (heads, ranks) in saved.items():
         layer = layers[name]
         if layer.groups is None:

@@ -7,7 +7,7 @@
 Three traps, each of which is silent in the libraries themselves:
 
 - bitsandbytes repacks 4-bit weights for the CPU in their first forward in evaluation mode, and a repacked weight passes
-  no gradient on: after an evaluation the adapters before it learn nothing. :func:`hold_base` switches that off.
+  no gradient on: after an evaluation the adapters before it learn nothing. :func:`prevent_repacking` switches that off.
 - PEFT's merge into torchao weights asks no variant, so that gates (and DoRA) would be left out.
 - PEFT's merge into quanto weights is lost: what is merged is the base model.
 """
@@ -75,7 +75,7 @@ def check_base(name: str, module: LoraLayer) -> None:
         )
 
 
-def hold_base(model: nn.Module) -> HeldBase:
+def prevent_repacking(model: nn.Module) -> RepackingPrevention:
     """From now on, evaluating the model leaves its quantised weights trainable, and no merge loses an adapter.
 
     Args:
@@ -96,10 +96,10 @@ def hold_base(model: nn.Module) -> HeldBase:
             )
         if isinstance(module, LoraLayer):
             guard_merge(module)
-    return HeldBase(model)
+    return RepackingPrevention(model)
 
 
-class HeldBase:
+class RepackingPrevention:
     """The 4-bit layers of a model, which are not repacked until :meth:`remove`."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lorank.lora.plan import LayerPlan, Plan
 
 
-def taken(plan: Plan, ranks: Mapping[str, int]) -> Tensor:
+def rank_origins(plan: Plan, ranks: Mapping[str, int]) -> Tensor:
     """Where each rank comes from when a plan is carried out, for whoever keeps something per rank.
 
     Args:
@@ -28,12 +28,12 @@ def taken(plan: Plan, ranks: Mapping[str, int]) -> Tensor:
     return torch.tensor(origins, dtype=torch.long)
 
 
-def follow(values: Tensor, origins: Tensor, axis: int = 0) -> Tensor:
+def reindex_ranks(values: Tensor, origins: Tensor, axis: int = 0) -> Tensor:
     """A copy of something kept per rank, after a resize: kept ranks keep theirs, new ones have zeros.
 
     Args:
         values: the axis named ``axis`` counts the ranks before.
-        origins: (ranks after,) int64, where each one was before, or −1 (:func:`lorank.lora.taken`).
+        origins: (ranks after,) int64, where each one was before, or −1 (:func:`lorank.lora.rank_origins`).
     """
     origins = origins.to(values.device)
     moved = values.new_zeros([*values.shape[:axis], len(origins), *values.shape[axis + 1 :]])

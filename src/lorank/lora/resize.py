@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from lorank.errors import OptimizerStateError, PlanError
 from lorank.lora.layer import AdapterLayer, AdapterLayers
-from lorank.lora.optimizer_state import check_state, plan_state, regrow, unwrap
+from lorank.lora.optimizer_state import check_state, plan_state, unwrap_optimizer
 from lorank.lora.plan import LayerPlan, Plan, check_heads, check_places
+from lorank.lora.rank_index import reindex_ranks
 from lorank.lora.variants.gated import show_plain
 
 
@@ -46,7 +47,7 @@ def resize_(
         OptimizerStateError: a parameter that the optimiser does not hold, or a state of unknown shape.
     """
     _check_plan(layers, plan)
-    inner = unwrap(optimizer) if optimizer is not None else None
+    inner = unwrap_optimizer(optimizer) if optimizer is not None else None
     changes = [(i, layers[name], plan[name]) for i, name in enumerate(layers) if name in plan]
     changes = [(i, layer, wanted) for i, layer, wanted in changes if wanted.origins != tuple(range(layer.rank))]
     states = [_plan_states(inner, layer, wanted) for _, layer, wanted in changes]
@@ -110,8 +111,8 @@ def _resize_layer(layer: AdapterLayer, wanted: LayerPlan, generator: torch.Gener
     origins = torch.tensor(wanted.origins, dtype=torch.long)
     new = origins < 0  # (r,)
     A, B = layer.A, layer.B
-    new_A = regrow(A.data, 0, origins)  # (r, d_in)
-    new_B = regrow(B.data, 1, origins)  # (d_out, r)
+    new_A = reindex_ranks(A.data, origins, 0)  # (r, d_in)
+    new_B = reindex_ranks(B.data, origins, 1)  # (d_out, r)
     if wanted.add:
         fresh, rows = _fresh(layer, wanted, generator, init)  # (add, d)
         if rows:
@@ -135,7 +136,7 @@ def _resize_layer(layer: AdapterLayer, wanted: LayerPlan, generator: torch.Gener
     if not rank:
         show_plain(module)
     if gate is not None:
-        grown = regrow(gate.detach(), gate.dim() - 1, origins)
+        grown = reindex_ranks(gate.detach(), origins, gate.dim() - 1)
         grown[..., new.to(grown.device)] = 1
         layer.gate = grown
 
@@ -154,7 +155,7 @@ def _fresh(layer: AdapterLayer, wanted: LayerPlan, generator: torch.Generator, i
 
 def _assign(parameter: nn.Parameter, data: Tensor, axis: int, origins: Tensor) -> None:
     """Gives the same Parameter data of another shape, its gradient following it."""
-    gradient = None if parameter.grad is None else regrow(parameter.grad, axis, origins)
+    gradient = None if parameter.grad is None else reindex_ranks(parameter.grad, origins, axis)
     replace_data(parameter, data, gradient)
 
 

@@ -2,7 +2,7 @@
 
 from lorank.scoring.ablation import AblationResult, ablation_scores, validation_loss
 from lorank.scoring.first_order import first_order_scores
-from lorank.scoring.saliency import gate_gradient_scores
+from lorank.scoring.saliency import saliency_scores
 from lorank.scoring.successive_screening import screened_scores
 from lorank.scoring.weight_gradient import weight_gradient_singular_values
 from lorank.scoring.work_sharding import Share
@@ -12,7 +12,7 @@ __all__ = [
     "Share",
     "ablation_scores",
     "first_order_scores",
-    "gate_gradient_scores",
+    "saliency_scores",
     "screened_scores",
     "validation_loss",
     "weight_gradient_singular_values",

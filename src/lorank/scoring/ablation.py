@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.evaluation import Evaluator
-from lorank.scoring.loss import LossFn, own_loss, prepare_batch, require_finite, unwrap
+from lorank.scoring.loss import LossFn, own_loss, prepare_batch, require_finite, unwrap_model
 from lorank.scoring.microbatch import one_pass
-from lorank.scoring.preserve_state import untouched
+from lorank.scoring.preserve_state import preserve_state
 from lorank.scoring.variants import TERMS, Progress, Term, Terms, VariantLosses, every_rank
 from lorank.scoring.work_sharding import Share
 
@@ -69,7 +69,7 @@ def ablation_scores(
     - ``alone``: L(base, all ranks off) − L(r alone), zero for a rank that adds nothing.
 
     The model is scored as it is used: in evaluation mode, without gradients, under the autocast that is on. A gate that
-    a layer already has belongs to M. Everything is restored (:func:`~lorank.scoring.preserve_state.untouched`).
+    a layer already has belongs to M. Everything is restored (:func:`~lorank.scoring.preserve_state.preserve_state`).
 
     Rounding: a single rank often changes the loss by 1e-4 or less, which 16-bit logits do not resolve. For ``without``
     prefer a model, or an autocast-free region, in float32.
@@ -100,10 +100,10 @@ def ablation_scores(
     if engine not in ("exact", "reference"):
         raise ValueError(f"engine is {engine!r}; expected 'exact' or 'reference'")
     start = time.perf_counter()
-    model = unwrap(model)
+    model = unwrap_model(model)
     inputs = prepare_batch(model, batch, needs_labels=loss_fn is None)
     backgrounds: tuple[Term, ...] = ("without", "alone") if terms == "alone" else ("without",)
-    with untouched(model, layers):
+    with preserve_state(model, layers):
         evaluate = Evaluator(
             model,
             layers,
@@ -151,11 +151,11 @@ def validation_loss(
     Raises:
         ValidationBatchError: as :func:`ablation_scores` would.
     """
-    model = unwrap(model)
+    model = unwrap_model(model)
     inputs: Mapping[str, Any] = prepare_batch(model, batch, needs_labels=loss_fn is None)
     if first_look and loss_fn is None:
         inputs = one_pass(inputs)
-    with untouched(model, layers):
+    with preserve_state(model, layers):
         return require_finite(own_loss(model, inputs, loss_fn), "the model")
 
 

@@ -33,7 +33,7 @@ EngineName = Literal["exact", "reference"]
 
 
 class Evaluator:
-    """Evaluates variants. Used inside :func:`~lorank.scoring.preserve_state.untouched`.
+    """Evaluates variants. Used inside :func:`~lorank.scoring.preserve_state.preserve_state`.
 
     Args:
         batch: on the model's device.

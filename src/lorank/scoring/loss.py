@@ -15,7 +15,7 @@ LossFn = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 IGNORED = -100  # the label that cross-entropy leaves out, in PyTorch and transformers alike
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile`` and ``DistributedDataParallel``.
 
     Scoring needs neither: a compiled model would compile again for every variant, and a distributed one would wait for

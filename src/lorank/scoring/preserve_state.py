@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lorank.lora.layer import AdapterLayers
-from lorank.lora.quantised import HeldBase
+from lorank.lora.quantised import RepackingPrevention
 
 _ABSENT = object()
 
 
 @contextmanager
-def untouched(model: nn.Module, layers: AdapterLayers) -> Iterator[None]:
+def preserve_state(model: nn.Module, layers: AdapterLayers) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards everything is as it was.
 
     Inside, modules are in evaluation mode, gradients are off, and compiled modules run uncompiled (a gate that changes
@@ -31,7 +31,7 @@ def untouched(model: nn.Module, layers: AdapterLayers) -> Iterator[None]:
     forwards = [module.__dict__.get("forward", _ABSENT) for module in modules]
     compiled = [module for module in modules if getattr(module, "_compiled_call_impl", None) is not None]
     calls = [module._compiled_call_impl for module in compiled]
-    held = HeldBase(model)
+    held = RepackingPrevention(model)
     gates: list[Tensor | None] = [layer.gate for layer in layers.values()]
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch
     gpus = list(range(torch.cuda.device_count())) if in_use else []

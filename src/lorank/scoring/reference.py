@@ -22,7 +22,7 @@ from lorank.scoring.variants import (
 
 
 class ReferenceEngine:
-    """Losses of variants, a whole forward each. Used inside :func:`~lorank.scoring.preserve_state.untouched`.
+    """Losses of variants, a whole forward each. Used inside :func:`~lorank.scoring.preserve_state.preserve_state`.
 
     Args:
         layers: with the gates of M, whatever a later call finds them set to.

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from lorank.errors import ValidationBatchError
 from lorank.lora.layer import AdapterLayers
-from lorank.scoring.loss import LossFn, field, forward_arguments, prepare_batch, require_finite, unwrap
-from lorank.scoring.preserve_state import untouched
+from lorank.scoring.loss import LossFn, field, forward_arguments, prepare_batch, require_finite, unwrap_model
+from lorank.scoring.preserve_state import preserve_state
 
 
-def gate_gradient_scores(
+def saliency_scores(
     model: nn.Module,
     layers: AdapterLayers,
     batches: Iterable[Mapping[str, Any]],
@@ -46,13 +46,13 @@ def gate_gradient_scores(
     Raises:
         ValidationBatchError: no batch, or one without labels, without a loss, or with a loss that is not finite.
     """
-    model = unwrap(model)
+    model = unwrap_model(model)
     alive = {name: layer for name, layer in layers.items() if layer.rank}
     rows = [layer.A for layer in alive.values()]  # (r, d_in) each
     wanted = [A.requires_grad for A in rows]
     scores = {name: torch.zeros(layer.rank, dtype=torch.float64) for name, layer in layers.items()}
     count = 0
-    with untouched(model, layers), torch.enable_grad():
+    with preserve_state(model, layers), torch.enable_grad():
         try:
             for A in rows:
                 A.requires_grad_(True)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lorank.lora import AdapterLayers
-from lorank.lora.rank_index import follow
+from lorank.lora.rank_index import reindex_ranks
 
 BETA = 0.85
 """β₁ and β₂ of the paper."""
@@ -115,7 +115,7 @@ def resize_sensitivity_(state: MutableMapping[str, Tensor], layers: AdapterLayer
 
     Args:
         layers: with the ranks after.
-        origins: (R after,), see :func:`lorank.lora.taken`.
+        origins: (R after,), see :func:`lorank.lora.rank_origins`.
     """
     if f"{_MEAN}.gate" not in state:
         return
@@ -127,10 +127,10 @@ def resize_sensitivity_(state: MutableMapping[str, Tensor], layers: AdapterLayer
             before = len(state[f"{kind}.A.{name}"])
             own = torch.where(moved < 0, moved, moved - first)  # (r,)
             if before != rank or not torch.equal(own, torch.arange(rank)):
-                state[f"{kind}.A.{name}"] = follow(state[f"{kind}.A.{name}"], own, 0)
-                state[f"{kind}.B.{name}"] = follow(state[f"{kind}.B.{name}"], own, 1)
+                state[f"{kind}.A.{name}"] = reindex_ranks(state[f"{kind}.A.{name}"], own, 0)
+                state[f"{kind}.B.{name}"] = reindex_ranks(state[f"{kind}.B.{name}"], own, 1)
             first += before
-        state[f"{kind}.gate"] = follow(state[f"{kind}.gate"], origins)
+        state[f"{kind}.gate"] = reindex_ranks(state[f"{kind}.gate"], origins)
 
 
 def drop_sensitivity_(state: MutableMapping[str, Tensor]) -> None:

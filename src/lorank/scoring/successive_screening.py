@@ -21,8 +21,8 @@ from lorank.lora.layer import AdapterLayers
 from lorank.scoring.ablation import AblationResult, check_terms, scores_of
 from lorank.scoring.evaluation import EngineName, Evaluator
 from lorank.scoring.first_order import first_order_losses
-from lorank.scoring.loss import LossFn, prepare_batch, unwrap
-from lorank.scoring.preserve_state import untouched
+from lorank.scoring.loss import LossFn, prepare_batch, unwrap_model
+from lorank.scoring.preserve_state import preserve_state
 from lorank.scoring.taylor import GatePath
 from lorank.scoring.variants import TERMS, Progress, Term, Terms, VariantLosses, Wanted, grouped, nothing_known
 from lorank.scoring.work_sharding import Share
@@ -68,9 +68,9 @@ def screened_scores(
     """
     check_terms(terms, max_rows)
     start = time.perf_counter()
-    model = unwrap(model)
+    model = unwrap_model(model)
     inputs = prepare_batch(model, batch, needs_labels=loss_fn is None)
-    with untouched(model, layers):
+    with preserve_state(model, layers):
         path = GatePath(model, layers, inputs, loss_fn=loss_fn, max_rows=max_rows, share=share)
         estimates = scores_of(first_order_losses(path, TERMS[terms], None), layers, terms)
         evaluate = Evaluator(

@@ -56,7 +56,7 @@ class Gradient:
 
 
 class GatePath:
-    """Gradients of the gates. Used inside :func:`~lorank.scoring.preserve_state.untouched`.
+    """Gradients of the gates. Used inside :func:`~lorank.scoring.preserve_state.preserve_state`.
 
     Args:
         batch: on the model's device.

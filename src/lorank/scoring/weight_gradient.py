@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from lorank.errors import ValidationBatchError
 from lorank.lora.layer import AdapterLayer, AdapterLayers
-from lorank.scoring.loss import LossFn, prepare_batch, require_finite, unwrap
-from lorank.scoring.preserve_state import untouched
+from lorank.scoring.loss import LossFn, prepare_batch, require_finite, unwrap_model
+from lorank.scoring.preserve_state import preserve_state
 from lorank.scoring.saliency import loss_with_graph
 
 OVERSAMPLING = 8
@@ -60,13 +60,13 @@ def weight_gradient_singular_values(
     """
     if not batches:
         raise ValidationBatchError("there is no batch to take gradients on: give at least one")
-    model = unwrap(model)
+    model = unwrap_model(model)
     sums = {
         name: _Sum(layer, min(count, layer.max_rank), seed * 1_000_003 + index)
         for index, (name, layer) in enumerate(layers.items())
     }
     passes = 1 if all(one.is_whole for one in sums.values()) else 2
-    with untouched(model, layers), torch.enable_grad(), _watched(layers, sums) as leaves:
+    with preserve_state(model, layers), torch.enable_grad(), _watched(layers, sums) as leaves:
         for _ in range(passes):
             for batch in batches:
                 loss = loss_with_graph(model, prepare_batch(model, batch, needs_labels=loss_fn is None), loss_fn)

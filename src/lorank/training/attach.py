@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorank.allocators import Allocator, Run
+from lorank.allocators import Allocator, TrainingInfo
 from lorank.lora import find_layers
 from lorank.training.checks import LossFn
 from lorank.training.history import RankHistory
@@ -81,7 +81,7 @@ def attach(
         find_layers(inner, adapter),
         optimizer,
         allocator,
-        Run(total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed),
+        TrainingInfo(total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed),
         validation_batch=validation_batch,
         loss_fn=loss_fn,
         history=RankHistory(history_path if is_first_process() else None),

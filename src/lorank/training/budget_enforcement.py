@@ -6,13 +6,13 @@ import logging
 
 import torch
 
-from lorank.allocators import Allocation, Limits
+from lorank.allocators import Allocation, ResolvedBudget
 from lorank.lora import AdapterLayers, LayerPlan, resize_
 
 logger = logging.getLogger("lorank")
 
 
-def cut_(layers: AdapterLayers, limits: Limits, optimizer: torch.optim.Optimizer) -> Allocation:
+def prune_to_budget_(layers: AdapterLayers, limits: ResolvedBudget, optimizer: torch.optim.Optimizer) -> Allocation:
     """Removes the ranks with the smallest updates, ‖A_i‖ ‖B_i‖ s, until the rest is within ``limits``; warns of it."""
     before = layers.ranks
     sizes = {

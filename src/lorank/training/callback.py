@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorank.allocators import Allocator, Run
+from lorank.allocators import Allocator, TrainingInfo
 from lorank.errors import ResumeError, ValidationBatchError
-from lorank.lora import AdapterLayers, find_layers, follow_loaded_ranks, hold_base
+from lorank.lora import AdapterLayers, find_layers, prevent_repacking, resize_on_load
 from lorank.training.checkpoint.integrity import seal
 from lorank.training.checkpoint.layer_state import STATE_KEY
 from lorank.training.checks import LossFn
@@ -117,7 +117,7 @@ class RankCallback(TrainerCallback):
             layers,
             kwargs["optimizer"],
             self.allocator,
-            Run(state.max_steps, per_epoch, args.seed if self._seed is None else self._seed),
+            TrainingInfo(state.max_steps, per_epoch, args.seed if self._seed is None else self._seed),
             # A method that does not need one may still look at a batch that it is given.
             validation_batch=self._validation_batch(loader)
             if self.allocator.needs_validation_batch or self._validation_data is not None
@@ -131,14 +131,14 @@ class RankCallback(TrainerCallback):
             fused=self._fused,
             compiled=bool(args.torch_compile),
         )
-        limits = self.ranks.limits
+        limits = self.ranks.budget
         self._within_budget = limits is not None and limits.fits(self.ranks.layers.ranks)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # load_best_model_at_end must not bring back a checkpoint from before the budget was kept.
-        if self.ranks is None or self.ranks.limits is None or self._within_budget:
+        if self.ranks is None or self.ranks.budget is None or self._within_budget:
             return
-        self._within_budget = self.ranks.limits.fits(self.ranks.layers.ranks)
+        self._within_budget = self.ranks.budget.fits(self.ranks.layers.ranks)
         if self._within_budget and state.best_metric is not None:
             logger.info("step %d: the budget is kept; checkpoints from before no longer count as best", self.ranks.step)
             state.best_metric = None
@@ -155,16 +155,16 @@ class RankCallback(TrainerCallback):
         if self.ranks is not None:
             self.ranks.finish()  # an early stop, or a best checkpoint that was loaded
             self.ranks.detach()
-            self._following = follow_loaded_ranks(self.ranks.layers)
+            self._following = resize_on_load(self.ranks.layers)
 
     def _meet(self, model: nn.Module) -> AdapterLayers:
         if self._layers is None or self._layers.model is not model:
             if self._following is not None:
                 self._following.remove()
             self._layers = find_layers(model, self._adapter)
-            hold_base(model)  # for good: the Trainer may evaluate before, between and after its runs
+            prevent_repacking(model)  # for good: the Trainer may evaluate before, between and after its runs
             self._initial_ranks = self._layers.ranks
-            self._following = follow_loaded_ranks(self._layers)
+            self._following = resize_on_load(self._layers)
         return self._layers
 
     def _validation_batch(self, loader: Any) -> Mapping[str, Any]:

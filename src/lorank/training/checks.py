@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorank.allocators import Allocator, Run
+from lorank.allocators import Allocator, TrainingInfo
 from lorank.errors import LorankError, OptimizerStateError, ResumeError, ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, check_state
 from lorank.scoring import validation_loss
-from lorank.training.checkpoint.base_fingerprint import check_base
+from lorank.training.checkpoint.base_fingerprint import check_same_base
 from lorank.training.checkpoint.state_schema import check_seal
 from lorank.training.parallel.deepspeed import ZeroOptimizer
 from lorank.training.parallel.fsdp import HOW
@@ -22,7 +22,7 @@ VERSION = 3
 LossFn = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
-def check_run(layers: AdapterLayers, optimizer: torch.optim.Optimizer, run: Run) -> None:
+def check_run(layers: AdapterLayers, optimizer: torch.optim.Optimizer, run: TrainingInfo) -> None:
     """The run and its optimiser.
 
     Raises:
@@ -95,7 +95,7 @@ def check_optimizer_state(layers: AdapterLayers, optimizer: torch.optim.Optimize
         check_state(optimizer, f"{name}.lora_B", layer.B)
 
 
-def check_resumable(state: Mapping[str, Any], layers: AdapterLayers, allocator: Allocator, run: Run) -> None:
+def check_resumable(state: Mapping[str, Any], layers: AdapterLayers, allocator: Allocator, run: TrainingInfo) -> None:
     """Whether a saved rank state is whole, and of this run. Nothing is changed.
 
     Raises:
@@ -122,7 +122,7 @@ def check_resumable(state: Mapping[str, Any], layers: AdapterLayers, allocator: 
     most = {name: max(min(shape), run.initial_ranks.get(name, 0)) for name, shape in shapes.items()}
     if state["ranks"].keys() != most.keys() or any(rank > most[name] for name, rank in state["ranks"].items()):
         raise ResumeError("the saved rank state has ranks that its modules cannot have: it was not written by a run")
-    check_base(state["base"], layers)
+    check_same_base(state["base"], layers)
     if state["initial_ranks"] != run.initial_ranks:
         saved, now = sum(state["initial_ranks"].values()), sum(run.initial_ranks.values())
         raise ResumeError(

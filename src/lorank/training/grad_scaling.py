@@ -18,7 +18,7 @@ from lorank.lora import AdapterLayers, LearnedGates
 logger = logging.getLogger("lorank")
 
 
-class LossScaling:
+class GradScaling:
     """Gradients at their true size when a method looks at them, and no step where there was none.
 
     Args:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import math
 
-from lorank.allocators import Allocator, Run
+from lorank.allocators import Allocator, TrainingInfo
 
 logger = logging.getLogger("lorank")
 
 
-class Fate:
+class NoAllocationWarning:
     """Says once, at the end of a run, that nothing was ever allocated, and why. Apart from Ranks, which may be gone."""
 
-    def __init__(self, allocator: Allocator, run: Run) -> None:
+    def __init__(self, allocator: Allocator, run: TrainingInfo) -> None:
         self.name = type(allocator).__name__
         self.moves_ranks = allocator.moves_ranks
         self.allocations = 0

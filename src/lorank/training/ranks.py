@@ -20,32 +20,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorank.allocators import Allocation, Allocator, Context, Run
+from lorank.allocators import Allocation, Allocator, Context, TrainingInfo
 from lorank.errors import ValidationBatchError
 from lorank.lora import (
     AdapterLayers,
-    compact_,
-    expand_,
     fold_gates_,
-    follow_loaded_ranks,
-    hold_base,
     is_compiled,
+    merge_heads_,
+    prevent_repacking,
+    rank_origins,
     resize_,
+    resize_on_load,
+    restore_layout_,
     save_adapter,
-    take_form_,
-    taken,
+    split_into_heads_,
 )
-from lorank.training.budget_enforcement import cut_
-from lorank.training.checkpoint.base_fingerprint import sample
+from lorank.training.budget_enforcement import prune_to_budget_
+from lorank.training.checkpoint.base_fingerprint import base_fingerprint
 from lorank.training.checkpoint.layer_state import STATE_KEY, layers_state, load_gated_state, saved_heads, take_ranks_
 from lorank.training.checkpoint.state_schema import sealed
 from lorank.training.checks import VERSION, LossFn, check_batch, check_optimizer_state, check_resumable, check_run
 from lorank.training.fusing import Fusing
-from lorank.training.grad_scaling import LossScaling
+from lorank.training.grad_scaling import GradScaling
 from lorank.training.history import RankHistory, Record
-from lorank.training.no_allocation_warning import Fate
+from lorank.training.no_allocation_warning import NoAllocationWarning
 from lorank.training.nonfinite_checks import require_finite_gradients, require_finite_scores, require_finite_weights
-from lorank.training.parallel.coordinator import Together
+from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.deepspeed import torch_optimizer
 from lorank.training.parallel.process_group import is_first_process
 from lorank.training.progress import Report, scoring_progress
@@ -60,7 +60,7 @@ class Ranks:
         layers: the LoRA layers.
         step: optimiser steps done.
         history: what was allocated, a :class:`~lorank.training.history.Record` each.
-        limits: what the ranks fit at the end of the run, or None.
+        budget: what the ranks fit at the end of the run, or None.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Ranks:
         layers: AdapterLayers,
         optimizer: torch.optim.Optimizer | Any,
         allocator: Allocator,
-        run: Run,
+        run: TrainingInfo,
         *,
         validation_batch: Mapping[str, Any] | None = None,
         loss_fn: LossFn | None = None,
@@ -96,33 +96,35 @@ class Ranks:
         self._fusing = Fusing(layers, wanted=fused, compiled=compiled)
         check_run(layers, self.optimizer, self.run)
         self._compiling = Compiling(layers, compiled, per_head=bool(allocator.heads_of(layers)))
-        base = hold_base(layers.model)
-        self._together = Together(layers, outer, self.optimizer)
+        base = prevent_repacking(layers.model)
+        self._together = ProcessCoordinator(layers, outer, self.optimizer)
         if STATE_KEY not in self.optimizer.param_groups[0]:
             self._together.fetch()
         self._together.check_start(allocator, self.run, validation_batch)
         check_batch(layers, allocator, validation_batch, loss_fn)
-        self._base_values = sample(layers)
+        self._base_values = base_fingerprint(layers)
         saved = self.optimizer.param_groups[0].get(STATE_KEY)
         if saved is not None:
             check_resumable(saved, layers, allocator, self.run)
-            take_form_(layers, saved_heads(saved))
+            restore_layout_(layers, saved_heads(saved))
         elif groups := allocator.heads_of(layers):
-            compact_(layers, groups, self.optimizer, seed=self._seed() - 1)  # other draws than the initial plan's
-        self.limits = allocator.limits(layers, self.run)
+            split_into_heads_(
+                layers, groups, self.optimizer, seed=self._seed() - 1
+            )  # other draws than the initial plan's
+        self.budget = allocator.resolve_budget(layers, self.run)
         if saved is None:
             check_optimizer_state(layers, self.optimizer)
             resize_(layers, allocator.initial_plan(layers, self.run), self.optimizer, seed=self._seed())
         # A finished run's weights are final: a method must not begin with them anew.
         self.state = {} if saved and saved["finished"] else allocator.start(layers, self.run)
-        self._fate = Fate(allocator, self.run)
+        self._fate = NoAllocationWarning(allocator, self.run)
         self._end = weakref.finalize(self, self._fate.tell)
         self._absorb_loaded_state()
         if saved is None:
             self.history.begin(self._beginning())
         self._together.follow()
         self._together.check_state(self.step, self.state)
-        self._scaling = LossScaling(layers, optimizer, grad_scaler)
+        self._scaling = GradScaling(layers, optimizer, grad_scaler)
         self._stepping = True  # false in a step that the gradient scaler skips
         if saved is None:
             self._fusing.follow(self._finished)
@@ -132,7 +134,7 @@ class Ranks:
             self.optimizer.register_step_post_hook(self._after_step),
             self.optimizer.register_state_dict_post_hook(self._put_state),
             self.optimizer.register_load_state_dict_post_hook(lambda _: self._absorb_loaded_state()),
-            follow_loaded_ranks(layers, self.optimizer, self._note_foreign_weights),
+            resize_on_load(layers, self.optimizer, self._note_foreign_weights),
             base,
         ]
 
@@ -163,12 +165,12 @@ class Ranks:
             if allocation is not None:
                 self._carry_out(allocation, context, 0.0)
         fold_gates_(self.layers)
-        expand_(self.layers, self.optimizer)
+        merge_heads_(self.layers, self.optimizer)
         self._fusing.end()
         self._finished = True
-        if self.limits is not None and not self.limits.fits(self.layers.ranks):
+        if self.budget is not None and not self.budget.fits(self.layers.ranks):
             before = self.layers.ranks
-            allocation = cut_(self.layers, self.limits, self.optimizer)
+            allocation = prune_to_budget_(self.layers, self.budget, self.optimizer)
             self.history.append(self._record(allocation, before, 0.0))
         self._follow()
         self._together.check_state(self.step, self.state)
@@ -213,7 +215,7 @@ class Ranks:
             ResumeError: it is damaged, or of another method, other settings, another seed, base model or adapter.
         """
         check_resumable(state, self.layers, self.allocator, self.run)
-        take_form_(self.layers, saved_heads(state))
+        restore_layout_(self.layers, saved_heads(state))
         take_ranks_(self.layers, state["ranks"])  # the optimiser brings its own state, already of these shapes
         self._together.fetch()
         check_optimizer_state(self.layers, self.optimizer)
@@ -240,7 +242,7 @@ class Ranks:
             with self._together.gradients(self.allocator):
                 if self.allocator.moves_ranks:
                     require_finite_gradients(self.layers, self.optimizer, self.step + 1)
-                self.allocator.observe(self._context(), self.state)
+                self.allocator.before_step(self._context(), self.state)
 
     def _after_step(self, *_: Any) -> None:
         if not self._stepping:
@@ -250,7 +252,7 @@ class Ranks:
         self._foreign = False
         context = self._context()
         if not self._finished:
-            self.allocator.project(context, self.state)
+            self.allocator.after_step(context, self.state)
         self._scaling.stepped()
         if self.allocator.due(self.step, self.run) and not self._finished:
             self._allocate(context)
@@ -300,7 +302,7 @@ class Ranks:
         before = self.layers.ranks
         if allocation.plan:
             resize_(self.layers, allocation.plan, self.optimizer, seed=self._seed())
-            self.allocator.resized(context, self.state, taken(allocation.plan, before))
+            self.allocator.after_resize(context, self.state, rank_origins(allocation.plan, before))
             self._follow()
         self._together.check_state(self.step, self.state)
         record = self._record(allocation, before, seconds + time.perf_counter() - began)

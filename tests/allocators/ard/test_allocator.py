@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import lorank
-from lorank.allocators import ARDLoRA, Run
-from lorank.allocators.ard.groups import ON_CPU, come_home_
+from lorank.allocators import ARDLoRA, TrainingInfo
+from lorank.allocators.ard.groups import ON_CPU, to_device_
 from lorank.allocators.ard.masks import temperature
 from lorank.errors import AdapterError, BudgetError, ScheduleError
 from lorank.lora import HeadGroups, find_layers
@@ -123,13 +123,13 @@ def test_resumed_from_a_model_that_was_loaded_before() -> None:
     model = adapted(tiny_llama(), random_B=False)
     optimizer = adamw(model)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
-    handle = lorank.lora.follow_loaded_ranks(find_layers(model))
+    handle = lorank.lora.resize_on_load(find_layers(model))
     made = dict.fromkeys(part.layers, 4)
     model.load_state_dict(part.saved["model"], strict=False)
     handle.remove()
     optimizer.load_state_dict(part.saved["optimizer"])
     schedule.load_state_dict(part.saved["schedule"])
-    ranks = lorank.training.Ranks(find_layers(model), optimizer, ard, Run(10, seed=3), initial_ranks=made)
+    ranks = lorank.training.Ranks(find_layers(model), optimizer, ard, TrainingInfo(10, seed=3), initial_ranks=made)
     losses = []
     for step in range(ranks.step, 10):
         loss = model(**token_batch(seed=step)).loss
@@ -189,7 +189,7 @@ def test_the_last_resize_rounds_every_head() -> None:
 def test_a_run_ends_at_or_under_its_budget(budget: Any, settings: dict[str, Any]) -> None:
     """λ is given no time to help: the last resize alone must hold the budget, and use what it can."""
     ranks, _ = run_loop(ARDLoRA(budget=budget, alpha_lr=1e-3, resize_every=3, **settings), 10)
-    limits, found = ranks.limits, ranks.layers.ranks
+    limits, found = ranks.budget, ranks.layers.ranks
     assert limits.fits(found)
     for name, heads in ranks.history[-1].details["head_ranks"].items():
         assert sum(heads) == found[name]
@@ -265,7 +265,7 @@ def test_a_diverged_gradient_leaves_alpha_alone() -> None:
     ranks, _ = run_loop(ARDLoRA(**{**FAST, "l1": 0.0}), 10, until=1)
     before = ranks.state["alpha"].clone()
     ranks.layers.gates.grad.fill_(float("nan"))
-    ranks.allocator.project(ranks._context(), ranks.state)
+    ranks.allocator.after_step(ranks._context(), ranks.state)
     assert torch.isfinite(ranks.state["alpha"]).all()
     torch.testing.assert_close(ranks.state["alpha"], before, rtol=0, atol=0.06)
 
@@ -274,10 +274,10 @@ def test_a_state_that_was_read_elsewhere_comes_to_the_gates() -> None:
     """Everything that a step computes with, and nothing that is only looked at."""
     ranks, _ = run_loop(ARDLoRA(**FAST, budget="2500 params"), 10, until=3)
     state = dict(ranks.state)
-    come_home_(state, torch.device("meta"))
+    to_device_(state, torch.device("meta"))
     assert {name for name, tensor in state.items() if tensor.device.type == "cpu"} == ON_CPU
     stayed = dict(ranks.state)
-    come_home_(stayed, torch.device("cpu"))
+    to_device_(stayed, torch.device("cpu"))
     assert all(stayed[name] is tensor for name, tensor in ranks.state.items())
 
 

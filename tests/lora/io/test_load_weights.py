@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorank.lora import LayerPlan, find_layers, follow_loaded_ranks, resize_
+from lorank.lora import LayerPlan, find_layers, resize_, resize_on_load
 from tests.models import adapted, tiny_llama, token_batch
 
 
@@ -27,7 +27,7 @@ def test_load_adapter_takes_the_ranks_of_the_file(tmp_path: Path, target_modules
     live_layers = find_layers(live)
     # Two modules are at rank 0 here, one of them with ranks in the file.
     resize_(live_layers, {names[1]: LayerPlan(()), names[-1]: LayerPlan(())})
-    handle = follow_loaded_ranks(live_layers)
+    handle = resize_on_load(live_layers)
     live.load_adapter(tmp_path, "default", is_trainable=True)
     assert live_layers.ranks == layers.ranks
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_a_whole_state_dict_loads_strictly_with_a_module_at_rank_0() -> None:
     saved, live = adapted(tiny_llama()), adapted(tiny_llama(), random_B=False)
     layers, live_layers = find_layers(saved), find_layers(live)
     resize_(layers, {next(iter(layers)): LayerPlan(())})
-    follow_loaded_ranks(live_layers)
+    resize_on_load(live_layers)
     live.load_state_dict(saved.state_dict(), strict=True)
     assert live_layers.ranks == layers.ranks
 
@@ -51,7 +51,7 @@ def test_a_whole_state_dict_loads_strictly_with_a_module_at_rank_0() -> None:
 def test_weights_about_something_else_change_no_rank() -> None:
     model = adapted(tiny_llama())
     layers = find_layers(model)
-    follow_loaded_ranks(layers)
+    resize_on_load(layers)
     model.load_state_dict({}, strict=False)
     assert set(layers.ranks.values()) == {4}
 
@@ -62,7 +62,7 @@ def test_the_optimisers_state_follows() -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     model(**token_batch()).loss.backward()
     optimizer.step()
-    follow_loaded_ranks(layers, optimizer)
+    resize_on_load(layers, optimizer)
     other = adapted(tiny_llama(), r=6)
     model.load_state_dict(other.state_dict(), strict=False)
     for layer in layers.values():

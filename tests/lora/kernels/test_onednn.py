@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorank.errors import LorankError
-from lorank.lora.kernels.onednn import FrozenLinear, linear, onednn_linear, quicken_, slacken_
+from lorank.lora.kernels.onednn import FrozenLinear, disable_onednn_, enable_onednn_, linear, onednn_linear
 from tests.quantised import BASES
 
 
@@ -33,7 +33,7 @@ def test_products_agree(sizes: tuple[int, int, int], turned: bool) -> None:
 def test_a_frozen_map_keeps_its_values_and_gradients(shape: tuple[int, ...]) -> None:
     base = nn.Linear(6, 5).requires_grad_(False)
     quick = copy.deepcopy(base)
-    quicken_(quick)
+    enable_onednn_(quick)
     assert type(quick) is FrozenLinear
     x = torch.randn(shape, requires_grad=True)
     torch.testing.assert_close(quick(x), base(x), rtol=1e-5, atol=1e-6)
@@ -41,14 +41,14 @@ def test_a_frozen_map_keeps_its_values_and_gradients(shape: tuple[int, ...]) -> 
     ours, theirs = (torch.autograd.grad((layer(x) * weights).sum(), x)[0] for layer in (quick, base))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert quick.state_dict().keys() == base.state_dict().keys()
-    slacken_(quick)
+    disable_onednn_(quick)
     assert type(quick) is nn.Linear
 
 
 @pytest.mark.usefixtures("onednn")
 def test_a_map_that_is_trained_after_all_is_the_usual_one() -> None:
     layer = nn.Linear(6, 5)
-    quicken_(layer)
+    enable_onednn_(layer)
     layer(torch.randn(3, 6)).sum().backward()
     assert layer.weight.grad is not None
     assert layer.bias.grad is not None
@@ -57,10 +57,10 @@ def test_a_map_that_is_trained_after_all_is_the_usual_one() -> None:
 @pytest.mark.usefixtures("onednn")
 def test_other_precisions_are_left_alone() -> None:
     layer = nn.Linear(6, 5).double().requires_grad_(False)
-    quicken_(layer)
+    enable_onednn_(layer)
     assert type(layer) is nn.Linear
     layer = nn.Linear(6, 5).requires_grad_(False)
-    quicken_(layer)
+    enable_onednn_(layer)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(torch.randn(3, 6)).dtype == torch.bfloat16
     assert layer.double()(torch.randn(3, 6).double()).dtype == torch.float64
@@ -69,7 +69,7 @@ def test_other_precisions_are_left_alone() -> None:
 @pytest.mark.usefixtures("onednn")
 def test_a_quick_map_is_saved_and_copied_whole() -> None:
     layer = nn.Linear(6, 5).requires_grad_(False)
-    quicken_(layer)
+    enable_onednn_(layer)
     stream = io.BytesIO()
     torch.save(layer, stream)
     stream.seek(0)
@@ -85,7 +85,7 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         onednn_linear.cache_clear()
         assert onednn_linear() is None
         layer = nn.Linear(6, 5)
-        quicken_(layer)
+        enable_onednn_(layer)
         assert type(layer) is nn.Linear
         monkeypatch.setenv("LORANK_ONEDNN", "yes")
         onednn_linear.cache_clear()
@@ -115,5 +115,5 @@ def test_weights_of_another_class_are_left_alone() -> None:
     foreign = [layer for layer in quantised if type(layer.weight) is not nn.Parameter]
     assert any(layer.weight.dtype == torch.float32 for layer in foreign)
     for layer in foreign:
-        quicken_(layer)
+        enable_onednn_(layer)
         assert type(layer) is nn.Linear

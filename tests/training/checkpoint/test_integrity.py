@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lorank
-from lorank.training.checkpoint.integrity import SEAL, broken, checkpoints, remove_broken, seal
+from lorank.training.checkpoint.integrity import SEAL, checkpoints, find_problem, remove_broken, seal
 from tests.training.trainer_run import make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -29,7 +29,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 def test_checkpoints_are_sealed_and_the_last_one_is_taken(run: Path) -> None:
     assert [path.name for path in checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
-    assert all((path / SEAL).is_file() and broken(path) is None for path in checkpoints(run))
+    assert all((path / SEAL).is_file() and find_problem(path) is None for path in checkpoints(run))
     assert lorank.last_checkpoint(run) == str(run / "checkpoint-4")
 
 
@@ -65,14 +65,14 @@ def test_a_changed_byte_breaks_the_seal(run: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert broken(path.parent) == "optimizer.pt is not what was written"
+    assert find_problem(path.parent) == "optimizer.pt is not what was written"
 
 
 def test_a_seal_names_only_files_in_its_folder(run: Path) -> None:
     path = run / "checkpoint-4"
     (run / "outside").write_text("")
     (path / SEAL).write_text(json.dumps({"../outside": {}}))
-    assert broken(path) == "../outside is missing"
+    assert find_problem(path) == "../outside is missing"
 
 
 def test_a_file_of_another_process_may_come_after_the_seal(run: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_file_of_another_process_may_come_after_the_seal(run: Path) -> None:
     (path / "rng_state_1.pth").write_bytes(b"half")
     seal(path)
     (path / "rng_state_1.pth").write_bytes(b"whole")
-    assert broken(path) is None
+    assert find_problem(path) is None
 
 
 def test_what_is_not_whole_is_removed_with_a_message(run: Path, caplog: pytest.LogCaptureFixture) -> None:

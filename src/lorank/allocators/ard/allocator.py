@@ -33,7 +33,7 @@ from torch import Tensor
 
 from lorank.allocators.adam import adam_step_, start_adam
 from lorank.allocators.ard import controller, diagnostics
-from lorank.allocators.ard.groups import base_ranks, come_home_, group_caps, group_owners, group_sizes, stored_counts
+from lorank.allocators.ard.groups import base_ranks, group_caps, group_owners, group_sizes, stored_counts, to_device_
 from lorank.allocators.ard.masks import (
     layout,
     masks,
@@ -43,10 +43,10 @@ from lorank.allocators.ard.masks import (
     task_gradient,
     temperature,
 )
-from lorank.allocators.ard.rounding import not_none, plan_for_groups, within
-from lorank.allocators.base import Allocation, Allocator, Context, Run, State
-from lorank.allocators.budget import BudgetLike, as_budget, limits_of
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.ard.rounding import at_least_one, clip_to_budget, plan_for_groups
+from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
+from lorank.allocators.budget import BudgetLike, as_budget, resolve_budget
+from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.errors import BudgetError, ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, HeadGroups, Plan, head_groups
 from lorank.scoring import validation_loss
@@ -140,8 +140,8 @@ class ARDLoRA(Allocator):
     def heads_of(self, layers: AdapterLayers) -> Mapping[str, HeadGroups]:
         return head_groups(layers, self.head_overrides) if self.heads == "auto" else {}
 
-    def limits(self, layers: AdapterLayers, run: Run) -> Limits | None:
-        limits = limits_of(self.budget, layers)
+    def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
+        limits = resolve_budget(self.budget, layers)
         if not self.min_rank and any(layer.min_rank for layer in layers.values()):
             raise ScheduleError("ARDLoRA(min_rank=0): a module with DoRA needs a rank; use min_rank=1")
         if limits is None:
@@ -157,19 +157,19 @@ class ARDLoRA(Allocator):
             )
         return limits
 
-    def initial_plan(self, layers: AdapterLayers, run: Run) -> Plan:
+    def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
         r0, caps = base_ranks(layers, run, self.r0), group_caps(layers)
         return plan_for_groups(layers, stored_ranks(r0, self.tau_start, self.epsilon, self.min_rank, caps))
 
-    def due(self, step: int, run: Run) -> bool:
+    def due(self, step: int, run: TrainingInfo) -> bool:
         settling = self._settling(run)
         return step < run.total_steps and (step == settling or (step < settling and step % self.resize_every == 0))
 
-    def _settling(self, run: Run) -> int:
+    def _settling(self, run: TrainingInfo) -> int:
         """The step after which the ranks are rounded for good."""
         return max(1, round(self.settle * run.total_steps))
 
-    def start(self, layers: AdapterLayers, run: Run) -> State:
+    def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
         r0, counts = base_ranks(layers, run, self.r0), stored_counts(layers)
         self._warn_of_slow_alpha(float(r0.max()), run)
         device = next(iter(layers.values())).A.device
@@ -191,23 +191,23 @@ class ARDLoRA(Allocator):
             **start_adam(alpha),
             **diagnostics.start_diagnostics(rounded_ranks(r0, self.min_rank, caps), float(r0.sum())),
         }
-        limits = self.limits(layers, run)
+        limits = self.resolve_budget(layers, run)
         if limits is not None:
             state |= controller.start_control(limits, group_owners(layers), r0)
         return state
 
-    def observe(self, context: Context, state: State) -> None:
+    def before_step(self, context: Context, state: State) -> None:
         if not context.step:
             diagnostics.begin_(state, self._loss(context))
 
     @torch.no_grad()
-    def project(self, context: Context, state: State) -> None:
+    def after_step(self, context: Context, state: State) -> None:
         """α's own step, after the optimiser's; then the masks follow it."""
         gates, run = context.layers.gates, context.run
         assert gates is not None
         if context.step > self._settling(run):
             return
-        come_home_(state, gates.values.device)
+        to_device_(state, gates.values.device)
         alpha, r0, member, position = (state[key] for key in ("alpha", "r0", "member", "position"))
         # The forward pass had the masks of the step before.
         tau = temperature(context.step - 1, run.total_steps, self.tau_start, self.tau_end)
@@ -231,7 +231,7 @@ class ARDLoRA(Allocator):
         if context.step == self._settling(context.run):
             return self._round(context, state)
         counts = torch.where(state["held"] >= self.hold, self._wanted(context, state), state["counts"])
-        plan = plan_for_groups(context.layers, not_none(counts, state["r0"] * state["alpha"]))
+        plan = plan_for_groups(context.layers, at_least_one(counts, state["r0"] * state["alpha"]))
         loss = self._loss(context)
         effective = state["r0"] * state["alpha"]
         rounded = rounded_ranks(effective, self.min_rank, state["caps"])
@@ -250,7 +250,7 @@ class ARDLoRA(Allocator):
             return None
         return self._allocation(context, state, plan, rounded, {"signatures": found, "loss": loss})
 
-    def resized(self, context: Context, state: State, origins: Tensor) -> None:
+    def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
         counts = stored_counts(context.layers).to(state["counts"].device)
         state["held"] = torch.where(counts == state["counts"], state["held"], 0)
         state["counts"] = counts
@@ -265,12 +265,12 @@ class ARDLoRA(Allocator):
         """The last resize. Of ranks that were rounded before it changes nothing."""
         effective = state["r0"] * state["alpha"]
         # A rank that was never trained is not worth storing, so at most what is there.
-        limits = self.limits(context.layers, context.run)
+        limits = self.resolve_budget(context.layers, context.run)
         if limits is None:
             ranks = torch.minimum(rounded_ranks(effective, self.min_rank, state["caps"]), state["counts"]).cpu()
         else:
-            ranks = within(limits, context.layers, state["counts"].cpu(), effective.cpu(), self.min_rank)
-        ranks = not_none(ranks, effective.cpu())
+            ranks = clip_to_budget(limits, context.layers, state["counts"].cpu(), effective.cpu(), self.min_rank)
+        ranks = at_least_one(ranks, effective.cpu())
         return self._allocation(context, state, plan_for_groups(context.layers, ranks), ranks, {"final": True})
 
     def _set_masks(self, context: Context, state: State) -> None:
@@ -327,7 +327,7 @@ class ARDLoRA(Allocator):
             active={name: sum(some) for name, some in head_ranks.items()},
         )
 
-    def _warn_of_slow_alpha(self, r0: float, run: Run) -> None:
+    def _warn_of_slow_alpha(self, r0: float, run: TrainingInfo) -> None:
         reach = self.alpha_lr * run.total_steps * r0
         if reach < 1:
             logger.warning(

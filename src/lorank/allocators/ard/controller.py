@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorank.allocators.base import State
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.resolved_budget import ResolvedBudget
 
 WIDEST = 1e6
 DAMPING = 50.0
@@ -34,7 +34,7 @@ def target_use(step: int, total_steps: int, first: Tensor, reach: float) -> Tens
     return 1 + (first - 1) * left**3
 
 
-def start_control(limits: Limits, owners: list[str], effective: Tensor) -> State:
+def start_control(limits: ResolvedBudget, owners: list[str], effective: Tensor) -> State:
     """The controller's memory.
 
     Args:

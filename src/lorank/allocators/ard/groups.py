@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorank.allocators.base import Run, State
+from lorank.allocators.base import State, TrainingInfo
 from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayers
 
@@ -38,7 +38,7 @@ def group_caps(layers: AdapterLayers) -> Tensor:
     return torch.tensor(caps, dtype=torch.long)
 
 
-def come_home_(state: State, device: torch.device) -> None:
+def to_device_(state: State, device: torch.device) -> None:
     """What is kept per group or per rank goes where the gates are: a checkpoint may have been read to elsewhere."""
     if state["alpha"].device == device:
         return
@@ -47,7 +47,7 @@ def come_home_(state: State, device: torch.device) -> None:
             state[name] = tensor.to(device)
 
 
-def base_ranks(layers: AdapterLayers, run: Run, r0: int | None) -> Tensor:
+def base_ranks(layers: AdapterLayers, run: TrainingInfo, r0: int | None) -> Tensor:
     """r0 of every group, (G,) float64: as given, or the rank that the adapter was made with, at most what it can hold.
 
     Raises:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lorank.allocators.ard.groups import group_sizes
 from lorank.allocators.ard.masks import layout
-from lorank.allocators.resolved_budget import Limits
+from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.lora import AdapterLayers, Plan, plan_for_heads, plan_for_rank
 
 
@@ -22,7 +22,7 @@ def plan_for_groups(layers: AdapterLayers, wanted: Tensor) -> Plan:
     return plan
 
 
-def not_none(ranks: Tensor, effective: Tensor) -> Tensor:
+def at_least_one(ranks: Tensor, effective: Tensor) -> Tensor:
     """``ranks``, or, where not one is left in all groups, one for the group with the highest r0·α: a file needs it."""
     if not ranks.any():
         ranks = ranks.clone()
@@ -30,7 +30,9 @@ def not_none(ranks: Tensor, effective: Tensor) -> Tensor:
     return ranks
 
 
-def within(limits: Limits, layers: AdapterLayers, ranks: Tensor, effective: Tensor, min_rank: int) -> Tensor:
+def clip_to_budget(
+    limits: ResolvedBudget, layers: AdapterLayers, ranks: Tensor, effective: Tensor, min_rank: int
+) -> Tensor:
     """All ``ranks`` where they fit a budget, else the best of them that do: by r0·α − i, highest first.
 
     A rank's score falls with its position in its group, and all ranks of a module cost the same, so that what a group

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorank.config.settings import ModelSettings
 from lorank.experiments.models import load_tokenizer, resolve
-from lorank.lora import HeadGroups, find_layers, head_groups, wrap
+from lorank.lora import HeadGroups, find_layers, head_groups, make_peft_model
 from lorank.tasks.sources import load_rows
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -34,7 +34,7 @@ def tiny_blocks(count: int) -> PreTrainedModel:
 def targets(model: PreTrainedModel, where: Literal["modules", "heads"]) -> tuple[list[str], dict[str, HeadGroups]]:
     """The modules that are adapted, in the model's order, and the heads of those that have some (for ``heads``)."""
     chosen = "all-linear" if where == "modules" else list(ATTENTION)
-    layers = find_layers(wrap(copy.deepcopy(model), r=1, target_modules=chosen))
+    layers = find_layers(make_peft_model(copy.deepcopy(model), r=1, target_modules=chosen))
     return list(layers), head_groups(layers) if where == "heads" else {}
 
 

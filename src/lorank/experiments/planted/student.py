@@ -13,7 +13,7 @@ from torch import Tensor
 from lorank.allocators import Allocator
 from lorank.experiments.planted.metrics import energy_found, rank_overlap
 from lorank.experiments.planted.problem import Problem
-from lorank.lora import AdapterLayers, find_layers, plan_for_rank, resize_, wrap
+from lorank.lora import AdapterLayers, find_layers, make_peft_model, plan_for_rank, resize_
 from lorank.training import attach
 
 WARMUP = 0.06
@@ -72,7 +72,7 @@ def train_student(
     """
     problem = problem.to(device)
     scenario, seed = problem.scenario, problem.seed
-    model = wrap(
+    model = make_peft_model(
         copy.deepcopy(problem.base),
         r=1,
         lora_alpha=scenario.scaling,

@@ -30,7 +30,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     return read_config(path)
 
 
-def open_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
+def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
     """``base`` with the adapter in ``folder``, frozen, in evaluation mode.
 
     Args:

@@ -22,14 +22,14 @@ from torch.utils.hooks import RemovableHandle
 from lorank.errors import AdapterError
 from lorank.lora.kernels.per_head import dense_B
 from lorank.lora.layer import AdapterLayer, AdapterLayers
-from lorank.lora.plan import plan_for_heads
+from lorank.lora.plan import plan_for_heads, plan_for_rank
 from lorank.lora.pool import Pool, padded
 from lorank.lora.resize import resize_
 from lorank.lora.variants.gated import folded
 from lorank.lora.variants.per_head import HeadLora, head_ranks_of
 
 
-def follow_loaded_ranks(
+def resize_on_load(
     layers: AdapterLayers,
     optimizer: torch.optim.Optimizer | None = None,
     on_new_weights: Callable[[], None] | None = None,

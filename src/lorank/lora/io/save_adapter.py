@@ -67,6 +67,6 @@ def _holds_adapter(directory: Path) -> bool:
     return (directory / CONFIG).is_file()
 
 
-def wrap(model: nn.Module, **lora_config: Any) -> nn.Module:
+def make_peft_model(model: nn.Module, **lora_config: Any) -> nn.Module:
     """``get_peft_model(model, LoraConfig(**lora_config))``, for the rooms that do not know PEFT."""
     return get_peft_model(model, LoraConfig(**lora_config))  # type: ignore[no-any-return]  # PEFT is untyped

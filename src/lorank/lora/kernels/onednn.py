@@ -89,7 +89,7 @@ def _gain(fast: Callable[..., Tensor], usual: Callable[..., Tensor], *operands: 
 
 
 class FrozenLinear(nn.Linear):
-    """A frozen ``nn.Linear`` computed by :func:`linear`. Made by :func:`quicken_`, never by hand."""
+    """A frozen ``nn.Linear`` computed by :func:`linear`. Made by :func:`enable_onednn_`, never by hand."""
 
     def forward(self, input: Tensor) -> Tensor:
         plain = (
@@ -105,11 +105,11 @@ class FrozenLinear(nn.Linear):
         return output
 
 
-def quicken_(base: nn.Module) -> None:
+def enable_onednn_(base: nn.Module) -> None:
     """A plain ``nn.Linear`` in float32 on a CPU where oneDNN gains becomes a :class:`FrozenLinear`, in place.
 
-    Parameters, hooks and names stay: only the class changes. Other modules are left as they are. :func:`slacken_` is
-    the way back.
+    Parameters, hooks and names stay: only the class changes. Other modules are left as they are.
+    :func:`disable_onednn_` is the way back.
     """
     W = base.weight if type(base) is nn.Linear else None
     # torchao's quantised weights and sharded ones are of other classes, and still say float32.
@@ -118,10 +118,10 @@ def quicken_(base: nn.Module) -> None:
         base.__class__ = FrozenLinear
 
 
-def slacken_(base: nn.Module) -> None:
-    """The inverse of :func:`quicken_`."""
+def disable_onednn_(base: nn.Module) -> None:
+    """The inverse of :func:`enable_onednn_`."""
     if type(base) is FrozenLinear:
-        base.__class__ = nn.Linear  # type: ignore[assignment]  # same layout, see quicken_
+        base.__class__ = nn.Linear  # type: ignore[assignment]  # same layout, see enable_onednn_
 
 
 class _Frozen(torch.autograd.Function):

@@ -27,7 +27,7 @@ from lorank.scoring.variants import Gates, Term, VariantLosses, Wanted, flattene
 
 
 class ExactEngine:
-    """Losses of variants, with less computed twice. Used inside :func:`~lorank.scoring.preserve_state.untouched`.
+    """Losses of variants, with less computed twice. Used inside :func:`~lorank.scoring.preserve_state.preserve_state`.
 
     Args:
         batch: on the model's device.

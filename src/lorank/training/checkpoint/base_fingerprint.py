@@ -16,10 +16,10 @@ MODULES, VALUES = 8, 16
 """How many modules are looked at, and how many values of each, both evenly spread."""
 TOLERANCE = 2**-7
 """Relative: a base that is loaded again in another float type is rounded, and is still the same."""
-Sample: TypeAlias = "dict[str, list[float] | list[int]]"
+BaseFingerprint: TypeAlias = "dict[str, list[float] | list[int]]"
 
 
-def sample(layers: AdapterLayers) -> Sample:
+def base_fingerprint(layers: AdapterLayers) -> BaseFingerprint:
     """Per module the values, numbers as they are stored (of quantised weights the integers).
 
     Modules whose weight cannot be seen whole in this process, or is trained, are left out: those that are sharded,
@@ -30,7 +30,7 @@ def sample(layers: AdapterLayers) -> Sample:
     return {name: values for name in chosen if (values := _values(layers, name))}
 
 
-def check_base(saved: Mapping[str, list[float] | list[int]], layers: AdapterLayers) -> None:
+def check_same_base(saved: Mapping[str, list[float] | list[int]], layers: AdapterLayers) -> None:
     """Whether the base model is the one that the values are of.
 
     Values are compared where both can be seen and are of one kind: a base that is quantised now and was not then, or
@@ -39,7 +39,7 @@ def check_base(saved: Mapping[str, list[float] | list[int]], layers: AdapterLaye
     Raises:
         ResumeError: it is another one.
     """
-    for name, now in sample(layers).items():
+    for name, now in base_fingerprint(layers).items():
         then = saved.get(name, now)
         if {type(value) for value in then} != {type(value) for value in now} or len(then) != len(now):
             continue

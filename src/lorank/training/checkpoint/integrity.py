@@ -59,7 +59,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
     ``trainer.train(resume_from_checkpoint=lorank.last_checkpoint("out"))``. A warning names those that are passed over.
     """
     for path in reversed(checkpoints(folder)):
-        reason = broken(path)
+        reason = find_problem(path)
         if reason is None:
             return str(path)
         logger.warning("%s is not whole (%s): an earlier one is taken", path, reason)
@@ -69,7 +69,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
 def remove_broken(folder: str | Path) -> None:
     """Removes checkpoints that are not whole, with a warning each, so that no later one mixes with their files."""
     for path in checkpoints(folder):
-        reason = broken(path)
+        reason = find_problem(path)
         if reason is not None:
             logger.warning("%s was not written to its end (%s): it is removed", path, reason)
             shutil.rmtree(path)
@@ -88,7 +88,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def broken(checkpoint: Path) -> str | None:
+def find_problem(checkpoint: Path) -> str | None:
     """Why a checkpoint is not whole, or None if it is."""
     sealed = checkpoint / SEAL
     try:

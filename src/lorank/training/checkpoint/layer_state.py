@@ -57,12 +57,12 @@ def heads_state(layers: AdapterLayers) -> dict[str, dict[str, Any]]:
 
 
 def saved_heads(state: Mapping[str, Any]) -> dict[str, tuple[HeadGroups, list[int]]]:
-    """The layers in per-head form of a saved rank state, as :func:`lorank.lora.take_form_` takes them."""
+    """The layers in per-head form of a saved rank state, as :func:`lorank.lora.restore_layout_` takes them."""
     heads: Mapping[str, Mapping[str, Any]] = state.get("heads", {})
     return {name: (HeadGroups(h["kind"], h["count"], h["size"]), h["ranks"]) for name, h in heads.items()}
 
 
 def take_ranks_(layers: AdapterLayers, ranks: Mapping[str, int]) -> None:
-    """Gives plain layers these ranks; those in per-head form have theirs from :func:`lorank.lora.take_form_`."""
+    """Gives plain layers these ranks; those in per-head form have theirs from :func:`lorank.lora.restore_layout_`."""
     plain = {name: layer for name, layer in layers.items() if layer.groups is None}
     resize_(layers, {name: plan_for_rank(layer.rank, ranks[name]) for name, layer in plain.items()})

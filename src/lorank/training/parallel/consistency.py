@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorank.errors import DisagreementError
-from lorank.training.parallel.process_group import Processes
+from lorank.training.parallel.process_group import ProcessGroup
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as a signed number of 64 bits
 _MIX = 0xBF58476D1CE4E5B9 - 2**64
@@ -35,7 +35,7 @@ def digest(tensor: Tensor) -> Tensor:
     return (bits * weights).sum() + len(bits)
 
 
-def require_same_text(processes: Processes, text: str, what: str, advice: str) -> None:
+def require_same_text(processes: ProcessGroup, text: str, what: str, advice: str) -> None:
     """Compares a few lines of text, ``name: value`` each.
 
     Args:
@@ -59,7 +59,7 @@ def require_same_text(processes: Processes, text: str, what: str, advice: str) -
     )
 
 
-def require_same_tensors(processes: Processes, tensors: Mapping[str, Tensor], what: str, advice: str) -> None:
+def require_same_tensors(processes: ProcessGroup, tensors: Mapping[str, Tensor], what: str, advice: str) -> None:
     """Compares tensors by their names, shapes, types and bits; arguments as of :func:`require_same_text`.
 
     Raises:

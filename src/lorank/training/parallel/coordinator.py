@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorank.allocators import Allocation, Allocator, Run
+from lorank.allocators import Allocation, Allocator, TrainingInfo
 from lorank.allocators.base import State
 from lorank.errors import LorankError
 from lorank.lora import AdapterLayers
@@ -18,7 +18,7 @@ from lorank.training.parallel.consistency import require_same_tensors, require_s
 from lorank.training.parallel.ddp import Reducers
 from lorank.training.parallel.deepspeed import ZeroOptimizer, gathered
 from lorank.training.parallel.fsdp import average_gradients_, is_sharded
-from lorank.training.parallel.process_group import Processes
+from lorank.training.parallel.process_group import ProcessGroup
 
 _SAME_START = (
     "Make model, adapter and lorank alike in all of them: torch.manual_seed before get_peft_model (or wrap the model "
@@ -31,7 +31,7 @@ _SAME_STEP = (
 )
 
 
-class Together:
+class ProcessCoordinator:
     """The processes that a run's ranks are shared by.
 
     Args:
@@ -41,7 +41,7 @@ class Together:
     """
 
     def __init__(self, layers: AdapterLayers, outer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.processes = Processes.now(next(iter(layers.values())).A.device)
+        self.processes = ProcessGroup.now(next(iter(layers.values())).A.device)
         self._layers, self._optimizer = layers, optimizer
         self._zero = optimizer if isinstance(optimizer, ZeroOptimizer) else None
         fsdp = self.processes.several and is_sharded(layers.model)
@@ -92,7 +92,7 @@ class Together:
         yield
         self._zero.store_gradients()
 
-    def check_start(self, allocator: Allocator, run: Run, batch: Mapping[str, Any] | None) -> None:
+    def check_start(self, allocator: Allocator, run: TrainingInfo, batch: Mapping[str, Any] | None) -> None:
         """Raises DisagreementError if method, settings, run, ranks or validation batch differ.
 
         And LorankError for a method that ZeRO-3 cannot serve.

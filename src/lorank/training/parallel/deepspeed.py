@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorank.errors import LorankError
-from lorank.lora import AdapterLayer, AdapterLayers, padded, unwrap
+from lorank.lora import AdapterLayer, AdapterLayers, padded, unwrap_optimizer
 from lorank.training.checkpoint.layer_state import STATE_KEY
 
 ZERO = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
@@ -35,13 +35,13 @@ def torch_optimizer(layers: AdapterLayers, optimizer: Any) -> torch.optim.Optimi
         LorankError: a DeepSpeed that is not served.
     """
     zero = zero_of(optimizer)
-    return unwrap(optimizer) if zero is None else ZeroOptimizer(layers, zero)
+    return unwrap_optimizer(optimizer) if zero is None else ZeroOptimizer(layers, zero)
 
 
 def param_groups_of(optimizer: Any) -> list[dict[str, Any]]:
     """The parameter groups that a checkpoint's are loaded into."""
     zero = zero_of(optimizer)
-    return (unwrap(optimizer) if zero is None else unwrap(zero.optimizer)).param_groups
+    return (unwrap_optimizer(optimizer) if zero is None else unwrap_optimizer(zero.optimizer)).param_groups
 
 
 def zero_of(optimizer: Any) -> Any:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorank.errors import LorankError
-from lorank.training.parallel.process_group import Processes
+from lorank.training.parallel.process_group import ProcessGroup
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,7 +46,7 @@ def shard_base_(model: Model, **options: Any) -> Model:
     ignored = {parameter for parameter in model.parameters() if parameter.requires_grad}
     if not ignored:
         raise LorankError("shard_base_: no parameter requires a gradient. Give the model an adapter first")
-    processes = Processes.now(next(iter(ignored)).device)
+    processes = ProcessGroup.now(next(iter(ignored)).device)
     if not processes.several:
         return model
     from torch.distributed.fsdp import fully_shard
@@ -86,7 +86,7 @@ def _groups(model: nn.Module) -> list[Any]:
     ]
 
 
-def average_gradients_(model: nn.Module, processes: Processes) -> None:
+def average_gradients_(model: nn.Module, processes: ProcessGroup) -> None:
     """From now on, gradients of what is trained and not sharded are averaged at the end of each backward pass.
 
     A pass that the loop runs without synchronisation (``model.set_requires_gradient_sync(False)``, accelerate's
@@ -105,7 +105,7 @@ _AVERAGED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class _Averaging:
-    def __init__(self, model: nn.Module, processes: Processes) -> None:
+    def __init__(self, model: nn.Module, processes: ProcessGroup) -> None:
         self._processes = processes
         self._groups = _groups(model)
         self._parameters = [
@@ -135,7 +135,7 @@ class _Averaging:
                 average_(self._processes, [p for p in self._parameters if (p.dtype, p.device) == kind])
 
 
-def average_(processes: Processes, parameters: Sequence[nn.Parameter]) -> None:
+def average_(processes: ProcessGroup, parameters: Sequence[nn.Parameter]) -> None:
     """Averages the gradients of parameters of one dtype, in one exchange. Those that no process has stay None."""
     used = [parameter.grad is not None for parameter in parameters]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

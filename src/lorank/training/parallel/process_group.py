@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Processes:
+class ProcessGroup:
     """The processes of the default process group. One, where there is none.
 
     Args:
@@ -25,7 +25,7 @@ class Processes:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
-    def now(cls, device: torch.device) -> Processes:
+    def now(cls, device: torch.device) -> ProcessGroup:
         if not _together():
             return cls()
         return cls(dist.get_world_size(), dist.get_rank(), device)
@@ -75,7 +75,7 @@ class Lockstep:
     they find may differ in its last bits between GPUs; all go on with the mean.
     """
 
-    processes: Processes
+    processes: ProcessGroup
     count: int = 1
     index: int = 0
 
