@@ -16,10 +16,9 @@ from lorank.allocators import Budget
 from lorank.allocators.rounds import _lowest
 from lorank.lora import find_layers
 from lorank.scoring import ablation_scores, first_order_scores, screened_scores
-from lorank.scoring.prefix_cache.block_tracing import Unsuited
 from lorank.scoring.prefix_cache.engine import ExactEngine
 from lorank.scoring.successive_screening import _lower_bounds, _screen
-from lorank.scoring.variants import TERMS, VariantLosses, Wanted, flattened, nothing_known
+from lorank.scoring.variants import TERMS, Unsuited, VariantLosses, Wanted, flattened, nothing_known
 from tests.models import adapted, class_batch, tiny_bert, tiny_llama, token_batch
 from tests.scoring.test_preserve_state import state
 from tests.scoring.test_work_sharding import ThreadShare, together

@@ -33,9 +33,8 @@ from lorank.allocators.rounds import Rounds
 from lorank.errors import ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, LearnedGates, Plan
 from lorank.lora.rank_index import reindex_ranks
-from lorank.scoring.loss import prepare_batch, require_finite, unwrap_model
+from lorank.scoring.loss import loss_with_graph, prepare_batch, require_finite, unwrap_model
 from lorank.scoring.preserve_state import preserve_state
-from lorank.scoring.saliency import loss_with_graph
 
 
 @dataclass(frozen=True)

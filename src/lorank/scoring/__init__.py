@@ -1,9 +1,9 @@
 """What each rank is worth: functions from a model to one score per rank, higher = keep."""
 
 from lorank.scoring.ablation import AblationResult, ablation_scores, validation_loss
-from lorank.scoring.first_order import first_order_scores
 from lorank.scoring.saliency import saliency_scores
 from lorank.scoring.successive_screening import screened_scores
+from lorank.scoring.taylor import first_order_scores
 from lorank.scoring.weight_gradient import weight_gradient_singular_values
 from lorank.scoring.work_sharding import Share
 

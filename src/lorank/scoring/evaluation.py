@@ -10,7 +10,6 @@ from torch import nn
 
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.loss import LossFn, base_of, require_finite
-from lorank.scoring.prefix_cache.block_tracing import Unsuited
 from lorank.scoring.prefix_cache.engine import ExactEngine
 from lorank.scoring.reference import ReferenceEngine
 from lorank.scoring.variants import (
@@ -18,6 +17,7 @@ from lorank.scoring.variants import (
     Gates,
     Progress,
     Term,
+    Unsuited,
     VariantLosses,
     Wanted,
     describe,

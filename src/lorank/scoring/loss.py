@@ -135,3 +135,20 @@ def require_finite(loss: Tensor | float, what: str) -> float:
             "float16, that nothing overflows"
         )
     return value
+
+
+def loss_with_graph(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None) -> Tensor:
+    """The loss as training computes it, ready for a backward pass.
+
+    Raises:
+        ValidationBatchError: there is none, it is not one number, or it does not depend on the adapter.
+    """
+    loss = loss_fn(model, batch) if loss_fn is not None else field(model(**forward_arguments(model), **batch), "loss")
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) and loss.numel() != 1 else "no gradient"
+        what = what if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValidationBatchError(
+            f"the loss on a batch with {', '.join(batch)} is {what}; expected one number that depends on the adapter. "
+            "Give labels under the name that the model's forward expects, or loss_fn"
+        )
+    return loss

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorank.scoring.loss import IGNORED, base_of
-from lorank.scoring.prefix_cache.block_skipping import repeat
-from lorank.scoring.prefix_cache.block_tracing import Unsuited
+from lorank.scoring.variants import Unsuited
 
 TOKENS_PER_PASS = 2048
 """Tokens in one forward and backward pass: what a training step of a small batch has, so that memory suffices."""
@@ -55,6 +54,11 @@ def inputs_of(model: nn.Module, part: Mapping[str, Any]) -> dict[str, Any]:
 def labelled(part: Mapping[str, Any]) -> int:
     """How many labels are not ignored."""
     return int(torch.count_nonzero(part["labels"] != IGNORED))
+
+
+def repeat(x: Tensor, copies: int) -> Tensor:
+    """(n, …) → (copies · n, …), the whole batch again and again; a new tensor also for one copy."""
+    return x.repeat(copies, *[1] * (x.dim() - 1))
 
 
 def repeated(batch: Mapping[str, Any], copies: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Exact scores where they decide something, estimates elsewhere: the ranks that go are those of exact scores.
 
-Two backward passes estimate every score (:mod:`lorank.scoring.first_order`). Ablations then follow from the lowest
+Two backward passes estimate every score (:mod:`lorank.scoring.taylor`). Ablations then follow from the lowest
 estimate upwards, the first quarter of all ranks, then a sixteenth at a time. What they have shown about the error of
 the estimates is assumed of the ranks that are left: none of those is lower than its estimate by more than twice the
 worst error so far. Where even that lower bound would not make one of them go, the set of ranks that go is settled.
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.ablation import AblationResult, check_terms, scores_of
 from lorank.scoring.evaluation import EngineName, Evaluator
-from lorank.scoring.first_order import first_order_losses
 from lorank.scoring.loss import LossFn, prepare_batch, unwrap_model
 from lorank.scoring.preserve_state import preserve_state
-from lorank.scoring.taylor import GatePath
+from lorank.scoring.taylor import GatePath, first_order_losses
 from lorank.scoring.variants import TERMS, Progress, Term, Terms, VariantLosses, Wanted, grouped, nothing_known
 from lorank.scoring.work_sharding import Share
 

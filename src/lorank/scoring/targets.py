@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorank.scoring.loss import IGNORED, field
-from lorank.scoring.prefix_cache.block_tracing import Unsuited
+from lorank.scoring.variants import Unsuited
 
 Form = Literal["shifted", "unshifted", "pooled"]
 

@@ -33,6 +33,10 @@ TERMS: Mapping[Terms, tuple[Term, ...]] = {
 }
 
 
+class Unsuited(Exception):
+    """The exact engine does not fit this model; the message says why. Never leaves the package: the reference runs."""
+
+
 @dataclass(frozen=True)
 class VariantLosses:
     """Losses of variants.

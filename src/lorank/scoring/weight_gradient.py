@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from lorank.errors import ValidationBatchError
 from lorank.lora.layer import AdapterLayer, AdapterLayers
-from lorank.scoring.loss import LossFn, prepare_batch, require_finite, unwrap_model
+from lorank.scoring.loss import LossFn, loss_with_graph, prepare_batch, require_finite, unwrap_model
 from lorank.scoring.preserve_state import preserve_state
-from lorank.scoring.saliency import loss_with_graph
 
 OVERSAMPLING = 8
 WHOLE = 2**18

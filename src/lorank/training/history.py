@@ -7,17 +7,25 @@ not read, and a run that goes on mends it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorank.allocators import Allocation, Allocator
 from lorank.errors import LorankError
 from lorank.files import append_text, parse_json, write_text
-from lorank.training.history_values import checked
+from lorank.lora import AdapterLayers
 
 MAX_LINE = 64_000_000
 """Bytes in a line that is read; the largest models with thousands of ranks stay far below."""
+
+
+MAX_RANK = 1 << 24
+"""Above any rank and any width that a layer has: larger numbers come from a damaged file."""
+
+logger = logging.getLogger("lorank")
 
 
 class HistoryError(LorankError):
@@ -151,3 +159,131 @@ def read_history(path: str | Path) -> list[Record]:
     except HistoryError as error:
         raise HistoryError(f"{path}, line {len(records) + 1}: {error}") from error
     return records
+
+
+def record_of(
+    step: int,
+    allocator: Allocator,
+    layers: AdapterLayers,
+    allocation: Allocation,
+    before: Mapping[str, int],
+    seconds: float,
+) -> Record:
+    """The record of an allocation that has been carried out.
+
+    Args:
+        before: the ranks before it.
+        seconds: what it took.
+    """
+    plan = allocation.plan
+    pruned = {name: sorted(set(range(before[name])) - set(change.keep)) for name, change in plan.items()}
+    active = dict(allocation.active)
+    if not active and layers.gates is not None:
+        active = {name: int(leaf.count_nonzero()) for name, leaf in layers.gates.leaves.items()}
+    return Record(
+        step=step,
+        method=type(allocator).__name__,
+        ranks=layers.ranks,
+        shapes={name: (layer.d_in, layer.d_out) for name, layer in layers.items()},
+        pruned={name: gone for name, gone in pruned.items() if gone},
+        added={name: change.add for name, change in plan.items() if change.add},
+        scores={name: values.tolist() for name, values in allocation.scores.items()},
+        seconds=seconds,
+        details=dict(allocation.details),
+        active=active,
+    )
+
+
+def tell(record: Record) -> None:
+    """An allocation's line in the log."""
+    moved = sum(map(len, record.pruned.values()))
+    logger.info("step %d: %d ranks moved, %d in %d modules", record.step, moved, record.total_rank, len(record.ranks))
+
+
+def checked(values: Any) -> dict[str, Any]:
+    """The fields of a :class:`~lorank.training.history.Record`, with what is unknown left out.
+
+    Raises:
+        ValueError: something is missing or is not what :meth:`Record.to_json` writes; names it.
+    """
+    _require(isinstance(values, Mapping), "a mapping", values)
+    for name in ("step", "method", "ranks"):
+        if name not in values:
+            raise ValueError(f"{name} is missing")
+    found = {name: values[name] for name in _CHECKS if name in values}
+    for name, value in found.items():
+        try:
+            _CHECKS[name](value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    differing = set(found["ranks"]) ^ set(found.get("shapes", {}))
+    if differing:
+        raise ValueError(f"ranks and shapes are not of the same modules: {min(differing)[:80]!r}")
+    return found
+
+
+def _count(value: Any) -> None:
+    _require(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_RANK, "a whole number", value)
+
+
+def _step(value: Any) -> None:
+    _require(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63, "a whole number", value)
+
+
+def _number(value: Any) -> None:
+    _require(isinstance(value, int | float) and not isinstance(value, bool), "a number", value)
+
+
+def _text(value: Any) -> None:
+    _require(isinstance(value, str), "text", value)
+
+
+def _shape(value: Any) -> None:
+    _require(isinstance(value, list | tuple) and len(value) == 2, "(d_in, d_out)", value)
+    for length in value:
+        _count(length)
+
+
+def _list_of(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    def each(value: Any) -> None:
+        _require(isinstance(value, list | tuple), "a list", value)
+        for part in value:
+            check(part)
+
+    return each
+
+
+def _by_module(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    def each(value: Any) -> None:
+        _require(isinstance(value, Mapping), "a mapping from modules", value)
+        for name, part in value.items():
+            try:
+                check(part)
+            except ValueError as error:
+                raise ValueError(f"{name[:80]}: {error}") from None
+
+    return each
+
+
+def _mapping(value: Any) -> None:
+    _require(isinstance(value, Mapping), "a mapping", value)
+
+
+def _require(right: bool, expected: str, value: Any) -> None:
+    if not right:
+        shown = repr(value) if isinstance(value, str | float | bool | None) else type(value).__name__
+        raise ValueError(f"expected {expected}, got {shown[:80]}")
+
+
+_CHECKS: Mapping[str, Callable[[Any], None]] = {
+    "step": _step,
+    "method": _text,
+    "ranks": _by_module(_count),
+    "shapes": _by_module(_shape),
+    "pruned": _by_module(_list_of(_count)),
+    "added": _by_module(_count),
+    "scores": _by_module(_list_of(_number)),
+    "seconds": _number,
+    "details": _mapping,
+    "active": _by_module(_count),
+}

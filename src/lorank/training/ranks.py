@@ -42,14 +42,13 @@ from lorank.training.checkpoint.state_schema import sealed
 from lorank.training.checks import VERSION, LossFn, check_batch, check_optimizer_state, check_resumable, check_run
 from lorank.training.fusing import Fusing
 from lorank.training.grad_scaling import GradScaling
-from lorank.training.history import RankHistory, Record
+from lorank.training.history import RankHistory, Record, record_of, tell
 from lorank.training.no_allocation_warning import NoAllocationWarning
 from lorank.training.nonfinite_checks import require_finite_gradients, require_finite_scores, require_finite_weights
 from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.deepspeed import torch_optimizer
 from lorank.training.parallel.process_group import is_first_process
 from lorank.training.progress import Report, scoring_progress
-from lorank.training.recording import learning_rates, record_of, tell
 from lorank.training.torch_compile import Compiling
 
 
@@ -315,7 +314,7 @@ class Ranks:
         return self.run.seed * 1_000_003 + self.step
 
     def _context(self) -> Context:
-        lr, peak_lr = learning_rates(self.optimizer)
+        lr, peak_lr = _learning_rates(self.optimizer)
         return Context(
             self.step,
             self.run,
@@ -333,3 +332,10 @@ class Ranks:
 
     def _record(self, allocation: Allocation, before: Mapping[str, int], seconds: float) -> Record:
         return record_of(self.step, self.allocator, self.layers, allocation, before, seconds)
+
+
+def _learning_rates(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """The first parameter group's learning rate now, and the peak that its schedule multiplies."""
+    group = optimizer.param_groups[0]
+    lr = float(group.get("lr") or 0.0)
+    return lr, float(group.get("initial_lr") or optimizer.defaults.get("lr") or lr)

@@ -7,7 +7,8 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from lorank.lora import find_layers
 from lorank.scoring import ablation_scores
-from lorank.scoring.prefix_cache.block_tracing import Unsuited, tracing
+from lorank.scoring.prefix_cache.block_tracing import tracing
+from lorank.scoring.variants import Unsuited
 from tests.models import adapted, class_batch, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
 

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from lorank.scoring.prefix_cache.block_tracing import Block, Trace, Unsuited, hidden_of
+from lorank.scoring.microbatch import repeat
+from lorank.scoring.prefix_cache.block_tracing import Block, Trace, hidden_of
+from lorank.scoring.variants import Unsuited
 
 T = TypeVar("T")
 
@@ -120,11 +122,6 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.__dict__.pop("forward", None)
         else:
             module.__dict__["forward"] = before
-
-
-def repeat(x: Tensor, copies: int) -> Tensor:
-    """(n, …) → (copies · n, …), the whole batch again and again; a new tensor also for one copy."""
-    return x.repeat(copies, *[1] * (x.dim() - 1))
 
 
 def _repeat_output(output: Any, copies: int) -> Any:

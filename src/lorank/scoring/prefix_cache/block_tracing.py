@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorank.lora.layer import AdapterLayers
-
-
-class Unsuited(Exception):
-    """The exact engine does not fit this model; the message says why. Never leaves the package: the reference runs."""
+from lorank.scoring.variants import Unsuited
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from lorank.errors import AdapterError
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.loss import base_of, field, forward_arguments, own_loss, require_finite
 from lorank.scoring.microbatch import is_by_sample, repeated, rows_of
-from lorank.scoring.prefix_cache.block_tracing import Unsuited, tracing
+from lorank.scoring.prefix_cache.block_tracing import tracing
 from lorank.scoring.prefix_cache.variant_runner import Fit, Sweep
 from lorank.scoring.targets import Head, Targets, find_form, output_embedding
-from lorank.scoring.variants import Gates, describe, in_order
+from lorank.scoring.variants import Gates, Unsuited, describe, in_order
 
 # Stacking fills a device that one batch leaves idle. A CPU is busy with 512 tokens: two variants took up to a
 # third longer together than one after the other. A GPU wants more (its figure is reasoned, not measured). The logits

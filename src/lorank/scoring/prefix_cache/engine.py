@@ -8,7 +8,7 @@
 - A rank that adds nothing (a new one, with B = 0) needs no forward.
 
 Nothing is assumed about a model that one watched forward has not shown, and before the sweep begins one ablated variant
-is compared with a plain forward. Where anything differs, :class:`~lorank.scoring.prefix_cache.block_tracing.Unsuited`
+is compared with a plain forward. Where anything differs, :class:`~lorank.scoring.variants.Unsuited`
 is raised.
 """
 

@@ -21,7 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from lorank.lora.layer import AdapterLayers
-from lorank.scoring.prefix_cache.block_skipping import repeat, replaced
+from lorank.scoring.microbatch import repeat
+from lorank.scoring.prefix_cache.block_skipping import replaced
 
 
 @dataclass(frozen=True)
