@@ -61,12 +61,12 @@ def _quantised(base: str) -> Callable[[str], Cell]:
         if method == "dora":
             says = {"bnb8": "refused on a CPU", "torchao8": "yes; merging is refused"}.get(base, says)
         name = "test_a_method_trains_and_what_it_saves_and_merges_is_what_it_trained"
-        return Cell(says, f"{TRAINING}/test_quantised.py::{name}[{method}-{base}]")
+        return Cell(says, f"{TRAINING}/integrations/test_quantised_base.py::{name}[{method}-{base}]")
 
     return cell
 
 
-_TOGETHER = f"{TRAINING}/test_distributed.py::test_two_processes_have_the_same_and_what_one_would_have"
+_TOGETHER = f"{TRAINING}/parallel/test_ddp.py::test_two_processes_have_the_same_and_what_one_would_have"
 _IN_TESTS = {
     "ddp": {"alora", "alora-first-order", "alora-dnas", "adalora", "sora", "ard"},
     "fsdp2": {"alora", "alora-first-order", "adalora"},
@@ -92,7 +92,7 @@ def _zero3(method: str) -> Cell:
         "alora-dnas": "backward passes under ZeRO-3",
         "alora-first-order": "estimates under ZeRO-3",
     }
-    file = f"{TRAINING}/test_deepspeed.py"
+    file = f"{TRAINING}/parallel/test_deepspeed.py"
     if method in refused:
         return Cell("refused", f"{file}::test_what_cannot_be_is_refused[{refused[method]}]")
     if method in ("alora", "sora"):
@@ -101,7 +101,7 @@ def _zero3(method: str) -> Cell:
 
 
 def _compiled(method: str) -> Cell:
-    file = f"{TRAINING}/test_compile.py"
+    file = f"{TRAINING}/integrations/test_torch_compile.py"
     if method == "ard-heads":
         return Cell("refused", f"{file}::test_ranks_per_head_are_refused_before_anything_changes")
     if method == "alora":
@@ -125,7 +125,9 @@ COLUMNS: dict[str, Callable[[str], Cell]] = {
     "ZeRO-3": _zero3,
     "torch.compile": _compiled,
     "checkpointing": lambda method: Cell("yes", f"{TRAINING}/test_memory_savers.py::test_memory_savers[{method}]"),
-    "bf16": lambda method: Cell("yes", f"{TRAINING}/test_mixed_precision.py::test_under_autocast[bf16-{method}]"),
+    "bf16": lambda method: Cell(
+        "yes", f"{TRAINING}/integrations/test_grad_scaling.py::test_under_autocast[bf16-{method}]"
+    ),
 }
 
 

@@ -78,7 +78,7 @@ def test_the_trainer_on_a_base_model_that_transformers_sharded(tmp_path: Path, m
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_accelerate_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`accelerate launch` runs it in many; test_distributed.py and trainer_run.py do."""
+    """`accelerate launch` runs it in many; test_ddp.py and trainer_run.py do."""
     monkeypatch.setattr(sys, "argv", ["accelerate_loop.py", "--steps", "4", "--output", str(tmp_path / "adapter")])
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     runpy.run_path(str(EXAMPLES / "accelerate_loop.py"), run_name="__main__")

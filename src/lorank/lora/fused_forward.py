@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -20,7 +21,9 @@ from lorank.lora.variants.per_head import HeadLora
 logger = logging.getLogger("lorank")
 
 
-def fuse_(layers: AdapterLayers, *, compiled: bool = False) -> dict[str, list[str]]:
+def fuse_(
+    layers: AdapterLayers, *, compiled: bool = False, known: Mapping[str, list[str]] | None = None
+) -> dict[str, list[str]]:
     """Every layer that can computes by :class:`FusedLora` from here on. Layers that do already stay as they are.
 
     Their frozen maps take oneDNN's products where these are faster (:mod:`lorank.lora.kernels.onednn`).
@@ -31,6 +34,7 @@ def fuse_(layers: AdapterLayers, *, compiled: bool = False) -> dict[str, list[st
 
     Args:
         compiled: whether ``torch.compile`` will trace the model: nothing is fused then.
+        known: what an earlier call returned; what has been logged then is not logged again.
 
     Returns:
         The names of the layers that keep PEFT's forward, by reason.
@@ -64,7 +68,7 @@ def fuse_(layers: AdapterLayers, *, compiled: bool = False) -> dict[str, list[st
             variant.replaced = new
         else:
             layer.module.lora_variant[layer.adapter] = new
-    if left:
+    if left and left != known:
         logger.warning(
             "the fused forward serves %d of %d modules; the others run PEFT's, which is slower: %s",
             fused,

@@ -11,10 +11,9 @@ from torch import nn
 
 from lorank.allocators import Allocator, TrainingInfo
 from lorank.lora import find_layers
-from lorank.training.checks import LossFn
+from lorank.scoring.loss import LossFn
 from lorank.training.history import RankHistory
-from lorank.training.parallel.ddp import ddp_of
-from lorank.training.parallel.deepspeed import engine_module
+from lorank.training.parallel import inner_model
 from lorank.training.parallel.process_group import is_first_process
 from lorank.training.progress import Report
 from lorank.training.ranks import Ranks
@@ -75,10 +74,8 @@ def attach(
         AdapterError, OptimizerStateError, ScheduleError, ValidationBatchError, ResumeError, DisagreementError: see
             :mod:`lorank.errors`.
     """
-    ddp = ddp_of(model)
-    inner = engine_module(model) if ddp is None else ddp.module
     return Ranks(
-        find_layers(inner, adapter),
+        find_layers(inner_model(model), adapter),
         optimizer,
         allocator,
         TrainingInfo(total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed),
@@ -86,7 +83,7 @@ def attach(
         loss_fn=loss_fn,
         history=RankHistory(history_path if is_first_process() else None),
         progress=progress if is_first_process() else False,
-        outer=model,
+        model=model,
         fused=fused,
         grad_scaler=grad_scaler,
     )

@@ -15,9 +15,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorank.allocators import Allocator, TrainingInfo
 from lorank.errors import ResumeError, ValidationBatchError
 from lorank.lora import AdapterLayers, find_layers, prevent_repacking, resize_on_load
+from lorank.scoring.loss import LossFn
 from lorank.training.checkpoint.integrity import seal
-from lorank.training.checkpoint.layer_state import STATE_KEY
-from lorank.training.checks import LossFn
+from lorank.training.checkpoint.rank_state import STATE_KEY
 from lorank.training.history import RankHistory
 from lorank.training.parallel.deepspeed import param_groups_of
 from lorank.training.parallel.process_group import is_first_process

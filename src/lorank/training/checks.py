@@ -1,43 +1,34 @@
-"""What must hold before a run starts, and before a saved one is continued: each with an error that says what to do."""
+"""What must hold before a run starts: each check raises an error that names the remedy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
-from torch import Tensor, nn
 
-from lorank.allocators import Allocator, TrainingInfo
-from lorank.errors import LorankError, OptimizerStateError, ResumeError, ScheduleError, ValidationBatchError
+from lorank.errors import LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, check_state
 from lorank.scoring import validation_loss
-from lorank.training.checkpoint.base_fingerprint import check_same_base
-from lorank.training.checkpoint.state_schema import check_seal
 from lorank.training.parallel.deepspeed import ZeroOptimizer
 from lorank.training.parallel.fsdp import HOW
-
-VERSION = 3
-
-LossFn = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+from lorank.training.run_state import RunState
 
 
-def check_run(layers: AdapterLayers, optimizer: torch.optim.Optimizer, run: TrainingInfo) -> None:
-    """The run and its optimiser.
+def check_run(run: RunState) -> None:
+    """The run's length and its optimiser.
 
     Raises:
         ScheduleError: no step to take.
         LorankError: parameters or optimiser state that are sharded over processes; ranks in a pool without DeepSpeed.
         OptimizerStateError: an optimiser that does not hold the LoRA parameters.
     """
-    if run.total_steps < 1:
-        raise ScheduleError(f"total_steps={run.total_steps}: expected the run's optimiser steps, at least 1")
+    layers, optimizer = run.layers, run.optimizer
+    if run.info.total_steps < 1:
+        raise ScheduleError(f"total_steps={run.info.total_steps}: expected the run's optimiser steps, at least 1")
     if any(layer.pool is not None for layer in layers.values()) and not isinstance(optimizer, ZeroOptimizer):
         raise LorankError(
             "lorank.reserve_ gives parameters the fixed shape that DeepSpeed's ZeRO needs, and the optimiser is "
             f"{type(optimizer).__name__}: hand in the one that deepspeed.initialize returned, or leave reserve_ out"
         )
-    check_whole(layers, optimizer)
+    _check_whole(layers, optimizer)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
         if id(layer.A) not in held or id(layer.B) not in held:
@@ -47,7 +38,7 @@ def check_run(layers: AdapterLayers, optimizer: torch.optim.Optimizer, run: Trai
             )
 
 
-def check_whole(layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None:
+def _check_whole(layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None:
     """Ranks can only move where each process has the whole adapter and its whole optimiser state.
 
     Raises:
@@ -70,62 +61,28 @@ def check_whole(layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None
         )
 
 
-def check_batch(
-    layers: AdapterLayers, allocator: Allocator, batch: Mapping[str, Any] | None, loss_fn: LossFn | None
-) -> None:
+def check_batch(run: RunState) -> None:
     """The batch that ranks are scored on: one forward now, so that a mistake is not found out after an epoch.
 
     Raises:
         ValidationBatchError: there is none, or it cannot be scored on.
     """
-    if not allocator.needs_validation_batch:
+    if not run.allocator.needs_validation_batch:
         return
-    if batch is None:
+    if run.validation_batch is None:
         raise ValidationBatchError(
-            f"{type(allocator).__name__} scores ranks on a fixed batch of held-out data and none was given: "
+            f"{type(run.allocator).__name__} scores ranks on a fixed batch of held-out data and none was given: "
             "attach(…, validation_batch=batch), where model(**batch) gives a loss (32 samples in the paper)"
         )
-    validation_loss(layers.model, layers, batch, loss_fn, first_look=True)
+    validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, first_look=True)
 
 
-def check_optimizer_state(layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None:
-    """PyTorch loads a state of any shape, and a fused optimiser then steps with it silently, or crashes."""
-    for name, layer in layers.items():
-        check_state(optimizer, f"{name}.lora_A", layer.A)
-        check_state(optimizer, f"{name}.lora_B", layer.B)
-
-
-def check_resumable(state: Mapping[str, Any], layers: AdapterLayers, allocator: Allocator, run: TrainingInfo) -> None:
-    """Whether a saved rank state is whole, and of this run. Nothing is changed.
+def check_optimizer_state(run: RunState) -> None:
+    """PyTorch loads a state of any shape, and a fused optimiser then steps with it silently, or crashes.
 
     Raises:
-        ResumeError: it is damaged, or of another version, method, setting, seed, model or budget.
+        OptimizerStateError: a state does not fit its parameter.
     """
-    if not isinstance(state, Mapping):
-        raise ResumeError(f"the saved rank state is a {type(state).__name__}: the optimiser's file is damaged")
-    if state.get("version") != VERSION:
-        raise ResumeError(f"the saved rank state has version {state.get('version')!r}, this lorank reads {VERSION}")
-    check_seal(state)
-    ours: dict[str, Any] = {**allocator.describe(), "seed": run.seed}
-    theirs: dict[str, Any] = {**state["allocator"], "seed": state["seed"]}
-    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    if differing:
-        listed = "; ".join(f"{key}: saved {theirs.get(key)!r}, now {ours.get(key)!r}" for key in differing)
-        raise ResumeError(f"the checkpoint is of another run ({listed}). Resume with the settings it was made with")
-    shapes = {name: (layer.d_in, layer.d_out) for name, layer in layers.items()}
-    if {name: tuple(shape) for name, shape in state["shapes"].items()} != shapes:
-        raise ResumeError(
-            f"the checkpoint is of another model: its {len(state['shapes'])} adapted modules differ in name or "
-            f"shape from the {len(shapes)} here. Load the base model that the run was started with, and adapt the "
-            "same modules"
-        )
-    most = {name: max(min(shape), run.initial_ranks.get(name, 0)) for name, shape in shapes.items()}
-    if state["ranks"].keys() != most.keys() or any(rank > most[name] for name, rank in state["ranks"].items()):
-        raise ResumeError("the saved rank state has ranks that its modules cannot have: it was not written by a run")
-    check_same_base(state["base"], layers)
-    if state["initial_ranks"] != run.initial_ranks:
-        saved, now = sum(state["initial_ranks"].values()), sum(run.initial_ranks.values())
-        raise ResumeError(
-            f"the checkpoint's run began with another budget: {saved} ranks in {len(shapes)} modules, here {now}. "
-            "Make the model as that run did, with get_peft_model and the same LoraConfig, not from the checkpoint"
-        )
+    for name, layer in run.layers.items():
+        check_state(run.optimizer, f"{name}.lora_A", layer.A)
+        check_state(run.optimizer, f"{name}.lora_B", layer.B)

@@ -12,7 +12,7 @@ from torch import nn
 import lorank
 from lorank.errors import ResumeError
 from lorank.lora import find_layers
-from lorank.training.checkpoint.base_fingerprint import sample
+from lorank.training.checkpoint.base_fingerprint import base_fingerprint
 from lorank.training.checkpoint.state_schema import SEAL, check_seal, sealed
 from tests.methods import METHODS
 from tests.models import adapted, tiny_llama, token_batch
@@ -125,9 +125,9 @@ def test_the_same_base_model_in_another_float_type(saved: dict[str, Any]) -> Non
 def test_weights_that_are_trained_are_not_compared() -> None:
     model = adapted(tiny_llama(), target_modules=TARGETS)
     layers = find_layers(model)
-    every = sample(layers)
+    every = base_fingerprint(layers)
     assert set(every) == set(layers), "six modules: each is looked at"
     assert all(len(values) == 16 for values in every.values())
     first = next(iter(layers))
     layers[first].module.get_base_layer().weight.requires_grad_()
-    assert set(sample(layers)) == set(layers) - {first}
+    assert set(base_fingerprint(layers)) == set(layers) - {first}

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lorank
 from lorank.lora import find_layers
-from lorank.training.parallel.ddp import Reducers
+from lorank.training.parallel.ddp import DdpBackend
 from tests.models import adapted, tiny_llama, token_batch
 
 STEPS = 14
@@ -120,7 +120,7 @@ def run(case: Case, folder: Path, index: int, count: int) -> Seen:
     seen = Seen()
     try:
         if case.changes.get("old_reducer"):
-            with patch.object(Reducers, "rebuild", lambda self: None):
+            with patch.object(DdpBackend, "after_resize", lambda self, run: None):
                 _train(case, folder, index, count, seen)
             return seen
         _train(case, folder, index, count, seen)
@@ -259,7 +259,7 @@ def launch(folder: Path, cases: list[Case], count: int) -> list[list[Seen]]:
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
     (folder / "meeting").unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(lorank.__file__).parents[1]), str(root)])
     command = [sys.executable, "-m", "tests.training.parallel.processes_run", str(folder), str(count)]
     with (folder / "log").open("w") as log:

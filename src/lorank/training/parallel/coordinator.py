@@ -1,24 +1,22 @@
-"""What a run asks of the other processes that train the same model. In one process there is nothing to ask."""
+"""What all processes of a run do together, whatever the backend: average gates, share out scoring, compare what they
+hold.
+
+In one process there is nothing to do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorank.allocators import Allocation, Allocator, TrainingInfo
-from lorank.allocators.base import State
-from lorank.errors import LorankError
-from lorank.lora import AdapterLayers
-from lorank.scoring import Share
+from lorank.allocators import Allocation
+from lorank.training.integrations.base import Integration
 from lorank.training.parallel.consistency import require_same_tensors, require_same_text
-from lorank.training.parallel.ddp import Reducers
-from lorank.training.parallel.deepspeed import ZeroOptimizer, gathered
-from lorank.training.parallel.fsdp import average_gradients_, is_sharded
 from lorank.training.parallel.process_group import ProcessGroup
+from lorank.training.run_state import RunState
 
 _SAME_START = (
     "Make model, adapter and lorank alike in all of them: torch.manual_seed before get_peft_model (or wrap the model "
@@ -31,82 +29,28 @@ _SAME_STEP = (
 )
 
 
-class ProcessCoordinator:
-    """The processes that a run's ranks are shared by.
+class ProcessCoordinator(Integration):
+    """Keeps the processes alike, and stops them where they are not.
 
     Args:
-        layers: the LoRA layers, the same modules in every process.
-        outer: the model as the loop calls it, where that is known.
-        optimizer: the one that steps.
+        processes: those that train the model.
+        lockstep: whether a forward pass needs all of them at once.
     """
 
-    def __init__(self, layers: AdapterLayers, outer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.processes = ProcessGroup.now(next(iter(layers.values())).A.device)
-        self._layers, self._optimizer = layers, optimizer
-        self._zero = optimizer if isinstance(optimizer, ZeroOptimizer) else None
-        fsdp = self.processes.several and is_sharded(layers.model)
-        self._lockstep = fsdp or (self._zero is not None and self._zero.sharded)
-        ddp = self.processes.several and not fsdp and self._zero is None
-        self._reducers = Reducers(layers.model, outer) if ddp else None
-        if fsdp:
-            average_gradients_(layers.model, self.processes)
+    def __init__(self, processes: ProcessGroup, *, lockstep: bool) -> None:
+        self.processes = processes
+        self._lockstep = lockstep
 
-    @property
-    def share(self) -> Share | None:
-        """This process's share of scoring: a part of it, or all of it where forward passes need all processes."""
-        if self._lockstep and self.processes.several:
-            return self.processes.lockstep()
-        return self.processes if self.processes.several else None
-
-    def begin(self) -> None:
-        """The run is about to hang on its optimiser."""
-        if self._zero is not None:
-            self._zero.take_over()
-
-    def close(self) -> None:
-        if self._reducers is not None:
-            self._reducers.close()
-        if self._zero is not None:
-            self._zero.close()
-
-    def fetch(self) -> None:
-        """The layers' weights, and their moments, are about to be looked at: under ZeRO they are elsewhere."""
-        if self._zero is not None:
-            self._zero.fetch()
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside, this process has the whole adapter in its model; afterwards all processes have come this far."""
-        with gathered(self._layers):
-            yield
-        self.processes.wait()
-
-    @contextmanager
-    def gradients(self, allocator: Allocator) -> Iterator[None]:
-        """Inside, the layers' gradients can be seen and changed, if the method does so."""
-        if self._zero is None or not allocator.sees_gradients:
-            yield
-            return
-        self._zero.fetch()
-        self._zero.fetch_gradients()
-        yield
-        self._zero.store_gradients()
-
-    def check_start(self, allocator: Allocator, run: TrainingInfo, batch: Mapping[str, Any] | None) -> None:
-        """Raises DisagreementError if method, settings, run, ranks or validation batch differ.
-
-        And LorankError for a method that ZeRO-3 cannot serve.
-        """
-        if self._zero is not None and self._zero.sharded and allocator.own_backward:
-            raise LorankError(
-                f"{type(allocator).__name__} makes backward passes of its own, for which ZeRO-3 does not gather what "
-                "they need: use ZeRO-2, or scores from forward passes (ALoRA with scores='exact')"
-            )
+    def on_start(self, run: RunState) -> None:
+        """Raises DisagreementError if method, settings, run, ranks or validation batch differ."""
         if not self.processes.several:
             return
-        settings = {**allocator.describe(), "seed": run.seed, "total_steps": run.total_steps}
-        settings["steps_per_epoch"] = run.steps_per_epoch
-        settings |= {f"rank of {name}": rank for name, rank in run.initial_ranks.items()}
+        # Of scoring each process does a part, or all of it where forward passes need all processes.
+        run.share = self.processes.lockstep() if self._lockstep else self.processes
+        info, batch = run.info, run.validation_batch
+        settings = {**run.allocator.describe(), "seed": info.seed, "total_steps": info.total_steps}
+        settings["steps_per_epoch"] = info.steps_per_epoch
+        settings |= {f"rank of {name}": rank for name, rank in info.initial_ranks.items()}
         if batch is None:
             settings["validation batch"] = None
         else:
@@ -116,40 +60,32 @@ class ProcessCoordinator:
         tensors = {key: value for key, value in (batch or {}).items() if isinstance(value, Tensor)}
         require_same_tensors(self.processes, tensors, "validation batch", _SAME_START)
 
-    def average_gates(self) -> None:
-        """Learned gates are no parameters of the model, so nobody else averages their gradients."""
-        if self._layers.gates is not None:
-            self.processes.mean_(self._layers.gates.grad)
+    def before_step(self, run: RunState) -> None:
+        """Learned gates are no parameters of the model, so that nobody else averages their gradients."""
+        if run.layers.gates is not None:
+            self.processes.mean_(run.layers.gates.grad)
 
-    def check_decision(self, step: int, allocation: Allocation | None) -> None:
-        """Raises DisagreementError if the processes are about to move different ranks; nothing has moved yet."""
+    def on_decision(self, run: RunState, allocation: Allocation | None) -> None:
+        """Raises DisagreementError if the processes are about to move different ranks."""
         if not self.processes.several:
             return
         plan = {} if allocation is None else allocation.plan
         lines = [f"allocation: {allocation is not None}", *(f"{name}: {change}" for name, change in plan.items())]
-        what = f"plan after step {step}"
-        require_same_text(self.processes, "\n".join(lines), what, _SAME_STEP)
+        require_same_text(self.processes, "\n".join(lines), f"plan after step {run.step}", _SAME_STEP)
 
-    def follow(self) -> None:
-        """Ranks have moved: what holds on to the old shapes is made anew, and who has copies gets the new ones."""
-        if self._reducers is not None:
-            self._reducers.rebuild()
-        if self._zero is not None:
-            self._zero.store()
-
-    def check_state(self, step: int, state: State) -> None:
+    def after_allocation(self, run: RunState) -> None:
         """Raises DisagreementError if ranks, trained weights, optimiser, gates or the method's memory differ."""
         if not self.processes.several:
             return
-        layers = self._layers
+        layers = run.layers
         lines = "\n".join(f"{name}: {layer.head_ranks}" for name, layer in layers.items())
-        advice = _SAME_STEP if step else _SAME_START
-        require_same_text(self.processes, lines, f"ranks after step {step}", advice)
-        tensors = dict(_trained(layers.model, self._optimizer))
+        advice = _SAME_STEP if run.step else _SAME_START
+        require_same_text(self.processes, lines, f"ranks after step {run.step}", advice)
+        tensors = dict(_trained(layers.model, run.optimizer))
         if layers.gates is not None:
             tensors["gates"] = layers.gates.values
-        tensors |= {f"{name} of the method's state": value for name, value in state.items()}
-        require_same_tensors(self.processes, tensors, f"adapter after step {step}", advice)
+        tensors |= {f"{name} of the method's state": value for name, value in run.memory.items()}
+        require_same_tensors(self.processes, tensors, f"adapter after step {run.step}", advice)
 
 
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:

@@ -16,33 +16,47 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lorank.errors import LorankError
+from lorank.lora import AdapterLayers
+from lorank.training.parallel.backend import Backend
+from lorank.training.parallel.process_group import ProcessGroup
+from lorank.training.run_state import RunState
 
 
-class Reducers:
-    """The DDP module around a model, found when it first runs, and its reducer.
+class DdpBackend(Backend):
+    """DistributedDataParallel. The DDP module is found at once, or when a forward pass first goes through it."""
 
-    Args:
-        model: what DDP wraps: the object that has the LoRA layers.
-        outer: what the user handed in, which may be the DDP module itself, also under ``torch.compile``.
-    """
-
-    def __init__(self, model: nn.Module, outer: nn.Module) -> None:
+    def __init__(self, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> None:
+        super().__init__(layers, model, optimizer)
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._handle: RemovableHandle | None = None
-        found = ddp_of(outer)
-        if found is not None:
-            self._meet(found)
+
+    @classmethod
+    def serves(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
+        return ProcessGroup.of(layers).several
+
+    @classmethod
+    def inner(cls, model: nn.Module) -> nn.Module:
+        ddp = _ddp_of(model)
+        return model if ddp is None else ddp.module
+
+    def on_start(self, run: RunState) -> None:
+        ddp = _ddp_of(run.model)
+        if ddp is not None:
+            self._meet(ddp)
         else:
             # Nothing leads from a model to the DDP module around it, but a forward pass goes through both.
-            self._handle = model.register_forward_pre_hook(self._look)
+            self._handle = run.layers.model.register_forward_pre_hook(self._look)
 
-    def rebuild(self) -> None:
-        """After a resize. Where no DDP module has run yet, its reducer is made anew when it first does."""
+    def after_resize(self, run: RunState) -> None:
+        """Where no DDP module has run yet, its reducer is made anew when it first does."""
         ddp = self._ddp() if self._ddp is not None else None
         if ddp is not None:
             rebuild_(ddp)
 
-    def close(self) -> None:
+    def on_end(self, run: RunState) -> None:
+        self._stop_looking()
+
+    def _stop_looking(self) -> None:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -51,7 +65,7 @@ class Reducers:
     def _look(self, module: nn.Module, arguments: Any) -> None:
         active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]  # untyped in torch
         if active is not None and _holds(active, module):
-            self.close()
+            self._stop_looking()
             self._meet(active)
 
     def _meet(self, ddp: DistributedDataParallel) -> None:
@@ -83,7 +97,7 @@ def rebuild_(ddp: DistributedDataParallel) -> None:
         torch.distributed._register_comm_hook(ddp.reducer, state, hook)  # type: ignore[attr-defined]  # untyped in torch
 
 
-def ddp_of(outer: nn.Module) -> DistributedDataParallel | None:
+def _ddp_of(outer: nn.Module) -> DistributedDataParallel | None:
     """The DDP module that this is, or that ``torch.compile`` was given."""
     inner = getattr(outer, "_orig_mod", outer)
     return inner if isinstance(inner, DistributedDataParallel) else None

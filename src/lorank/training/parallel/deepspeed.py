@@ -12,7 +12,7 @@ In between everything is as without DeepSpeed: the same code resizes the same sm
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,20 +22,63 @@ from torch import Tensor, nn
 
 from lorank.errors import LorankError
 from lorank.lora import AdapterLayer, AdapterLayers, padded, unwrap_optimizer
-from lorank.training.checkpoint.layer_state import STATE_KEY
+from lorank.training.checkpoint.rank_state import STATE_KEY
+from lorank.training.parallel.backend import Backend
+from lorank.training.run_state import RunState
 
 ZERO = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
 
 
-def torch_optimizer(layers: AdapterLayers, optimizer: Any) -> torch.optim.Optimizer:
-    """What a run hangs on: the torch optimiser inside accelerate's wrapper, or ZeRO's in the form of one.
+class ZeroBackend(Backend):
+    """DeepSpeed's ZeRO: its optimiser is seen through a torch optimiser of the live ranks, :class:`ZeroOptimizer`.
 
     Raises:
-        OptimizerStateError: there is none.
-        LorankError: a DeepSpeed that is not served.
+        OptimizerStateError: there is no optimiser inside.
+        LorankError: a DeepSpeed that is not supported.
     """
-    zero = zero_of(optimizer)
-    return unwrap_optimizer(optimizer) if zero is None else ZeroOptimizer(layers, zero)
+
+    optimizer: ZeroOptimizer
+
+    def __init__(self, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> None:
+        self.optimizer = ZeroOptimizer(layers, zero_of(optimizer))
+        self.lockstep = self.optimizer.sharded
+        self._layers = layers
+
+    @classmethod
+    def serves(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
+        return zero_of(optimizer) is not None
+
+    @classmethod
+    def inner(cls, model: nn.Module) -> nn.Module:
+        inside = getattr(model, "module", None)
+        return inside if type(model).__module__.startswith("deepspeed.") and isinstance(inside, nn.Module) else model
+
+    def on_start(self, run: RunState) -> None:
+        if self.lockstep and run.allocator.own_backward:
+            raise LorankError(
+                f"{type(run.allocator).__name__} makes backward passes of its own, for which ZeRO-3 does not gather "
+                "what they need: use ZeRO-2, or scores from forward passes (ALoRA with scores='exact')"
+            )
+        self.optimizer.take_over()
+
+    def before_step(self, run: RunState) -> None:
+        if run.allocator.sees_gradients and not run.finished:
+            self.optimizer.fetch()
+            self.optimizer.fetch_gradients()
+
+    def before_read(self, run: RunState) -> None:
+        self.optimizer.fetch()
+
+    def after_resize(self, run: RunState) -> None:
+        self.optimizer.store()
+
+    def on_end(self, run: RunState) -> None:
+        self.optimizer.close()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        with _gathered(self._layers):
+            yield
 
 
 def param_groups_of(optimizer: Any) -> list[dict[str, Any]]:
@@ -58,12 +101,6 @@ def _within(optimizer: Any) -> Any:
 
 def _is_deepspeed(optimizer: Any) -> bool:
     return type(optimizer).__module__.startswith("deepspeed.runtime")
-
-
-def engine_module(model: nn.Module) -> nn.Module:
-    """The model inside DeepSpeed's engine, or the model itself."""
-    inside = getattr(model, "module", None)
-    return inside if type(model).__module__.startswith("deepspeed.") and isinstance(inside, nn.Module) else model
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -108,8 +145,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 vars(self._zero).pop(name, None)
 
     def step(self, closure: Any = None) -> Any:
-        """ZeRO's own step, between this optimiser's hooks."""
+        """ZeRO's own step, between this optimiser's hooks. Gradients that a method has changed are stored first."""
         self.param_groups[0].update(self._schedule())
+        self.store_gradients()
         return self._step() if closure is None else self._step(closure)
 
     @torch.no_grad()
@@ -138,7 +176,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             _set_weight(stored, padded(shadow, axis, size))
             for key in moments:
                 _set_moment(stored, padded(self.state[shadow][key], axis, size), key)
-        with gathered(self._layers):
+        with _gathered(self._layers):
             for layer, shadow, stored, axis in self._weights():
                 assert layer.pool is not None
                 stored.data.copy_(padded(shadow, axis, layer.pool.capacity))
@@ -153,7 +191,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def store_gradients(self) -> None:
-        """The inverse of :meth:`fetch_gradients`; the layers' own are gone afterwards."""
+        """The inverse of :meth:`fetch_gradients`, where gradients were fetched; they are gone afterwards."""
         for layer, shadow, stored, axis in self._weights():
             assert layer.pool is not None
             if shadow.grad is not None:
@@ -258,7 +296,7 @@ def _part(stored: Any, value: Tensor) -> Tensor:
     return flat.narrow(0, size * dist.get_rank(group), size)
 
 
-def gathered(layers: AdapterLayers) -> AbstractContextManager[Any]:
+def _gathered(layers: AdapterLayers) -> AbstractContextManager[Any]:
     """Inside, the model's parameters of these layers are whole in every process, also under ZeRO-3.
 
     What process 0 writes into them is in all of them afterwards. All processes at once.

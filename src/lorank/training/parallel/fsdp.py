@@ -16,7 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorank.errors import LorankError
+from lorank.lora import AdapterLayers
+from lorank.training.parallel.backend import Backend
 from lorank.training.parallel.process_group import ProcessGroup
+from lorank.training.run_state import RunState
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -24,6 +27,19 @@ HOW = (
     "For FSDP2 shard the base model alone: model = lorank.shard_base_(model), or fully_shard(…, ignored_params=the "
     "adapter's); with accelerate and the Trainer set the environment variable FSDP_IGNORED_MODULES='.*lora_.*'"
 )
+
+
+class FsdpBackend(Backend):
+    """FSDP2 over the base model."""
+
+    lockstep = True
+
+    @classmethod
+    def serves(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
+        return ProcessGroup.of(layers).several and is_sharded(layers.model)
+
+    def on_start(self, run: RunState) -> None:
+        average_gradients_(run.layers.model, ProcessGroup.of(run.layers))
 
 
 def shard_base_(model: Model, **options: Any) -> Model:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lorank.lora import AdapterLayers
+
 
 @dataclass(frozen=True)
 class ProcessGroup:
@@ -25,8 +27,14 @@ class ProcessGroup:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
+    def of(cls, layers: AdapterLayers) -> ProcessGroup:
+        """Those that train these layers."""
+        return cls.now(next(iter(layers.values())).A.device)
+
+    @classmethod
     def now(cls, device: torch.device) -> ProcessGroup:
-        if not _together():
+        """Those that there are now."""
+        if not _is_initialized():
             return cls()
         return cls(dist.get_world_size(), dist.get_rank(), device)
 
@@ -85,8 +93,8 @@ class Lockstep:
 
 def is_first_process() -> bool:
     """Whether this is the process that writes files and shows progress: process 0, or the only one."""
-    return not _together() or dist.get_rank() == 0
+    return not _is_initialized() or dist.get_rank() == 0
 
 
-def _together() -> bool:
+def _is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()

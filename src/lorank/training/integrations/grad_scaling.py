@@ -12,54 +12,60 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from lorank.lora import AdapterLayers, LearnedGates
+from lorank.lora import LearnedGates
+from lorank.training.integrations.base import Integration, StepSkipped
+from lorank.training.run_state import RunState
 
 logger = logging.getLogger("lorank")
 
 
-class GradScaling:
-    """Gradients at their true size when a method looks at them, and no step where there was none.
+class GradScaling(Integration):
+    """Gradients have their true size when a method looks at them, and a step that the scaler skips is no step.
 
     Args:
-        layers: the LoRA layers.
         optimizer: what the user made, which may be accelerate's wrapper: it knows its scaler.
         scaler: the loop's gradient scaler; None: the wrapper's, or none.
     """
 
-    def __init__(self, layers: AdapterLayers, optimizer: Any, scaler: Any) -> None:
+    def __init__(self, optimizer: Any, scaler: Any) -> None:
         while scaler is None and optimizer is not None:
             scaler = getattr(optimizer, "scaler", None)
             optimizer = getattr(optimizer, "optimizer", None)
-        self._layers = layers
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._warned = False
         self._forwards = 0  # since the last step
-        self._handle = layers.model.register_forward_pre_hook(self._before_forward)
+        self._handle: RemovableHandle | None = None
 
-    def settle_(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Divides out the scale wherever it is still in a gradient. Returns whether the optimiser will really step."""
+    def on_start(self, run: RunState) -> None:
+        self._layers = run.layers
+        self._handle = run.layers.model.register_forward_pre_hook(self._before_forward)
+
+    def before_step(self, run: RunState) -> None:
+        """Divides out the scale wherever it is still in a gradient.
+
+        Raises:
+            StepSkipped: a gradient has overflowed, so that the optimiser will leave the weights as they are.
+        """
+        optimizer = run.optimizer
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
-            return False
+            raise StepSkipped
         if scale is not None:  # a fused optimiser would divide, after methods have looked
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             for grad in grads:
                 grad.mul_(scale.double().reciprocal().float().to(grad.device))
             setattr(optimizer, "grad_scale", None)  # noqa: B010  # the scaler's own attribute, unknown to type checkers
-        if self._scaler is not None and self._layers.gates is not None:
-            self._layers.gates.grad.div_(self._scaler.get_scale())
-        return True
+        if self._scaler is not None and run.layers.gates is not None:
+            run.layers.gates.grad.div_(self._scaler.get_scale())
 
-    def stepped(self) -> None:
-        """The gradients have been used: those of the gates begin anew."""
+    def after_step(self, run: RunState) -> None:
         self._forwards = 0
-        if self._layers.gates is not None:
-            self._layers.gates.clear_grad()
 
-    def close(self) -> None:
-        """Removes what watches the model."""
-        self._handle.remove()
+    def on_end(self, run: RunState) -> None:
+        if self._handle is not None:
+            self._handle.remove()
 
     def _before_forward(self, model: nn.Module, _: Any) -> None:
         """Where a loop has thrown its gradients away without a step, those of the gates go too."""

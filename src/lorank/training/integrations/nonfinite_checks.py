@@ -1,8 +1,8 @@
-"""Numbers that are none: a step with gradients, or a decision by scores, that are not finite stops before it counts.
+"""NaN and infinity stop a run before they count: in a gradient before the step, in a score before the decision.
 
-A NaN that enters a moving average, a gate or Adam's moments never leaves it, and every decision after that is made of
-it. So gradients are looked at before a method or the optimiser uses them: one reduction over all, and one number that
-is read back.
+A NaN that enters a moving average, a gate or Adam's moments never leaves it, and every later decision rests on it. So
+gradients are checked before a method or the optimiser uses them: one reduction over all of them, and one number that is
+read back.
 """
 
 from __future__ import annotations
@@ -13,14 +13,29 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from lorank.allocators import Allocation
 from lorank.errors import NonFiniteError
 from lorank.lora import AdapterLayers
+from lorank.training.integrations.base import Integration
+from lorank.training.run_state import RunState
 
 REMEDY = (
     "Look at this step's batch and loss (a sample without labels? a division by zero?); where training diverges, a "
     "lower learning rate, a longer warm-up or clipped gradients help; where float16 overflows, bfloat16 or a gradient "
     "scaler"
 )
+
+
+class NonfiniteChecks(Integration):
+    """Gradients are looked at before every step of a method that moves ranks, scores before every decision."""
+
+    def before_step(self, run: RunState) -> None:
+        if run.allocator.moves_ranks and not run.finished:
+            require_finite_gradients(run.layers, run.optimizer, run.step + 1)
+
+    def on_decision(self, run: RunState, allocation: Allocation | None) -> None:
+        if allocation is not None:
+            require_finite_scores(allocation.scores, run.step, type(run.allocator).__name__)
 
 
 def require_finite_gradients(layers: AdapterLayers, optimizer: torch.optim.Optimizer, step: int) -> None:

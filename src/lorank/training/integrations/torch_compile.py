@@ -8,52 +8,53 @@ ranks move, and the count begins anew.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 
 from lorank.errors import LorankError
-from lorank.lora import AdapterLayers
+from lorank.training.integrations.base import Integration
+from lorank.training.run_state import RunState
 
 logger = logging.getLogger("lorank")
 
 
-class Compiling:
+class TorchCompile(Integration):
     """A run's compiled model.
 
     Args:
-        layers: the LoRA layers.
         compiled: whether the model is compiled, or will be.
-        per_head: whether layers will have a LoRA per head.
 
     Attributes:
         resets: how often what was compiled has been thrown away.
-
-    Raises:
-        LorankError: a LoRA per head in a compiled model, where it breaks the graph in every layer.
     """
 
-    def __init__(self, layers: AdapterLayers, compiled: bool, *, per_head: bool) -> None:
-        self._layers, self._compiled = layers, compiled
-        self._shapes = layers.ranks
+    def __init__(self, compiled: bool) -> None:
+        self._compiled = compiled
+        self._ranks: Mapping[str, int] = {}
         self.resets = 0
-        if compiled and per_head:
+
+    def on_start(self, run: RunState) -> None:
+        """Raises LorankError for a LoRA per head, which breaks the graph in every layer."""
+        if not self._compiled:
+            return
+        if run.allocator.heads_of(run.layers):
             raise LorankError(
                 "a LoRA per head is a function of its own in every layer, where torch.compile would break its graph. "
                 "Train without torch.compile, or keep one rank per module with heads='module'"
             )
-        if compiled:
-            logger.info("torch.compile: the model is compiled anew after every allocation that moves ranks")
+        self._ranks = run.layers.ranks
+        logger.info("torch.compile: the model is compiled anew after every allocation that moves ranks")
 
-    def follow(self) -> None:
-        """Ranks may have moved: if so, what was compiled for the old ones is thrown away, of the whole process."""
-        if not self._compiled or self._layers.ranks == self._shapes:
+    def after_resize(self, run: RunState) -> None:
+        """If ranks have moved, what was compiled for the old ones is thrown away, of the whole process."""
+        if not self._compiled or run.layers.ranks == self._ranks:
             return
-        self._shapes = self._layers.ranks
+        self._ranks = run.layers.ranks
         self.resets += 1
         torch.compiler.reset()
 
-    def end(self) -> None:
-        """Says how often."""
+    def on_end(self, run: RunState) -> None:
         if self.resets:
             logger.info("torch.compile: ranks moved %d times, and the model was compiled anew each time", self.resets)
             self.resets = 0

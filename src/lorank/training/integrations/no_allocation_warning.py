@@ -1,0 +1,55 @@
+"""A warning for a run in which no rank is ever allocated: before it starts, if that can be known, and at its end."""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+
+from lorank.training.integrations.base import Integration
+from lorank.training.run_state import RunState
+
+logger = logging.getLogger("lorank")
+
+
+class NoAllocationWarning(Integration):
+    """Warns once: when the run has made its last step, is detached, or is gone without either."""
+
+    def on_start(self, run: RunState) -> None:
+        self._name = type(run.allocator).__name__
+        self._moves_ranks = run.allocator.moves_ranks
+        self._allocated = self._warned = False
+        self._first = next(iter(run.allocator.schedule(run.info)), math.inf)
+        self._total_steps = run.info.total_steps
+        # The warning holds nothing of the run, which would never be collected otherwise.
+        weakref.finalize(run, self._warn)
+        if self._moves_ranks and self._first == math.inf:
+            logger.warning(
+                "%s will not move a single rank: its first allocation would come at or after the last of %d steps. "
+                "Train longer, or allocate earlier (ALoRA: a smaller k1).",
+                self._name,
+                self._total_steps,
+            )
+
+    def after_resize(self, run: RunState) -> None:
+        self._allocated = run.allocations > 0  # of a run that is resumed, too
+
+    def after_step(self, run: RunState) -> None:
+        self._allocated = run.allocations > 0
+        if run.step == self._total_steps:
+            self._warn()
+
+    def on_end(self, run: RunState) -> None:
+        self._warn()
+
+    def _warn(self) -> None:
+        if self._warned or self._allocated or not self._moves_ranks:
+            return
+        self._warned = True
+        why = (
+            f"none was due in {self._total_steps} steps"
+            if self._first == math.inf
+            else f"the first was due after step {self._first} of {self._total_steps}, and training stopped before it "
+            "or the optimiser never stepped"
+        )
+        logger.warning("%s ended without a single allocation: %s. No rank ever moved.", self._name, why)

@@ -1,0 +1,22 @@
+"""While a run lasts, a quantised base model stays trainable, whenever it is evaluated
+(:mod:`lorank.lora.quantised`)."""
+
+from __future__ import annotations
+
+from lorank.lora import RepackingPrevention, prevent_repacking
+from lorank.training.integrations.base import Integration
+from lorank.training.run_state import RunState
+
+
+class QuantisedBase(Integration):
+    """bitsandbytes' 4-bit weights are not repacked, and a merge that would lose the adapter is refused."""
+
+    def __init__(self) -> None:
+        self._prevention: RepackingPrevention | None = None
+
+    def on_start(self, run: RunState) -> None:
+        self._prevention = prevent_repacking(run.layers.model)
+
+    def on_end(self, run: RunState) -> None:
+        if self._prevention is not None:
+            self._prevention.remove()
