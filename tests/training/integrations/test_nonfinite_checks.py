@@ -103,7 +103,7 @@ def test_weights_that_are_none_do_not_move_ranks(name: str) -> None:
         ranks.layers[broken].A[0, 0] = torch.inf
     before = ranks.layers.ranks
     with pytest.raises(NonFiniteError, match=f"step 0: not finite are the weights of {broken}. No rank was moved"):
-        ranks._allocate(ranks._context())
+        ranks._allocate()
     assert ranks.layers.ranks == before
 
 
