@@ -18,12 +18,14 @@ from lorank.lora.quantised import RepackingPrevention, prevent_repacking
 from lorank.lora.rank_index import rank_origins
 from lorank.lora.reserve import reserve_
 from lorank.lora.resize import resize_
+from lorank.lora.snapshot import LayersSnapshot
 
 __all__ = [
     "AdapterLayer",
     "AdapterLayers",
     "HeadGroups",
     "LayerPlan",
+    "LayersSnapshot",
     "LearnedGates",
     "Plan",
     "RepackingPrevention",

@@ -26,6 +26,7 @@ from lorank.allocators import Allocation, Allocator, Context, ResolvedBudget, St
 from lorank.errors import ValidationBatchError
 from lorank.lora import (
     AdapterLayers,
+    LayersSnapshot,
     fold_gates_,
     is_compiled,
     merge_heads_,
@@ -112,7 +113,10 @@ class Ranks:
         with ExitStack() as undo:
             self._integrations.on_start(run)
             undo.callback(self._integrations.on_end, run)
-            self._begin(run.optimizer.param_groups[0].get(STATE_KEY))
+            with ExitStack() as unchanged:
+                unchanged.callback(LayersSnapshot(layers, run.optimizer).restore_)
+                self._begin(run.optimizer.param_groups[0].get(STATE_KEY))
+                unchanged.pop_all()
             for handle in (
                 run.optimizer.register_step_pre_hook(self._before_step),
                 run.optimizer.register_step_post_hook(self._after_step),

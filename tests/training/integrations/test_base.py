@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -130,7 +131,7 @@ def hooks_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[i
 def test_a_run_that_cannot_begin_leaves_no_hook_and_no_variant(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(tiny_llama(), random_B=False).train()
     optimizer = adamw(model)
-    before = hooks_of(model, optimizer)
+    before, weights, ranks = hooks_of(model, optimizer), copy.deepcopy(model.state_dict()), find_layers(model).ranks
     allocator: Any = ALoRASensi(**{**ROUNDS, "per_round": 10_000})
     if fails == "an integration":  # the last one, when all others have started
         allocator = ALoRA(**ROUNDS)
@@ -142,6 +143,9 @@ def test_a_run_that_cannot_begin_leaves_no_hook_and_no_variant(fails: str, monke
     with pytest.raises(LorankError):
         lorank.attach(model, optimizer, allocator, validation_batch=token_batch(seed=9), total_steps=10)
     assert hooks_of(model, optimizer) == before
+    assert find_layers(model).ranks == ranks
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
     for layer in find_layers(model).values():
         assert layer.gate is None
         assert not isinstance(layer.module.lora_variant.get(layer.adapter), FusedLora)

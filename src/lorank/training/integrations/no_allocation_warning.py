@@ -18,7 +18,7 @@ class NoAllocationWarning(Integration):
     def on_start(self, run: RunState) -> None:
         self._name = type(run.allocator).__name__
         self._moves_ranks = run.allocator.moves_ranks
-        self._allocated = self._warned = False
+        self._begun = self._allocated = self._warned = False
         self._first = next(iter(run.allocator.schedule(run.info)), math.inf)
         self._total_steps = run.info.total_steps
         # The warning holds nothing of the run, which would never be collected otherwise.
@@ -30,6 +30,9 @@ class NoAllocationWarning(Integration):
                 self._name,
                 self._total_steps,
             )
+
+    def after_allocation(self, run: RunState) -> None:
+        self._begun = True  # notified once before the first step: a run that cannot begin is not warned of
 
     def after_resize(self, run: RunState) -> None:
         self._allocated = run.allocations > 0  # of a run that is resumed, too
@@ -43,7 +46,7 @@ class NoAllocationWarning(Integration):
         self._warn()
 
     def _warn(self) -> None:
-        if self._warned or self._allocated or not self._moves_ranks:
+        if not self._begun or self._warned or self._allocated or not self._moves_ranks:
             return
         self._warned = True
         why = (
