@@ -26,7 +26,7 @@ from lorank.scoring.variants import (
     grouped,
     nothing_known,
 )
-from lorank.scoring.work_sharding import Share, collected, dealt, exchanged, largest_share
+from lorank.scoring.work_sharding import Share, deal_out, exchange, in_dealt_order, largest_share
 
 logger = logging.getLogger("lorank")
 EngineName = Literal["exact", "reference"]
@@ -76,21 +76,21 @@ class Evaluator:
             ValidationBatchError: one of them, which is named, is not finite.
         """
         variants = flattened(wanted)
-        own = dealt(variants, self._share)
+        own = deal_out(variants, self._share)
 
         def row() -> list[float]:
             losses = self._evaluate(grouped(own), backgrounds)
             backs = [0.0 if loss is None else loss for loss in (losses.full, losses.base)]
             return [losses.evaluations, *backs, *(float(losses.variants[t][n][k]) for t, n, k in own)]
 
-        rows = exchanged(row, 3 + largest_share(len(variants), self._share), self._share)  # (processes, 3 + largest)
+        rows = exchange(row, 3 + largest_share(len(variants), self._share), self._share)  # (processes, 3 + largest)
         evaluations = int(rows[:, 0].sum())
         self.evaluations += evaluations
         found: dict[Term, float] = {"without": float(rows[0, 1]), "alone": float(rows[0, 2])}
         for term in sorted(backgrounds, reverse=True):  # "without" first
             require_finite(found[term], describe_background(term))
         losses = nothing_known(self._layers, wanted)
-        for (term, name, k), loss in zip(variants, collected(rows[:, 3:], len(variants)).tolist(), strict=True):
+        for (term, name, k), loss in zip(variants, in_dealt_order(rows[:, 3:], len(variants)).tolist(), strict=True):
             losses[term][name][k] = require_finite(loss, describe(name, k, term))
         full, base = (found[t] if t in backgrounds else None for t in ("without", "alone"))
         return VariantLosses(full, base, losses, evaluations)

@@ -52,7 +52,7 @@ from lorank.scoring.microbatch import (
 from lorank.scoring.preserve_state import preserve_state
 from lorank.scoring.targets import Form, Head, Targets, find_form, output_embedding
 from lorank.scoring.variants import TERMS, Gates, Progress, Term, Terms, Unsuited, VariantLosses, in_order
-from lorank.scoring.work_sharding import Share, dealt, exchanged
+from lorank.scoring.work_sharding import Share, deal_out, exchange
 
 logger = logging.getLogger("lorank")
 
@@ -146,7 +146,7 @@ class GatePath:
             self.layers[name].gate = leaf
         try:
             length = 1 + self.layers.total_rank
-            rows = exchanged(row, length, self.share)  # (processes, 1 + R)
+            rows = exchange(row, length, self.share)  # (processes, 1 + R)
         finally:
             for name in names:
                 self.layers[name].gate = self.gates.own[name]
@@ -216,7 +216,7 @@ def _parts(batch: Mapping[str, Any], max_rows: int | None, share: Share | None) 
         if share is None and not is_larger_than_a_pass(batch, max_rows):
             return [batch]
         raise Unsuited("some tensor of the batch does not have one row per sample")
-    own = torch.tensor(dealt(range(rows), share), dtype=torch.long)
+    own = torch.tensor(deal_out(range(rows), share), dtype=torch.long)
     return [*in_passes(batch, own, TOKENS_PER_PASS, max_rows)]
 
 

@@ -141,7 +141,7 @@ class Gates:
         return ones * (1 - eye if term == "without" else eye)
 
 
-def inert(layer: AdapterLayer, gate: Tensor | None) -> list[int]:
+def inert_ranks(layer: AdapterLayer, gate: Tensor | None) -> list[int]:
     """The ranks that add nothing: a row of A, a column of B or a gate that is all zeros."""
     alive = (layer.A.detach() != 0).any(dim=1) & (layer.B.detach() != 0).any(dim=0)  # (r,)
     if gate is not None:

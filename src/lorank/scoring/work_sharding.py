@@ -42,12 +42,12 @@ class Share(Protocol):
         ...
 
 
-def dealt(items: Sequence[T], share: Share | None) -> list[T]:
+def deal_out(items: Sequence[T], share: Share | None) -> list[T]:
     """This process's items: every ``count``-th, so that neighbours, which cost about the same, go to all in turn."""
     return list(items) if share is None else list(items[share.index :: share.count])
 
 
-def exchanged(own: Callable[[], Sequence[float]], length: int, share: Share | None) -> Tensor:
+def exchange(own: Callable[[], Sequence[float]], length: int, share: Share | None) -> Tensor:
     """``own()`` of every process, (count, length) float64, without a share (1, length).
 
     A process that fails must not leave the others waiting: it takes part in the gather all the same, and then raises;
@@ -84,7 +84,7 @@ def exchanged(own: Callable[[], Sequence[float]], length: int, share: Share | No
     return rows[:, 1:]
 
 
-def collected(rows: Tensor, total: int) -> Tensor:
+def in_dealt_order(rows: Tensor, total: int) -> Tensor:
     """Dealt results in the order of the items they belong to: (count, ⌈total / count⌉) → (total,)."""
     return rows.T.reshape(-1)[:total]  # item i was dealt to process i % count, as its (i // count)-th
 

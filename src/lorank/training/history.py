@@ -77,7 +77,7 @@ class Record:
     def from_json(cls, line: str) -> Record:
         """Raises HistoryError for anything that :meth:`to_json` did not write."""
         try:
-            return cls(**checked(parse_json(line)))
+            return cls(**_checked_fields(parse_json(line)))
         except (ValueError, OverflowError) as error:
             raise HistoryError(f"not a line of a rank history ({error}): {line[:80]!r}") from error
 
@@ -194,13 +194,13 @@ def record_of(
     )
 
 
-def tell(record: Record) -> None:
+def log_record(record: Record) -> None:
     """An allocation's line in the log."""
     moved = sum(map(len, record.pruned.values()))
     logger.info("step %d: %d ranks moved, %d in %d modules", record.step, moved, record.total_rank, len(record.ranks))
 
 
-def checked(values: Any) -> dict[str, Any]:
+def _checked_fields(values: Any) -> dict[str, Any]:
     """The fields of a :class:`~lorank.training.history.Record`, with what is unknown left out.
 
     Raises:

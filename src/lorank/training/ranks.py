@@ -47,7 +47,7 @@ from lorank.training.checkpoint.rank_state import (
     restore_progress_,
 )
 from lorank.training.checks import check_batch, check_optimizer_state, check_run
-from lorank.training.history import RankHistory, Record, record_of, tell
+from lorank.training.history import RankHistory, Record, log_record, record_of
 from lorank.training.integrations.base import Integrations, StepSkipped
 from lorank.training.integrations.fused_forward import FusedForward
 from lorank.training.integrations.grad_scaling import GradScaling
@@ -328,7 +328,7 @@ class Ranks:
         self._integrations.after_allocation(run)
         record = self._record(allocation, before, seconds + time.perf_counter() - began)
         self.history.append(record)
-        tell(record)
+        log_record(record)
 
     def _context(self) -> Context:
         return self._run.context()

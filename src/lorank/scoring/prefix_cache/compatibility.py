@@ -13,7 +13,7 @@ from lorank.lora.layer import AdapterLayers
 from lorank.scoring.loss import base_of, field, forward_arguments, own_loss, require_finite
 from lorank.scoring.microbatch import is_by_sample, repeated, rows_of
 from lorank.scoring.prefix_cache.block_tracing import tracing
-from lorank.scoring.prefix_cache.variant_runner import Fit, Sweep
+from lorank.scoring.prefix_cache.variant_runner import ModelFit, VariantRunner
 from lorank.scoring.targets import Head, Targets, find_form, output_embedding
 from lorank.scoring.variants import Gates, Unsuited, describe, in_order
 
@@ -25,21 +25,23 @@ TOKENS_PER_FORWARD_GPU = 16_384
 LOGITS_PER_FORWARD = 2**28
 
 
-def fit(model: nn.Module, layers: AdapterLayers, part: Mapping[str, Any], max_rows: int | None) -> Fit:
+def check_compatibility(
+    model: nn.Module, layers: AdapterLayers, part: Mapping[str, Any], max_rows: int | None
+) -> ModelFit:
     """Watches one forward of M, and compares the engine's loss of one ablated variant with a plain forward's.
 
     Raises:
         Unsuited: anything does not fit or differs.
     """
     try:
-        return _checked_fit(model, layers, part, max_rows)
+        return _find_fit(model, layers, part, max_rows)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AdapterError) as error:
         raise Unsuited(f"its forward raised {type(error).__name__}: {error}") from error
 
 
-def _checked_fit(model: nn.Module, layers: AdapterLayers, part: Mapping[str, Any], max_rows: int | None) -> Fit:
+def _find_fit(model: nn.Module, layers: AdapterLayers, part: Mapping[str, Any], max_rows: int | None) -> ModelFit:
     rows = rows_of(part)
     by_sample = is_by_sample(part, rows)
     # One sample looks like any other axis of length one: it is watched twice over, unless it may not be stacked anyway.
@@ -66,7 +68,7 @@ def _checked_fit(model: nn.Module, layers: AdapterLayers, part: Mapping[str, Any
         positions = n if form == "pooled" else targets.count if selecting else n * trace.tokens
         return max(1, min(width, LOGITS_PER_FORWARD // (positions * classes)))
 
-    found = Fit(model, Head(model, embedding if selecting else None), trace, form, max_copies)
+    found = ModelFit(model, Head(model, embedding if selecting else None), trace, form, max_copies)
     dtypes = {*trace.dtypes, logits.dtype}
     del output, logits
     if layers.total_rank:
@@ -75,11 +77,11 @@ def _checked_fit(model: nn.Module, layers: AdapterLayers, part: Mapping[str, Any
 
 
 def _rehearse(
-    found: Fit, layers: AdapterLayers, part: Mapping[str, Any], loss: float, dtypes: set[torch.dtype]
+    found: ModelFit, layers: AdapterLayers, part: Mapping[str, Any], loss: float, dtypes: set[torch.dtype]
 ) -> None:
     """Compares L(M) and one L(M without r), with as many blocks skipped as ever, with plain forwards."""
     gates = Gates(layers)
-    sweep = Sweep(found, layers, gates, part, {})
+    runner = VariantRunner(found, layers, gates, part, {})
     # The last layer that can be stacked; of its ranks, the one with the largest update.
     name = max(
         (name for name, _ in in_order(layers)),
@@ -90,12 +92,12 @@ def _rehearse(
     variant = gates.variants(name, "without")[k]  # (r,)
     ones = gates.variants(name, "alone").sum(dim=0)  # (r,)
     gates.background("without")
-    with sweep.patched():
-        losses = sweep.losses(name, torch.stack([variant, ones]), "without") / sweep.targets.count  # (2,)
+    with runner.patched():
+        losses = runner.losses(name, torch.stack([variant, ones]), "without") / runner.targets.count  # (2,)
     layer.gate = variant
     expected = (float(own_loss(found.model, part, None)), loss)
     gates.restore(name, "without")
-    tolerance = _tolerance(dtypes, sweep.targets.labels.device) * abs(loss)
+    tolerance = _tolerance(dtypes, runner.targets.labels.device) * abs(loss)
     for value, wanted, what in zip(losses.tolist(), expected, (describe(name, k, "without"), "the model"), strict=True):
         if not abs(value - wanted) <= tolerance:
             raise Unsuited(f"the loss of {what} came out as {value:.9g}, where a plain forward gives {wanted:.9g}")

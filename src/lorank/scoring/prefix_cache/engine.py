@@ -7,9 +7,8 @@
 - Only labelled positions get logits.
 - A rank that adds nothing (a new one, with B = 0) needs no forward.
 
-Nothing is assumed about a model that one watched forward has not shown, and before the sweep begins one ablated variant
-is compared with a plain forward. Where anything differs, :class:`~lorank.scoring.variants.Unsuited`
-is raised.
+Nothing is assumed about a model that one watched forward has not shown, and before the runner begins one ablated
+variant is compared with a plain forward. Where anything differs, :class:`~lorank.scoring.variants.Unsuited` is raised.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from torch import nn
 
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.microbatch import labelled, split
-from lorank.scoring.prefix_cache.compatibility import fit
-from lorank.scoring.prefix_cache.variant_runner import Sweep
-from lorank.scoring.variants import Gates, Term, VariantLosses, Wanted, flattened, in_order, inert, nothing_known
+from lorank.scoring.prefix_cache.compatibility import check_compatibility
+from lorank.scoring.prefix_cache.variant_runner import VariantRunner
+from lorank.scoring.variants import Gates, Term, VariantLosses, Wanted, flattened, in_order, inert_ranks, nothing_known
 
 
 class ExactEngine:
@@ -42,8 +41,8 @@ class ExactEngine:
         self.layers = layers
         self.gates = Gates(layers)
         self.parts = split(batch, max_rows)
-        self.fit = fit(model, layers, max(self.parts, key=labelled), max_rows)
-        self.dead = {name: inert(layer, self.gates.own[name]) for name, layer in in_order(layers)}
+        self.fit = check_compatibility(model, layers, max(self.parts, key=labelled), max_rows)
+        self.dead = {name: inert_ranks(layer, self.gates.own[name]) for name, layer in in_order(layers)}
 
     def losses(self, wanted: Wanted, backgrounds: Collection[Term], report: Callable[[int], None]) -> VariantLosses:
         """The losses of the wanted variants.
@@ -67,15 +66,15 @@ class ExactEngine:
             report(done // len(self.parts) - before // len(self.parts))
 
         for part in self.parts:
-            sweep = Sweep(self.fit, self.layers, self.gates, part, self.dead)
-            with sweep.patched():
+            runner = VariantRunner(self.fit, self.layers, self.gates, part, self.dead)
+            with runner.patched():
                 for term in sorted({*wanted, *needed}, reverse=True):  # "without" first
-                    for name, ranks, losses in sweep.run(term, wanted.get(term, {}), one_part):
+                    for name, ranks, losses in runner.run(term, wanted.get(term, {}), one_part):
                         known = sums[term][name][ranks].nan_to_num(0.0)  # (ranks,), of the parts before
                         sums[term][name][ranks] = known + losses
                     if term in needed:
-                        totals[term] = totals.get(term, 0.0) + sweep.background(term, one_part)
-            count += sweep.targets.count
+                        totals[term] = totals.get(term, 0.0) + runner.background(term, one_part)
+            count += runner.targets.count
         found = {term: total / count for term, total in totals.items()}
         for term, of_term in sums.items():
             for name in of_term:

@@ -44,7 +44,7 @@ class _Call:
     frozen: Tensor | None
 
 
-class Within:
+class LayerCache:
     """The layers of the block in which variants begin. Usable inside :meth:`patched` only.
 
     Args:

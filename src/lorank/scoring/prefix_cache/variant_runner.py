@@ -15,13 +15,13 @@ from lorank.scoring.loss import forward_arguments
 from lorank.scoring.microbatch import inputs_of, repeated, rows_of
 from lorank.scoring.prefix_cache.block_skipping import Prefix, Skipper
 from lorank.scoring.prefix_cache.block_tracing import Trace
-from lorank.scoring.prefix_cache.layer_cache import Within
+from lorank.scoring.prefix_cache.layer_cache import LayerCache
 from lorank.scoring.targets import Form, Head, Targets
 from lorank.scoring.variants import Gates, Term
 
 
 @dataclass(frozen=True)
-class Fit:
+class ModelFit:
     """What holds for all parts of the batch.
 
     Attributes:
@@ -35,7 +35,7 @@ class Fit:
     max_copies: Callable[[int, Targets], int]
 
 
-class Sweep:
+class VariantRunner:
     """All variants on one part of the batch.
 
     Args:
@@ -43,7 +43,7 @@ class Sweep:
     """
 
     def __init__(
-        self, fit: Fit, layers: AdapterLayers, gates: Gates, part: Mapping[str, Any], dead: Mapping[str, list[int]]
+        self, fit: ModelFit, layers: AdapterLayers, gates: Gates, part: Mapping[str, Any], dead: Mapping[str, list[int]]
     ) -> None:
         self.fit, self.layers, self.gates, self.dead = fit, layers, gates, dead
         self.skipper = Skipper(fit.trace)
@@ -55,13 +55,13 @@ class Sweep:
         self._repeated: dict[int, dict[str, Any]] = {}
         self._prefix: dict[Term, Prefix] = {"without": Prefix(), "alone": Prefix()}
         self._ahead: dict[Term, Prefix] = {}
-        self._within = Within(layers, fit.trace.per_sample)
+        self._layer_cache = LayerCache(layers, fit.trace.per_sample)
         self._recorded: tuple[Term, int] | None = None
 
     @contextmanager
     def patched(self) -> Iterator[None]:
         """Blocks and layers may be skipped inside."""
-        with self.skipper.patched(), self._within.patched():
+        with self.skipper.patched(), self._layer_cache.patched():
             yield
 
     def _arguments(self, copies: int) -> dict[str, Any]:
@@ -86,10 +86,10 @@ class Sweep:
             return
         self._recorded = (term, prefix.done)
         if prefix.done == len(self.fit.trace.blocks):
-            self._within.forget()
+            self._layer_cache.forget()
             return
         arguments = self._arguments(1)
-        with self._within.recording():
+        with self._layer_cache.recording():
             self._ahead[term] = self.skipper.advance(lambda: self.fit.model(**arguments), prefix, prefix.done + 1)
 
     def losses(self, name: str, variants: Tensor, term: Term) -> Tensor:
@@ -106,7 +106,7 @@ class Sweep:
             copies = len(chunk)
             # (copies, r) → (copies · n, r): a gate per sample
             self.layers[name].gate = chunk[0] if copies == 1 else chunk.repeat_interleave(self.rows, dim=0)
-            with self._within.ablating(name, copies):
+            with self._layer_cache.ablating(name, copies):
                 losses.append(self._run(prefix, copies))
         self.gates.restore(name, term)
         return torch.cat(losses).cpu()
