@@ -280,6 +280,22 @@ class TestRefusedResume:
         with pytest.raises(ResumeError, match="version 99"):
             self.resume(saved)
 
+    def test_a_state_that_attach_refuses_is_still_in_the_optimiser(self, saved: Any) -> None:
+        """Who mends what was wrong goes on from it: nothing begins anew in silence."""
+        model = adapted(tiny_llama())
+        optimizer = adamw(model)
+        optimizer.load_state_dict(saved)
+        first = next(iter(optimizer.state.values()))
+        whole, first["exp_avg"] = first["exp_avg"], torch.zeros(3, 3)
+        settings: dict[str, Any] = {"validation_batch": token_batch(), "total_steps": 10, "seed": 3}
+        with pytest.raises(OptimizerStateError, match="exp_avg"):
+            lorank.attach(model, optimizer, QUICK, **settings)
+        assert "lorank" in optimizer.param_groups[0]
+        first["exp_avg"] = whole
+        ranks = lorank.attach(model, optimizer, QUICK, **settings)
+        assert ranks.step == 3
+        assert "lorank" not in optimizer.param_groups[0]
+
 
 # Bad input, and runs in which nothing happens.
 

@@ -31,7 +31,7 @@ class LayersSnapshot:
             for name, layer in layers.items()
         }
         self._states = {
-            weight: dict(optimizer.state[weight])
+            weight: (optimizer.state[weight], dict(optimizer.state[weight]))  # the dictionary itself, and what is in it
             for layer in layers.values()
             for weight in (layer.A, layer.B)
             if weight in optimizer.state
@@ -46,7 +46,10 @@ class LayersSnapshot:
             for weight, (data, grad) in zip((layer.A, layer.B), self._weights[name], strict=True):
                 replace_data(weight, data, grad)
                 if weight in self._states:
-                    state[weight] = self._states[weight]
+                    own, entries = self._states[weight]
+                    own.clear()
+                    own.update(entries)
+                    state[weight] = own
                 else:
                     state.pop(weight, None)
             module, adapter = layer.module, layer.adapter

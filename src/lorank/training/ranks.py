@@ -115,7 +115,10 @@ class Ranks:
             undo.callback(self._integrations.on_end, run)
             with ExitStack() as unchanged:
                 unchanged.callback(LayersSnapshot(layers, run.optimizer).restore_)
-                self._begin(run.optimizer.param_groups[0].get(STATE_KEY))
+                saved = run.optimizer.param_groups[0].get(STATE_KEY)
+                if saved is not None:
+                    unchanged.callback(run.optimizer.param_groups[0].__setitem__, STATE_KEY, saved)
+                self._begin(saved)
                 unchanged.pop_all()
             for handle in (
                 run.optimizer.register_step_pre_hook(self._before_step),
@@ -291,11 +294,12 @@ class Ranks:
         state_dict["param_groups"][0][STATE_KEY] = self.state_dict()
 
     def _absorb_loaded_state(self) -> None:
-        state = self._run.optimizer.param_groups[0].pop(STATE_KEY, None)
-        if state is not None:
-            self.load_state_dict(state)
-        else:
+        group = self._run.optimizer.param_groups[0]
+        if STATE_KEY not in group:
             check_optimizer_state(self._run)
+            return
+        self.load_state_dict(group[STATE_KEY])
+        del group[STATE_KEY]  # not before: a state that is refused is still there for who mends what is wrong
 
     def _note_foreign_weights(self) -> None:
         self._foreign = True
