@@ -20,7 +20,7 @@ from lorank.experiments.planted.problem import last_hidden
 from lorank.experiments.planted.student import lr_factor, train_student, updates_of
 from lorank.experiments.planted.study import PlantedError, Row
 from lorank.experiments.planted.table import closed_by_seed, rich_table, write_results
-from lorank.lora import find_layers, plan_for_rank, resize_, wrap
+from lorank.lora import find_layers, make_peft_model, plan_for_rank, resize_
 
 SIZES: dict[str, Any] = {
     **{"layers": 1, "most": 3, "block": 8, "train": 64, "held_out": 16, "scored": 4, "steps": 20, "batch": 8},
@@ -90,7 +90,10 @@ def test_the_loss_is_that_of_the_logits_and_one_for_the_base() -> None:
 
 def test_the_exact_solution_has_no_loss_and_finds_everything() -> None:
     problem = make_problem(TINY, 0)
-    model = wrap(copy.deepcopy(problem.base), r=1, lora_alpha=TINY.scaling, target_modules=list(problem.true))
+    targets = list(problem.true)
+    model = make_peft_model(copy.deepcopy(problem.base), r=1, lora_alpha=TINY.scaling, target_modules=targets)
+        copy.deepcopy(problem.base), r=1, lora_alpha=TINY.scaling, target_modules=list(problem.true)
+    )
     layers = find_layers(model)
     resize_(layers, {name: plan_for_rank(0, rank) for name, rank in problem.true.items()})
     assert layers.total_rank == problem.budget

@@ -68,7 +68,7 @@ CASES = list(itertools.product(SHAPES, [0.0, 0.4], [False, True]))
 
 
 @pytest.mark.parametrize(("shape", "p", "gated"), CASES)
-@pytest.mark.parametrize("rank_origins", [False, True])
+@pytest.mark.parametrize("taken", [False, True])
 @pytest.mark.parametrize("into", [False, True])
 def test_lora_equals_the_plain_formula(shape: Any, p: float, gated: bool, taken: bool, into: bool) -> None:
     o = operands(*shape)
