@@ -92,8 +92,6 @@ def test_the_exact_solution_has_no_loss_and_finds_everything() -> None:
     problem = make_problem(TINY, 0)
     targets = list(problem.true)
     model = make_peft_model(copy.deepcopy(problem.base), r=1, lora_alpha=TINY.scaling, target_modules=targets)
-        copy.deepcopy(problem.base), r=1, lora_alpha=TINY.scaling, target_modules=list(problem.true)
-    )
     layers = find_layers(model)
     resize_(layers, {name: plan_for_rank(0, rank) for name, rank in problem.true.items()})
     assert layers.total_rank == problem.budget
