@@ -78,6 +78,13 @@ def test_after_the_end_gates_stay_as_they_are_found_also_those_of_a_resumed_run(
     assert (layers.gates.values == 1).all()
 
 
+def test_the_state_is_made_beside_the_gates_but_for_what_the_host_counts() -> None:
+    layers = find_layers(adapted(tiny_llama()))
+    layers.model.to("meta")
+    state = SEARCH.start(layers, TrainingInfo(10, initial_ranks=layers.ranks))
+    assert {name for name, tensor in state.items() if tensor.device.type == "cpu"} == {"searched", "adam.step"}
+
+
 def test_without_a_split_there_is_nothing_to_search_on() -> None:
     model = adapted(tiny_llama())
     layers = find_layers(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import pickle
 from typing import Annotated, Any, Literal
@@ -61,7 +62,7 @@ class Example:
         ),
     ],
 )
-def test_what_is_wrong_is_said_in_the_terms_of_the_user(given: dict[str, Any], message: str) -> None:
+def test_the_error_names_the_setting_its_value_and_what_is_expected(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ScheduleError) as caught:
         Example(**given)
     assert str(caught.value) == message
@@ -93,6 +94,22 @@ def test_a_condition_between_fields_may_raise_its_own_error() -> None:
 
     with pytest.raises(ScheduleError, match="low is above high"):
         Pair(2, 1)
+
+
+def test_an_error_about_the_whole_object_names_the_class() -> None:
+    @settings(raises=ScheduleError)
+    class Odd:
+        size: int
+
+        def __post_init__(self) -> None:
+            raise ValueError("never right")
+
+    with pytest.raises(ScheduleError, match=r"^Odd: never right$"):
+        Odd(1)
+
+
+def test_the_signature_is_that_of_the_fields() -> None:
+    assert list(inspect.signature(Example).parameters) == ["size", "kind", "share", "names", "on"]
 
 
 def test_what_the_docstring_says_of_each_setting() -> None:

@@ -1,7 +1,10 @@
 """What every rank allocator is: settings that do not change, a state apart from them, and one method.
 
 A new method is one file here with one frozen dataclass. Its settings are the fields; :meth:`Allocator.allocate` says
-which ranks go and where new ones come; the other methods are hooks that do nothing unless it needs them.
+which ranks go and where new ones come; the other methods are hooks that do nothing unless it needs them. Most methods
+are made of three parts: a schedule (schedule.py), a scorer (:class:`lorank.scoring.Scorer`) and a reallocation
+(reallocation.py, pruning_budget.py). A new score under ALoRA's rounds is a
+:class:`~lorank.allocators.rounds.RoundAllocator` that names its scorer.
 """
 
 from __future__ import annotations

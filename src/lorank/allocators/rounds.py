@@ -7,7 +7,6 @@ The schedule is :class:`~lorank.allocators.schedule.RoundSchedule`, the realloca
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -21,7 +20,7 @@ from lorank.allocators.schedule import RoundSchedule
 from lorank.allocators.settings import settings
 from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayers, Plan
-from lorank.scoring import Scorer, Scores
+from lorank.scoring import Scorer
 
 
 def _not_zero(rounds: object) -> object:
@@ -90,7 +89,7 @@ class RoundAllocator(Allocator):
         return uniform_plan(self.budget, layers)
 
     def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
-        self._check_that_ranks_stay(layers)
+        self._check_that_ranks_stay(layers, run)
         return self.scorer.start(layers, run)
 
     def before_step(self, context: Context, state: State) -> None:
@@ -107,19 +106,7 @@ class RoundAllocator(Allocator):
         layers = context.layers
         count, minima = self._to_prune(layers), _minima(layers)
         found = self.scorer.score(context, state, lambda scores: lowest_ranks(scores, count, minima))
-        return self._reallocate(layers, found, count, minima)
-
-    def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
-        self.scorer.after_resize(context, state, origins)
-        if context.step >= self._schedule.last(context.run):
-            self.scorer.end(context, state)
-
-    @property
-    def _schedule(self) -> RoundSchedule:
-        return RoundSchedule(self.k1, self.k2, self.rounds, self.unit)
-
-    def _reallocate(self, layers: AdapterLayers, found: Scores, count: int, minima: Mapping[str, int]) -> Allocation:
-        budget = resolve_budget(self.budget, layers)
+        budget = self.resolve_budget(layers, context.run)
         plan = prune_and_reallocate(
             found.values,
             count,
@@ -134,10 +121,19 @@ class RoundAllocator(Allocator):
             details["budget"] = budget.used(after)
         return Allocation(plan, found.values, details)
 
-    def _check_that_ranks_stay(self, layers: AdapterLayers) -> None:
+    def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
+        self.scorer.after_resize(context, state, origins)
+        if context.step >= self._schedule.last(context.run):
+            self.scorer.end(context, state)
+
+    @property
+    def _schedule(self) -> RoundSchedule:
+        return RoundSchedule(self.k1, self.k2, self.rounds, self.unit)
+
+    def _check_that_ranks_stay(self, layers: AdapterLayers, run: TrainingInfo) -> None:
         """Raises ScheduleError if one round would leave less than must stay."""
         pruned = self._count(layers)
-        plan = uniform_plan(self.budget, layers)
+        plan = self.initial_plan(layers, run)
         total = sum(plan[name].rank if name in plan else layer.rank for name, layer in layers.items())
         needed = _needed(layers)
         if pruned > total - needed:
@@ -156,7 +152,7 @@ class RoundAllocator(Allocator):
 
 
 def _needed(layers: AdapterLayers) -> int:
-    """The ranks that must stay, over all modules: an adapter without any is none."""
+    """The ranks that must stay, over all modules: at least one, since an adapter cannot be empty."""
     return max(1, sum(_minima(layers).values()))
 
 

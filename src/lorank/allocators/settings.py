@@ -4,9 +4,9 @@
     class ALoRASensi(RoundAllocator):
         beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
 
-makes a frozen dataclass whose fields are checked by pydantic: type and range when it is made, and the same bounds in
-the JSON schema of a recipe. Conditions between fields stay in ``__post_init__``. All that is wrong is said at once, in
-the terms of whoever made the object: ``ALoRASensi(beta1=2): expected a number above 0 and below 1``.
+makes a frozen dataclass. Pydantic checks the type and the range of each field when an object is made, and the same
+bounds are in the JSON schema of a recipe. Conditions between fields stay in ``__post_init__``. One error lists all
+settings that are wrong, each as in ``ALoRASensi(beta1=2): expected a number above 0 and below 1``.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ def settings(*, raises: type[LorankError]) -> Callable[[type[T]], type[T]]:
     """A decorator that makes a frozen dataclass with checked fields.
 
     Args:
-        raises: what the class raises for settings that are wrong. A budget that cannot be read, if nothing else is
-            wrong, is a BudgetError everywhere.
+        raises: the error for wrong settings. If only a budget is wrong, the error is a BudgetError.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -66,7 +65,7 @@ def settings(*, raises: type[LorankError]) -> Callable[[type[T]], type[T]]:
 
 
 def documented_settings(cls: type) -> dict[str, str]:
-    """What the docstrings of a method and its bases say of its settings, one entry ``name: …`` of ``Args`` each."""
+    """What ``Args`` in the docstrings of a class and its bases say of each setting, by its name."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, arguments = inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")
@@ -98,6 +97,8 @@ def _line(detail: Any, made: Any) -> str:
         return f"{made.__name__}({name}={value}): unknown setting; {known}"
     if kind == "unexpected_positional_argument":
         return f"{made.__name__}(…, {value}): expected at most {len(fields)} settings: {', '.join(fields)}"
+    if name not in fields:  # of the whole object
+        return f"{made.__name__}: {cause or detail['msg']}"
     wanted = _expected(fields[name]) if len(place) == 1 else None
     if kind == "missing":
         return f"{made.__name__}(): {name} is missing, expected {wanted or 'a value'}"

@@ -147,7 +147,7 @@ class AllocatorSettings(Settings):
 
 
 def _section(name: str, allocator: type[Allocator]) -> type[AllocatorSettings]:
-    """A method's section: the fields of its dataclass, with the bounds that it declares and what it says of them."""
+    """A method's section: the fields of its dataclass, with their bounds and descriptions."""
     hints = get_type_hints(allocator, include_extras=True)
     declared: Mapping[str, FieldInfo] = getattr(allocator, "__pydantic_fields__", {})
     documented = documented_settings(allocator)
@@ -155,16 +155,17 @@ def _section(name: str, allocator: type[Allocator]) -> type[AllocatorSettings]:
     for field in dataclasses.fields(allocator):  # type: ignore[arg-type]  # every allocator is a dataclass
         if not field.init:
             continue
-        said = documented.get(field.name)
+        description = documented.get(field.name)
         if field.name in declared:
             info = copy.copy(declared[field.name])
-            info.description = info.description or said
+            info.description = info.description or description
             fields[field.name] = (info.annotation, info)
         elif field.default_factory is not dataclasses.MISSING:
-            fields[field.name] = (hints[field.name], Field(default_factory=field.default_factory, description=said))
+            made_new = Field(default_factory=field.default_factory, description=description)
+            fields[field.name] = (hints[field.name], made_new)
         else:
             default = ... if field.default is dataclasses.MISSING else field.default
-            fields[field.name] = (hints[field.name], Field(default, description=said))
+            fields[field.name] = (hints[field.name], Field(default, description=description))
     made: type[AllocatorSettings] = create_model(
         f"{allocator.__name__}Settings",
         __base__=AllocatorSettings,
