@@ -79,7 +79,7 @@ def test_train_prints_what_was_reached(recipe: Path, tmp_path: Path) -> None:
         (["task.data=./nowhere"], ["no such file or folder"]),
         (["task.test_split=dev"], ["no split 'dev'", "test, train, validation"]),
         (["model.name=./nothing"], ["'./nothing' cannot be loaded"]),
-        (["allocator.rounds=0"], ["ALoRA(rounds=0): expected at least 1"]),
+        (["allocator.rounds=0"], ["allocator.rounds: expected at least 1"]),
     ],
 )
 def test_mistakes_become_one_message_and_status_2(recipe: Path, changes: list[str], messages: list[str]) -> None:

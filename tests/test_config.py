@@ -9,18 +9,22 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
+from lorank.allocators import Allocation, Allocator, Context, State
 from lorank.config.errors import OTHER_NAMES, _models
 from lorank.config.settings import (
     ALLOCATORS,
     METHODS,
     ConfigError,
     RunConfig,
+    _section,
     json_schema,
     load_config,
     make_config,
     to_yaml,
 )
+from lorank.errors import ScheduleError
 
 FILES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
 SWEEPS = [path for path in FILES if "base" in yaml.safe_load(path.read_text(encoding="utf-8"))]
@@ -145,7 +149,10 @@ def test_all_errors_come_at_once_with_the_nearest_known_key() -> None:
             "allocator.rounds: unknown key here; it is a key of allocator.name=alora",
         ),
         ({"model": {}}, "model.name: is missing (A model on the Hugging Face hub (owner/name), a folder,"),
-        ({"allocator": {"name": "alora", "k1": -1}}, "allocator: ALoRA(k1=-1.0, k2=0.25): both must be above 0 epochs"),
+        ({"allocator": {"name": "alora", "k1": -1}}, "allocator.k1: input should be greater than 0, given -1"),
+        ({"allocator": {"name": "alora", "rounds": 0}}, "allocator.rounds: expected at least 1. For plain LoRA use"),
+        ({"allocator": {"name": "static", "budget": "8 apples"}}, "allocator.budget: budget '8 apples': expected 8 ("),
+        ({"allocator": {"name": "ard", "tau_end": 0.6}}, "allocator: ARDLoRA(tau_end=0.6): expected at most tau_start"),
         ({"allocator": {"name": "alora", "terms": "some"}}, "allocator.terms: input should be 'both', 'without' or"),
         ({"training": {"patience": 2, "load_best_model_at_end": False}}, "training: patience needs"),
         ({"training": {"save_steps": 150}}, "training: save_steps is 150 and eval_steps 200"),
@@ -191,6 +198,55 @@ def test_the_schema_names_every_key_and_describes_it() -> None:
     training = schema["$defs"]["TrainingSettings"]["properties"]
     assert all(value.get("description") for value in training.values())
     assert set(schema["$defs"]) >= {"ALoRASettings", "StaticLoRASettings", "GenerationSettings"}
+
+
+def test_the_schema_has_the_bounds_of_every_setting_of_a_method() -> None:
+    definitions = json_schema()["$defs"]
+    alora, ard = (definitions[f"{name}Settings"]["properties"] for name in ("ALoRA", "ARDLoRA"))
+    assert alora["k1"]["exclusiveMinimum"] == 0
+    assert alora["rounds"]["minimum"] == 1
+    assert alora["per_round"]["anyOf"][0] == {"type": "integer", "minimum": 1}
+    assert alora["unit"]["enum"] == ["epochs", "steps"]
+    assert (ard["epsilon"]["exclusiveMinimum"], ard["epsilon"]["exclusiveMaximum"]) == (0, 0.5)
+    assert (ard["reach"]["exclusiveMinimum"], ard["reach"]["maximum"]) == (0, 1)
+    assert definitions["Budget"]["properties"]["percent"]["anyOf"][0]["maximum"] == 100
+    assert alora["k1"]["description"].startswith("K1, how long to train before the first round")
+    for method in METHODS.values():
+        properties = definitions[f"{method.__name__}Settings"]["properties"]
+        assert all(value.get("description") for key, value in properties.items() if key != "name")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain(Allocator):
+    """A method from outside, which knows nothing of pydantic.
+
+    Args:
+        share: a part of the ranks.
+    """
+
+    share: float
+    names: tuple[str, ...] = dataclasses.field(default_factory=tuple)
+    made: int = dataclasses.field(init=False, default=3)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ScheduleError(f"Plain(share={self.share}): expected a part")
+
+    def allocate(self, context: Context, state: State) -> Allocation | None:
+        return None
+
+
+def test_a_method_that_is_a_plain_dataclass_has_a_section_too() -> None:
+    section = _section("plain", Plain)
+    assert section.model_validate({"name": "plain", "share": 0.5, "names": ["a"]}).build() == Plain(0.5, ("a",))
+    schema = section.model_json_schema()
+    assert schema["properties"]["share"]["description"] == "a part of the ranks."
+    assert schema["required"] == ["name", "share"]
+    assert set(schema["properties"]) == {"name", "share", "names"}
+    with pytest.raises(ValidationError, match=r"Plain\(share=2\.0\): expected a part"):
+        section.model_validate({"name": "plain", "share": 2})
+    with pytest.raises(ValidationError, match="share\n  Field required"):
+        section.model_validate({"name": "plain"})
 
 
 def test_names_from_other_libraries_lead_to_keys_that_exist() -> None:

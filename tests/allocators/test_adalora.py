@@ -14,6 +14,7 @@ from torch import nn
 import lorank
 from lorank.allocators import AdaLoRA, Context, TrainingInfo
 from lorank.allocators.orthogonality import add_orthogonality_gradient_
+from lorank.allocators.schedule import CubicSchedule
 from lorank.errors import ScheduleError
 from lorank.lora import find_layers
 from tests.allocators.runs import SHORT, adamw, run_loop, same_run
@@ -48,6 +49,7 @@ class TestPeftsOwn:
         model = adapted(self.modules(), r=self.R, random_B=False, target_modules=["a", "b", "c"]).double()
         layers, run = find_layers(model), TrainingInfo(self.STEPS, initial_ranks=dict.fromkeys("abc", self.R))
         ours = AdaLoRA(self.T_INIT, self.T_FINAL, self.DELTA_T, orthogonality=0.1)
+        falling = CubicSchedule(self.T_INIT, self.T_FINAL, self.DELTA_T)
         state = ours.start(layers, run)
         peft_model = self.theirs()
         twin = peft_model.base_model.rankallocator
@@ -95,7 +97,7 @@ class TestPeftsOwn:
             budget, due = twin.budget_schedule(step)
             due = due or step == self.STEPS - self.T_FINAL  # where PEFT's model forces a mask
             assert ours.due(step, run) == due
-            limits = ours.resolve_budget(layers, run).relaxed(run.initial_ranks, ours.falling(step, run))
+            limits = ours.resolve_budget(layers, run).relaxed(run.initial_ranks, falling.fraction(step, run))
             assert limits.constraints[0].limit == budget
             if due:
                 masks += 1
@@ -128,12 +130,21 @@ class TestSchedule:
         steps = AdaLoRA().schedule(TrainingInfo(1000))
         assert (steps[0], steps[-1], steps[1] - steps[0]) == (132, 520, 2)
 
-    def test_the_budget_falls_as_a_cube_to_half_of_the_ranks(self) -> None:
-        run = TrainingInfo(100)
-        method = AdaLoRA(t_init=10, t_final=30, delta_t=5)
-        assert [method.falling(step, run) for step in (1, 10, 70, 99)] == [1, 1, 0, 0]
-        assert method.falling(40, run) == pytest.approx(0.125)
-        assert method.schedule(run) == [15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70]
+    def test_masks_come_between_the_phases_and_at_their_end(self) -> None:
+        assert AdaLoRA(t_init=10, t_final=30, delta_t=5).schedule(TrainingInfo(100)) == [
+            15,
+            20,
+            25,
+            30,
+            35,
+            40,
+            45,
+            50,
+            55,
+            60,
+            65,
+            70,
+        ]
 
     @pytest.mark.parametrize("steps", [1, 2, 3, 7])
     def test_a_very_short_run_still_prunes(self, steps: int) -> None:

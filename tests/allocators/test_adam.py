@@ -1,4 +1,4 @@
-"""Adam for gates: PyTorch's own numbers, moments that follow a resize and a device."""
+"""Adam for gates: PyTorch's own numbers, moments that follow a resize."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def test_moments_follow_a_resize() -> None:
     assert int(state["adam.step"]) == 4
 
 
-def test_moments_that_were_loaded_elsewhere_come_to_their_values() -> None:
-    state = start_adam(torch.zeros(3))
-    adam_step_(torch.zeros(3, device="meta"), torch.zeros(3, device="meta"), state, 0.1)
-    assert state["adam.mean"].device.type == "meta"
+def test_moments_are_made_beside_their_values_and_the_count_on_the_host() -> None:
+    state = start_adam(torch.zeros(3, device="meta"))
+    assert {name: tensor.device.type for name, tensor in state.items()} == {
+        "adam.mean": "meta",
+        "adam.square": "meta",
+        "adam.step": "cpu",
+    }

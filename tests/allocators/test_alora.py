@@ -35,15 +35,15 @@ class TestSchedule:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k1": 0}, "both must be above 0"),
-        ({"k2": -1.0}, "both must be above 0"),
-        ({"rounds": 0}, "For plain LoRA use StaticLoRA"),
-        ({"per_round": 0}, "per_round=0"),
+        ({"k1": 0}, r"ALoRA\(k1=0\): expected a number above 0"),
+        ({"k2": -1.0}, r"ALoRA\(k2=-1\.0\): expected a number above 0"),
+        ({"rounds": 0}, r"ALoRA\(rounds=0\): expected at least 1\. For plain LoRA use StaticLoRA"),
+        ({"per_round": 0}, r"per_round=0\): expected a whole number of at least 1, or None"),
         ({"unit": "hours"}, r"unit='hours'\): expected one of epochs, steps"),
         ({"terms": "neither"}, "expected one of both, without, alone"),
         ({"engine": "magic"}, "expected one of exact, reference"),
         ({"scores": "guess"}, r"scores='guess'\): expected one of first_order, exact, screen"),
-        ({"samples": 0}, r"samples=0\): expected at least 1, or None"),
+        ({"samples": 0}, r"samples=0\): expected a whole number of at least 1, or None"),
     ],
 )
 def test_settings_out_of_range(settings, message: str) -> None:

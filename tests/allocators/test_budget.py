@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lorank.allocators import ALoRA, Budget, StaticLoRA, TrainingInfo
-from lorank.allocators.rounds import prune_and_reallocate
+from lorank.allocators.reallocation import prune_and_reallocate
 from lorank.config.settings import make_config, to_yaml
 from lorank.errors import BudgetError, ScheduleError
 from lorank.lora import AdapterLayers, base_parameters, find_layers, resize_, save_adapter
@@ -56,13 +56,15 @@ def test_what_a_user_may_write(written, meant: Budget) -> None:
         ("", "'': expected"),
         (True, "True: expected"),
         ([8], r"\[8\]: expected"),
-        (0, "ranks_per_module=0: expected more than 0"),
+        (0, r"Budget\(ranks_per_module=0\): expected a number above 0"),
         (-3, "ranks_per_module=-3"),
         (float("nan"), "expected a number"),
-        ("120.5 ranks", r"ranks=120\.5: expected a whole number"),
-        ("101%", "at most 100 per cent"),
-        ({"rank": 8}, "'rank': expected one of ranks_per_module, ranks, parameters"),
-        ({"ranks": "8"}, "ranks='8': expected a number"),
+        ("120.5 ranks", r"Budget\(ranks=120\.5\): expected a whole number of at least 1"),
+        ("101%", r"percent=101\.0\): expected a number above 0 and at most 100"),
+        ({"rank": 8}, r"Budget\(rank=8\): unknown setting; did you mean ranks\?"),
+        ({3: 8}, r"unknown setting; expected one of ranks_per_module, ranks, parameters"),
+        ({"ranks": "8"}, r"ranks='8'\): expected a whole number"),
+        ({"ranks": True, "percent": -1}, r"2 settings of Budget are wrong\n.*ranks=True.*\n.*percent=-1"),
         ({}, "a budget without a limit"),
     ],
 )

@@ -1,93 +1,107 @@
-"""A round's allocation step on hand-written score tables."""
+"""Rounds with a scorer that somebody else has written: what it is asked, when, and what becomes of its scores."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from torch import Tensor
 
-from lorank.allocators import ALoRA, TrainingInfo
-from lorank.allocators.rounds import Rounds, prune_and_reallocate
-from lorank.lora import LayerPlan
+from lorank.allocators import Context, State, TrainingInfo
+from lorank.allocators.reallocation import prune_and_reallocate
+from lorank.allocators.rounds import RoundAllocator
+from lorank.allocators.settings import settings
+from lorank.errors import ScheduleError
+from lorank.lora import AdapterLayers
+from lorank.scoring import Choose, Scorer, Scores
+from tests.allocators.runs import run_loop
 
-
-def table(**rows: list[float]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(values) for name, values in rows.items()}
-
-
-def room(scores: dict[str, torch.Tensor], most: int = 99) -> dict[str, int]:
-    return dict.fromkeys(scores, most)
+CALLS: list[tuple[str, int]] = []
 
 
-def test_the_papers_example_3_3_2() -> None:
-    """n_A = 8, three modules that lost none, ranked m1 > m2 > m3: they receive 3, 3 and 2."""
-    scores = table(
-        m3=[5.0, 5.0, 5.0], a=[0.1, 0.2, 0.3, 0.4, 9.0], m1=[7.0, 7.0, 7.0], b=[0.1, 0.2, 0.3, 0.4], m2=[6.0, 6.0]
-    )
-    plan = prune_and_reallocate(scores, 8, room(scores))
-    assert plan == {
-        "m3": LayerPlan((0, 1, 2), 2),
-        "a": LayerPlan((4,)),
-        "m1": LayerPlan((0, 1, 2), 3),
-        "b": LayerPlan(()),
-        "m2": LayerPlan((0, 1), 3),
-    }
+@dataclass(frozen=True)
+class CountingScorer(Scorer):
+    """Scores a rank by its place, and writes down what it is asked."""
+
+    sees_gradients = True
+    own_backward = True
+    validation_samples = 7
+
+    def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
+        CALLS.clear()
+        return {"seen": torch.zeros(layers.total_rank)}
+
+    def before_step(self, context: Context, state: State) -> None:
+        CALLS.append(("before_step", context.step))
+
+    def after_step(self, context: Context, state: State) -> None:
+        CALLS.append(("after_step", context.step))
+
+    def score(self, context: Context, state: State, choose: Choose) -> Scores:
+        values, start = {}, 0.0
+        for name, rank in context.layers.ranks.items():
+            values[name] = torch.arange(start, start + rank)
+            start += rank
+        CALLS.append(("score", context.step))
+        return Scores(values, {"chosen": [list(rank) for rank in choose(values)]})
+
+    def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
+        CALLS.append(("after_resize", context.step))
+
+    def end(self, context: Context, state: State) -> None:
+        CALLS.append(("end", context.step))
+        state.clear()
 
 
-def test_the_total_shrinks_when_every_module_lost_a_rank() -> None:
-    scores = table(a=[0.1, 5.0, 6.0], b=[0.2, 5.0])
-    assert prune_and_reallocate(scores, 2, room(scores)) == {"a": LayerPlan((1, 2)), "b": LayerPlan((1,))}
+@settings(raises=ScheduleError)
+class ByPlace(RoundAllocator):
+    @property
+    def scorer(self) -> Scorer:
+        return CountingScorer()
 
 
-def test_a_module_at_rank_0_receives_nothing() -> None:
-    scores = table(empty=[], a=[0.1, 0.2, 5.0], b=[3.0, 3.0])
-    assert prune_and_reallocate(scores, 2, room(scores)) == {"a": LayerPlan((2,)), "b": LayerPlan((0, 1), 2)}
+QUICK: dict[str, Any] = {"k1": 2, "k2": 1, "rounds": 2, "unit": "steps", "per_round": 3}
 
 
-def test_a_module_at_rank_0_is_tried_again_with_the_option_and_comes_last() -> None:
-    scores = table(empty=[], a=[0.1, 0.2, 0.3, 5.0], b=[-3.0, 3.0, 3.0])
-    plan = prune_and_reallocate(table(empty=[], a=[0.1, 0.2, 0.3, 5.0], b=[3.0]), 3, room(scores), retry_empty=True)
-    assert plan == {"empty": LayerPlan((), 1), "a": LayerPlan((3,)), "b": LayerPlan((0,), 2)}
+def test_the_hooks_are_called_until_the_last_score_and_then_the_end() -> None:
+    run_loop(ByPlace(**QUICK), 5)
+    assert CALLS == [
+        ("before_step", 0),
+        ("after_step", 1),
+        ("before_step", 1),
+        ("after_step", 2),
+        ("score", 2),
+        ("after_resize", 2),
+        ("before_step", 2),
+        ("after_step", 3),
+        ("score", 3),
+        ("after_resize", 3),
+        ("end", 3),
+        ("end", 4),
+        ("end", 5),
+    ]
 
 
-def test_ties_break_by_module_then_rank_order() -> None:
-    scores = table(a=[1.0, 1.0], b=[1.0, 1.0], c=[1.0, 1.0], d=[1.0, 1.0])
-    plan = prune_and_reallocate(scores, 3, room(scores))
-    assert plan == {"a": LayerPlan(()), "b": LayerPlan((1,)), "c": LayerPlan((0, 1), 2), "d": LayerPlan((0, 1), 1)}
-    assert all(prune_and_reallocate(scores, 3, room(scores)) == plan for _ in range(5))
+def test_the_scores_decide_and_the_scorer_knows_what_a_round_would_prune() -> None:
+    ranks, _ = run_loop(ByPlace(**QUICK), 5)
+    first = ranks.history.allocations[0]
+    pruned = [[name, rank] for name, gone in first.pruned.items() for rank in gone]
+    assert first.details["chosen"] == pruned
+    scores = {name: torch.tensor(values) for name, values in first.scores.items()}
+    plan = prune_and_reallocate(scores, 3, dict.fromkeys(scores, 32))
+    assert first.ranks == {name: plan[name].rank if name in plan else len(scores[name]) for name in scores}
 
 
-def test_a_full_module_passes_its_share_on_and_when_all_are_full_the_total_shrinks() -> None:
-    scores = table(a=[0.1, 0.2, 0.3, 5.0], b=[9.0, 9.0], c=[8.0])
-    plan = prune_and_reallocate(scores, 3, {"a": 9, "b": 2, "c": 9})
-    assert plan == {"a": LayerPlan((3,)), "c": LayerPlan((0,), 3)}
-    plan = prune_and_reallocate(scores, 3, {"a": 9, "b": 2, "c": 2})
-    assert plan == {"a": LayerPlan((3,)), "c": LayerPlan((0,), 1)}
+def test_what_the_scorer_needs_the_method_needs() -> None:
+    method = ByPlace()
+    assert method.sees_gradients
+    assert method.own_backward
+    assert method.validation_samples == 7
+    assert not method.needs_validation_batch
 
 
-@given(st.data())
-def test_every_round_prunes_the_lowest_and_never_exceeds_the_budget(data: st.DataObject) -> None:
-    values = st.lists(st.floats(-5, 5, width=32), max_size=5)
-    scores = {f"m{i}": torch.tensor(data.draw(values)) for i in range(data.draw(st.integers(2, 6)))}
-    total = sum(map(len, scores.values()))
-    if total < 2:
-        return
-    count = data.draw(st.integers(1, total - 1))
-    capacity = {name: len(row) + data.draw(st.integers(0, 4)) for name, row in scores.items()}
-    plan = prune_and_reallocate(scores, count, capacity, data.draw(st.booleans()))
-    kept = {name: plan[name].keep if name in plan else tuple(range(len(row))) for name, row in scores.items()}
-    added = {name: plan[name].add if name in plan else 0 for name in scores}
-    gone = [float(row[i]) for name, row in scores.items() for i in range(len(row)) if i not in kept[name]]
-    stay = [float(row[i]) for name, row in scores.items() for i in kept[name]]
-    assert len(gone) == count
-    assert max(gone) <= min(stay)
-    assert sum(added.values()) <= count
-    for name, row in scores.items():
-        assert len(kept[name]) + added[name] <= max(capacity[name], len(row))
-        assert not (added[name] and len(kept[name]) < len(row))
-
-
-@given(st.integers(1, 60), st.integers(1, 30), st.integers(1, 9), st.integers(1, 80))
-def test_the_last_round_is_the_last_one_that_is_due(k1: int, k2: int, rounds: int, steps: int) -> None:
-    settings, run = ALoRA(k1=k1, k2=k2, rounds=rounds, unit="steps"), TrainingInfo(steps)
-    assert Rounds.of(settings).last(run) == max(settings.schedule(run), default=0)
+def test_the_base_is_no_method_by_itself() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        RoundAllocator()  # type: ignore[abstract]

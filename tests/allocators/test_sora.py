@@ -187,3 +187,10 @@ def test_an_early_stop_keeps_the_budget() -> None:
     ranks.finish()
     assert ranks.layers.total_rank == 28
     assert ranks.layers.gates is None
+
+
+def test_the_state_is_made_beside_the_gates() -> None:
+    layers = find_layers(adapted(tiny_llama()))
+    layers.model.to("meta")
+    state = SoRA().start(layers, TrainingInfo(10, initial_ranks=layers.ranks))
+    assert {tensor.device.type for tensor in state.values()} == {"meta"}

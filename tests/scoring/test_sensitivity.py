@@ -5,17 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorank.lora import LayerPlan, find_layers, rank_origins, resize_
-from lorank.scoring.sensitivity import (
-    drop_sensitivity_,
-    has_sensitivity,
-    rank_products,
-    resize_sensitivity_,
-    sensitivity_scores,
-    start_sensitivity,
-    update_sensitivity_,
-)
+from lorank.lora import AdapterLayers, LayerPlan, find_layers, rank_origins, resize_
+from lorank.scoring import Context, SensitivityScorer, State, TrainingInfo
+from lorank.scoring.sensitivity import rank_products
 from tests.models import adapted, tiny_llama, token_batch
+
+RUN = TrainingInfo(10)
+SCORER = SensitivityScorer()
+
+
+def context(layers: AdapterLayers) -> Context:
+    return Context(1, RUN, layers.model, layers)
+
+
+def scores_of(layers: AdapterLayers, state: State) -> dict[str, torch.Tensor]:
+    return dict(SCORER.score(context(layers), state).values)
 
 
 def gradients(model: torch.nn.Module, seed: int) -> None:
@@ -27,11 +31,11 @@ def test_scores_are_the_formula_over_many_steps() -> None:
     model = adapted(tiny_llama(1)).double()
     layers = find_layers(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    state = start_sensitivity(layers)
+    state = SCORER.start(layers, RUN)
     mean, uncertainty = {}, {}
     for seed in range(20):
         gradients(model, seed)
-        update_sensitivity_(state, layers, rank_products(layers), 0.8, 0.9)
+        SensitivityScorer(0.8, 0.9).before_step(context(layers), state)
         for name, layer in layers.items():
             weights = {"A": layer.A, "B": layer.B}
             now = {kind: (w * w.grad).detach().abs() for kind, w in weights.items()}
@@ -41,7 +45,7 @@ def test_scores_are_the_formula_over_many_steps() -> None:
                 mean[key] = 0.8 * mean.get(key, 0 * value) + 0.2 * value
                 uncertainty[key] = 0.9 * uncertainty.get(key, 0 * value) + 0.1 * (value - mean[key]).abs()
         optimizer.step()
-    for name, scores in sensitivity_scores(state, layers).items():
+    for name, scores in scores_of(layers, state).items():
         s = {kind: mean[name, kind] * uncertainty[name, kind] for kind in ("A", "B", "gate")}
         torch.testing.assert_close(scores, s["gate"] + s["A"].mean(1) + s["B"].mean(0), rtol=1e-10, atol=0)
 
@@ -59,12 +63,12 @@ def test_the_product_of_a_gate_and_its_gradient_needs_no_gate(lora: dict[str, bo
 def test_an_embedding_and_weights_that_no_loss_reached() -> None:
     model = adapted(tiny_llama(), target_modules=["embed_tokens", "q_proj"])
     layers = find_layers(model)
-    state = start_sensitivity(layers)
-    update_sensitivity_(state, layers, rank_products(layers))
-    assert not has_sensitivity(state)
+    state = SCORER.start(layers, RUN)
+    SCORER.before_step(context(layers), state)
+    assert not SCORER.has_measured(state)
     gradients(model, 0)
-    update_sensitivity_(state, layers, rank_products(layers))
-    assert all((scores > 0).all() and len(scores) == 4 for scores in sensitivity_scores(state, layers).values())
+    SCORER.before_step(context(layers), state)
+    assert all((scores > 0).all() and len(scores) == 4 for scores in scores_of(layers, state).values())
 
 
 def test_half_precision_products_do_not_vanish() -> None:
@@ -74,8 +78,8 @@ def test_half_precision_products_do_not_vanish() -> None:
         layer.B.data.fill_(1e-4)
         layer.A.grad = torch.full_like(layer.A, 1e-5)
         layer.B.grad = torch.full_like(layer.B, 1e-5)
-    state = start_sensitivity(layers)
-    update_sensitivity_(state, layers, rank_products(layers))
+    state = SCORER.start(layers, RUN)
+    SCORER.before_step(context(layers), state)
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
     assert all((tensor > 0).all() for tensor in state.values())
 
@@ -83,33 +87,30 @@ def test_half_precision_products_do_not_vanish() -> None:
 def test_kept_ranks_keep_their_statistics_through_a_resize() -> None:
     model = adapted(tiny_llama())
     layers = find_layers(model)
-    state = start_sensitivity(layers)
+    state = SCORER.start(layers, RUN)
     for seed in range(3):
         gradients(model, seed)
-        update_sensitivity_(state, layers, rank_products(layers))
-    before = sensitivity_scores(state, layers)
+        SCORER.before_step(context(layers), state)
+    before = scores_of(layers, state)
     names = list(layers)
     plan = {names[0]: LayerPlan((3, 1)), names[2]: LayerPlan((0, 1, 2, 3), 2), names[3]: LayerPlan(())}
     origins = rank_origins(plan, layers.ranks)
     resize_(layers, plan)
-    resize_sensitivity_(state, layers, origins)
-    after = sensitivity_scores(state, layers)
+    SCORER.after_resize(context(layers), state, origins)
+    after = scores_of(layers, state)
     assert after[names[0]].tolist() == before[names[0]][[3, 1]].tolist()
     assert after[names[1]].tolist() == before[names[1]].tolist()
     assert after[names[2]].tolist() == [*before[names[2]].tolist(), 0, 0]
     assert after[names[3]].tolist() == []
     assert after[names[4]].tolist() == before[names[4]].tolist()
     gradients(model, 3)
-    update_sensitivity_(state, layers, rank_products(layers))  # shapes fit
-    drop_sensitivity_(state)
-    resize_sensitivity_(state, layers, origins)
+    SCORER.before_step(context(layers), state)  # shapes fit
+    SCORER.end(context(layers), state)
+    SCORER.after_resize(context(layers), state, origins)
     assert state == {}
 
 
-def test_statistics_that_were_loaded_elsewhere_come_to_their_weights() -> None:
-    """The Trainer loads the optimiser, and with it this state, to the CPU. No GPU is needed to see it move."""
+def test_statistics_are_made_beside_their_weights() -> None:
     layers = find_layers(adapted(tiny_llama()))
-    state = start_sensitivity(layers)
     layers.model.to("meta")
-    update_sensitivity_(state, layers, rank_products(layers))
-    assert {tensor.device.type for tensor in state.values()} == {"meta"}
+    assert {tensor.device.type for tensor in SCORER.start(layers, RUN).values()} == {"meta"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorank.allocators import Budget
-from lorank.allocators.rounds import _lowest
+from lorank.allocators.reallocation import lowest_ranks
 from lorank.lora import find_layers
 from lorank.scoring import ablation_scores, first_order_scores, screened_scores
 from lorank.scoring.prefix_cache.engine import ExactEngine
@@ -31,7 +31,7 @@ def flat(scores: Mapping[str, Tensor]) -> Tensor:
 
 
 def lowest(count: int):
-    return lambda scores: _lowest(scores, count, {})
+    return lambda scores: lowest_ranks(scores, count, {})
 
 
 def llama(scale: float = 1.0):
@@ -199,7 +199,7 @@ def test_where_no_estimate_is_wrong_by_more_than_assumed_the_decision_is_the_exa
     count = max(1, int(fraction * (sum(ranks) - sum(minima.values()))))
 
     def choose(scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-        return _lowest(scores, count, minima)
+        return lowest_ranks(scores, count, minima)
 
     scores, _ = decide(estimates, exact, choose)
     assert set(choose(scores)) == set(choose(exact))

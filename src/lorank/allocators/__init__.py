@@ -1,4 +1,4 @@
-"""The methods, one per file."""
+"""The methods, one per file, and the bases of new ones: Allocator, and RoundAllocator for another score in rounds."""
 
 from lorank.allocators.adalora import AdaLoRA
 from lorank.allocators.alora import ALoRA
@@ -9,6 +9,7 @@ from lorank.allocators.base import Allocation, Allocator, Context, State, Traini
 from lorank.allocators.budget import Budget, BudgetLike
 from lorank.allocators.initial_ranks import initial_ranks_
 from lorank.allocators.resolved_budget import ResolvedBudget
+from lorank.allocators.rounds import RoundAllocator
 from lorank.allocators.sora import SoRA
 from lorank.allocators.static import StaticLoRA
 
@@ -24,6 +25,7 @@ __all__ = [
     "BudgetLike",
     "Context",
     "ResolvedBudget",
+    "RoundAllocator",
     "SoRA",
     "State",
     "StaticLoRA",

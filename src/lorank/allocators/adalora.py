@@ -22,36 +22,27 @@ the paper's code). With Λ = 0 the output is the base model's. An adapter that h
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lorank.allocators.adam import adam_step_, resize_adam_, start_adam
 from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
-from lorank.allocators.budget import BudgetLike, as_budget
+from lorank.allocators.budget import BudgetSetting
 from lorank.allocators.orthogonality import add_orthogonality_gradient_
 from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
 from lorank.allocators.resolved_budget import ResolvedBudget
+from lorank.allocators.schedule import CubicSchedule
+from lorank.allocators.settings import settings
 from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayer, AdapterLayers
-from lorank.scoring.sensitivity import (
-    BETA,
-    drop_sensitivity_,
-    has_sensitivity,
-    rank_products,
-    resize_sensitivity_,
-    sensitivity_scores,
-    start_sensitivity,
-    update_sensitivity_,
-)
-
-# The medians of the eight GLUE runs in the authors' scripts, as parts of the run.
-T_INIT, T_FINAL, DELTA_T = 0.13, 0.48, 0.002
+from lorank.scoring import SensitivityScorer
+from lorank.scoring.sensitivity import BETA, rank_products
 
 
-@dataclass(frozen=True)
+@settings(raises=ScheduleError)
 class AdaLoRA(Allocator):
     """AdaLoRA. Make the adapter with more ranks than the budget: the authors' runs start at two or three times as many.
 
@@ -72,36 +63,27 @@ class AdaLoRA(Allocator):
 
     sees_gradients: ClassVar[bool] = True
 
-    t_init: int | None = None
-    t_final: int | None = None
-    delta_t: int | None = None
-    orthogonality: float = 0.1
-    beta1: float = BETA
-    beta2: float = BETA
-    budget: BudgetLike = None
+    t_init: Annotated[int | None, Field(ge=0)] = None
+    t_final: Annotated[int | None, Field(ge=0)] = None
+    delta_t: Annotated[int | None, Field(ge=1)] = None
+    orthogonality: Annotated[float, Field(ge=0)] = 0.1
+    beta1: Annotated[float, Field(gt=0, lt=1)] = BETA
+    beta2: Annotated[float, Field(gt=0, lt=1)] = BETA
+    budget: BudgetSetting = None
 
-    def __post_init__(self) -> None:
-        for name, least in (("t_init", 0), ("t_final", 0), ("delta_t", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ScheduleError(f"AdaLoRA({name}={value}): expected at least {least} steps, or None")
-        for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise ScheduleError(f"AdaLoRA({name}={getattr(self, name)}): expected a number between 0 and 1")
-        if not (self.orthogonality >= 0 and math.isfinite(self.orthogonality)):
-            raise ScheduleError(f"AdaLoRA(orthogonality={self.orthogonality}): expected a number of at least 0")
-        object.__setattr__(self, "budget", as_budget(self.budget))
+    @property
+    def _schedule(self) -> CubicSchedule:
+        return CubicSchedule(self.t_init, self.t_final, self.delta_t)
+
+    @property
+    def _scorer(self) -> SensitivityScorer:
+        return SensitivityScorer(self.beta1, self.beta2)
 
     def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget:
         return final_budget(self.budget, layers, run)
 
     def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
-        t_init, t_final = self._t_init(run), run.total_steps - self._end(run)
-        if t_init + t_final >= run.total_steps:
-            raise ScheduleError(
-                f"AdaLoRA(t_init={t_init}, t_final={t_final}) leaves no step in which the budget could fall, in a run "
-                f"of {run.total_steps} steps: name smaller ones, or train longer"
-            )
+        self._schedule.check(run, "AdaLoRA")
         warn_if_nothing_to_prune("AdaLoRA", self.resolve_budget(layers, run), run)
         generator = torch.Generator().manual_seed((run.seed * 1_000_003 + 0xADA) % 2**63)
         values = []
@@ -112,15 +94,15 @@ class AdaLoRA(Allocator):
             dtype = torch.promote_types(layer.A.dtype, torch.float32)
             values.append(torch.full((layer.rank,), 0.0 if new else 1.0, dtype=dtype))
         gates = layers.learn_gates(torch.cat(values))
-        return {**start_sensitivity(layers), **start_adam(gates.values)}
+        return {**self._scorer.start(layers, run), **start_adam(gates.values)}
 
     def before_step(self, context: Context, state: State) -> None:
         layers = context.layers
         products = rank_products(layers)  # before the penalty, which λ has no part in
         if self.orthogonality:
             add_orthogonality_gradient_(layers, self.orthogonality)
-        if context.step < self._end(context.run):
-            update_sensitivity_(state, layers, products, self.beta1, self.beta2)
+        if context.step < self._schedule.end(context.run):
+            self._scorer.measure_(layers, state, products)
 
     def after_step(self, context: Context, state: State) -> None:
         gates = context.layers.gates
@@ -128,37 +110,29 @@ class AdaLoRA(Allocator):
             adam_step_(gates.values, gates.grad, state, context.lr)
 
     def due(self, step: int, run: TrainingInfo) -> bool:
-        end = self._end(run)
-        return step == end or (self._t_init(run) < step < end and step % self._delta_t(run) == 0)
+        return self._schedule.due(step, run)
 
     def allocate(self, context: Context, state: State) -> Allocation | None:
-        run, ranks = context.run, context.layers.ranks
-        limits = self.resolve_budget(context.layers, run).relaxed(run.initial_ranks, self.falling(context.step, run))
-        return self._cut(context, state, limits, ranks, remove=context.step >= self._end(run))
+        run, schedule = context.run, self._schedule
+        final = self.resolve_budget(context.layers, run)
+        limits = final.relaxed(run.initial_ranks, schedule.fraction(context.step, run))
+        return self._cut(context, state, limits, remove=context.step >= schedule.end(run))
 
     def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
         resize_adam_(state, origins)
-        resize_sensitivity_(state, context.layers, origins)
+        self._scorer.after_resize(context, state, origins)
 
     def finish(self, context: Context, state: State) -> Allocation | None:
         """Where training stops before the budget is final, the triplets outside it go now."""
-        limits, ranks = self.resolve_budget(context.layers, context.run), context.layers.ranks
-        if limits.fits(ranks) or not has_sensitivity(state):
+        limits = self.resolve_budget(context.layers, context.run)
+        if limits.fits(context.layers.ranks) or not self._scorer.has_measured(state):
             return None
-        return self._cut(context, state, limits, ranks, remove=True)
+        return self._cut(context, state, limits, remove=True)
 
-    def falling(self, step: int, run: TrainingInfo) -> float:
-        """Where b(t) is between b0 (1) and b_T (0), after optimiser step ``step``."""
-        t_init, end = self._t_init(run), self._end(run)
-        if step <= t_init:
-            return 1.0
-        return (1 - (step - t_init) / (end - t_init)) ** 3 if step < end else 0.0
-
-    def _cut(
-        self, context: Context, state: State, limits: ResolvedBudget, ranks: dict[str, int], *, remove: bool
-    ) -> Allocation:
+    def _cut(self, context: Context, state: State, limits: ResolvedBudget, *, remove: bool) -> Allocation:
         """Masks the triplets outside the limits, and removes them if they are not to return."""
-        scores = sensitivity_scores(state, context.layers)
+        ranks = context.layers.ranks
+        scores = self._scorer.score(context, state).values
         kept = limits.keep_best(scores)
         gates = context.layers.gates
         if gates is not None:
@@ -167,20 +141,9 @@ class AdaLoRA(Allocator):
             )
             gates.values.masked_fill_(~stays.to(gates.values.device), 0.0)
         if remove:
-            drop_sensitivity_(state)  # ranks go once, and for good: nothing is scored any more
+            self._scorer.end(context, state)  # ranks go once, and for good: nothing is scored any more
         used = limits.used({name: len(some) for name, some in kept.items()})
         return Allocation(plan_to_keep(kept, ranks) if remove else {}, scores, {"budget": used})
-
-    def _t_init(self, run: TrainingInfo) -> int:
-        return round(T_INIT * run.total_steps) if self.t_init is None else self.t_init
-
-    def _end(self, run: TrainingInfo) -> int:
-        """T − t_f, the step after which the budget is final."""
-        t_final = round(T_FINAL * run.total_steps) if self.t_final is None else self.t_final
-        return run.total_steps - t_final
-
-    def _delta_t(self, run: TrainingInfo) -> int:
-        return max(1, round(DELTA_T * run.total_steps)) if self.delta_t is None else self.delta_t
 
 
 @torch.no_grad()

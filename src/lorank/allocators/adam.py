@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from lorank.allocators.base import State
 from lorank.lora.rank_index import reindex_ranks
+from lorank.scoring.context import State
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 """PyTorch's defaults."""
@@ -21,7 +21,7 @@ _MEAN, _SQUARE, _STEP = "adam.mean", "adam.square", "adam.step"
 
 
 def start_adam(values: Tensor) -> State:
-    """Moments of zero for ``values``, (R,)."""
+    """Moments of zero for ``values``, (R,), beside them; the count of steps is the host's alone."""
     return {
         _MEAN: torch.zeros_like(values),
         _SQUARE: torch.zeros_like(values),
@@ -38,8 +38,6 @@ def adam_step_(values: Tensor, grad: Tensor, state: State, lr: float) -> None:
         state: holds what :func:`start_adam` returned, changed in place.
         lr: of this step.
     """
-    for name in (_MEAN, _SQUARE):
-        state[name] = state[name].to(values.device)  # the Trainer loads a checkpoint's optimiser to the CPU
     state[_STEP] += 1
     step = int(state[_STEP])
     mean, square = state[_MEAN], state[_SQUARE]

@@ -1,88 +1,26 @@
 """What every rank allocator is: settings that do not change, a state apart from them, and one method.
 
 A new method is one file here with one frozen dataclass. Its settings are the fields; :meth:`Allocator.allocate` says
-which ranks go and where new ones come; the other methods are hooks that do nothing unless it needs them.
+which ranks go and where new ones come; the other methods are hooks that do nothing unless it needs them. Most methods
+are made of three parts: a schedule (schedule.py), a scorer (:class:`lorank.scoring.Scorer`) and a reallocation
+(reallocation.py, pruning_budget.py). A new score under ALoRA's rounds is a
+:class:`~lorank.allocators.rounds.RoundAllocator` that names its scorer.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.lora import AdapterLayers, HeadGroups, Plan
-from lorank.scoring import Share
+from lorank.scoring.context import Context, State, TrainingInfo
 
-State = dict[str, Tensor]
-"""An allocator's own memory: named tensors, saved and loaded as they are. Empty for a method without memory."""
-
-
-@dataclass(frozen=True)
-class TrainingInfo:
-    """The run that ranks are allocated in.
-
-    Args:
-        total_steps: optimiser steps of the whole run.
-        steps_per_epoch: optimiser steps of one pass over the training data, or None where nobody knows.
-        seed: seed of the run.
-        initial_ranks: per module, the rank that the adapter was made with; a run that is resumed has the same.
-    """
-
-    total_steps: int
-    steps_per_epoch: float | None = None
-    seed: int = 0
-    initial_ranks: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What an allocator may look at when it decides.
-
-    Args:
-        step: optimiser steps done so far (1 after the first).
-        run: the whole run.
-        model: the model, for methods that evaluate it.
-        layers: its LoRA layers.
-        validation_batch: the batch that ranks are scored on, or None.
-        loss_fn: the user's own loss ``(model, batch) -> scalar``, or None for the model's.
-        progress: called with (evaluations done, evaluations in all) during long scoring, or None.
-        lr: the optimiser's learning rate in this step.
-        peak_lr: the learning rate that its schedule is a multiple of.
-        share: this process's share of scoring, where several train the model together; None: it trains alone.
-    """
-
-    step: int
-    run: TrainingInfo
-    model: nn.Module
-    layers: AdapterLayers
-    validation_batch: Mapping[str, Any] | None = None
-    loss_fn: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None
-    progress: Callable[[int, int], None] | None = None
-    lr: float = 0.0
-    peak_lr: float = 0.0
-    share: Share | None = None
-
-    @property
-    def lr_factor(self) -> float:
-        """Where the learning-rate schedule is: 1 at its peak. 1 where there is no learning rate."""
-        return self.lr / self.peak_lr if self.peak_lr > 0 else 1.0
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean of what each process found, (n,), alike in all of them to the last bit; alone, ``values``.
-
-        Gradients of parameters and gates are averaged before a method sees them. What it evaluates by itself may differ
-        in its last bits between GPUs, and is averaged by this before anything rests on it.
-        """
-        if self.share is None:
-            return values
-        rows = self.share.gather(values.detach().to("cpu", torch.float64))  # (processes, n)
-        return rows.mean(0).to(values)
+__all__ = ["Allocation", "Allocator", "Context", "State", "TrainingInfo"]
 
 
 @dataclass(frozen=True)
@@ -105,17 +43,21 @@ class Allocation:
 class Allocator(ABC):
     """Base of all methods. Subclasses are frozen dataclasses whose fields are the method's settings."""
 
-    needs_validation_batch: ClassVar[bool] = False
-    """Whether ranks are scored on a batch of held-out data, which the user must then give."""
+    @property
+    def needs_validation_batch(self) -> bool:
+        """Whether ranks are scored on a batch of held-out data, which the user must then give."""
+        return False
 
     @property
     def validation_samples(self) -> int:
         """How many rows that batch should have, where it is made of rows. The ALoRA paper takes 32."""
         return 32
 
-    sees_gradients: ClassVar[bool] = False
-    """Whether :meth:`before_step` looks at the gradients of A and B, or changes them. Those of gates are always
-    there."""
+    @property
+    def sees_gradients(self) -> bool:
+        """Whether :meth:`before_step` looks at the gradients of A and B, or changes them. Those of gates are always
+        there."""
+        return False
 
     @property
     def own_backward(self) -> bool:
@@ -149,6 +91,11 @@ class Allocator(ABC):
         """Checks the settings against the run, sets gates where the method has them, and returns the first state.
 
         Called before training, also when a run is resumed; the state and the gates are then replaced by the saved ones.
+
+        Every tensor of the state is made on the device where the method computes with it: beside the gates, beside a
+        weight, or on the CPU for a number that only the host reads. That is a contract: when a saved state is loaded,
+        each tensor is moved to the device that the tensor of the same name has here (one without a namesake: to the
+        adapter's), so no method moves what it has loaded.
 
         Raises:
             ScheduleError: the settings do not fit the run or the layers.
@@ -186,12 +133,3 @@ class Allocator(ABC):
         """The method and its settings, as saved with a run and compared when one is resumed."""
         settings = asdict(self) if hasattr(self, "__dataclass_fields__") else {}  # type: ignore[call-overload]  # guarded just before
         return {"method": type(self).__name__, **settings}
-
-
-def epochs_to_steps(epochs: float, run: TrainingInfo, assumed_epochs: float) -> int:
-    """A duration in epochs as optimiser steps, at least 1.
-
-    Where the length of an epoch is unknown, the run is read as ``assumed_epochs`` epochs long.
-    """
-    per_epoch = run.steps_per_epoch if run.steps_per_epoch is not None else run.total_steps / assumed_epochs
-    return max(1, math.ceil(epochs * per_epoch - 1e-9))

@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TypeAlias, Union
+from dataclasses import fields
+from typing import Annotated, TypeAlias, Union
+
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from lorank.allocators.resolved_budget import Constraint, ResolvedBudget
+from lorank.allocators.settings import settings
 from lorank.errors import BudgetError
 from lorank.lora import AdapterLayer, AdapterLayers, LayerPlan, Plan, base_parameters, plan_for_rank
 
@@ -32,7 +35,15 @@ _FORMS = {
 }
 
 
-@dataclass(frozen=True)
+def _whole(value: object) -> object:
+    """2e6 is a whole number, however it is written."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int | None, Field(ge=1), BeforeValidator(_whole)]
+
+
+@settings(raises=BudgetError)
 class Budget:
     """How much an adapter may cost. Any combination of limits; all of them hold together.
 
@@ -50,30 +61,23 @@ class Budget:
         BudgetError: no limit, or one out of its range.
     """
 
-    ranks_per_module: float | None = None
-    ranks: int | None = None
-    parameters: int | None = None
-    percent: float | None = None
-    bytes: int | None = None
-    max_lora_rank: int | None = None
+    ranks_per_module: Annotated[float | None, Field(gt=0)] = None
+    ranks: Count = None
+    parameters: Count = None
+    percent: Annotated[float | None, Field(gt=0, le=100)] = None
+    bytes: Count = None
+    max_lora_rank: Count = None
 
     def __post_init__(self) -> None:
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        if all(value is None for value in named.values()):
-            raise BudgetError(f"a budget without a limit: name one of {', '.join(named)}, e.g. {EXAMPLES}")
-        for name, value in named.items():
-            if value is None:
-                continue
-            whole = name not in ("ranks_per_module", "percent")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise BudgetError(f"budget {name}={value!r}: expected a number")
-            if whole and value != int(value):
-                raise BudgetError(f"budget {name}={value}: expected a whole number")
-            if value <= 0:
-                raise BudgetError(f"budget {name}={value}: expected more than 0")
-            if name == "percent" and value > 100:
-                raise BudgetError(f"budget percent={value}: expected at most 100 per cent of the base model")
-            object.__setattr__(self, name, int(value) if whole else float(value))
+        if not self.named:
+            names = ", ".join(field.name for field in fields(self))
+            raise BudgetError(f"a budget without a limit: name one of {names}, e.g. {EXAMPLES}")
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The limits that are set, by their names."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def parse(cls, spec: BudgetLike) -> Budget:
@@ -88,11 +92,7 @@ class Budget:
         if isinstance(spec, Budget):
             return spec
         if isinstance(spec, Mapping):
-            known = [field.name for field in fields(cls)]
-            unknown = [str(key) for key in spec if key not in known]
-            if unknown:
-                raise BudgetError(f"budget {unknown[0]!r}: expected one of {', '.join(known)}")
-            return cls(**spec)  # type: ignore[arg-type]  # the fields check themselves
+            return cls(**{str(name): value for name, value in spec.items()})  # type: ignore[arg-type]  # it checks them
         if isinstance(spec, (int, float)) and not isinstance(spec, bool):
             return cls(ranks_per_module=spec)
         if isinstance(spec, str):
@@ -140,13 +140,18 @@ class Budget:
         return made
 
 
+def as_budget(spec: BudgetLike) -> Budget | None:
+    """A setting as the budget that it names."""
+    return None if spec is None else Budget.parse(spec)
+
+
 BudgetLike: TypeAlias = Union[Budget, Mapping[str, float | None], str, float, int, None]  # noqa: UP007  # pydantic reads it
 """What settings accept as a budget; None: the ranks that the adapter was made with."""
-
-
-def as_budget(spec: BudgetLike) -> Budget | None:
-    """A setting as the budget it names. Allocators keep their ``budget`` in this form, so that equal ones are equal."""
-    return None if spec is None else Budget.parse(spec)
+BudgetSetting = Annotated[
+    BudgetLike, BeforeValidator(as_budget), PlainSerializer(lambda budget: None if budget is None else budget.named)
+]
+"""The field of a method for its budget: kept as a Budget, so that settings that mean the same are equal, and written
+out as a mapping of the limits that it has."""
 
 
 def resolve_budget(spec: BudgetLike, layers: AdapterLayers) -> ResolvedBudget | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from lorank.allocators.base import TrainingInfo
 from lorank.allocators.budget import Budget, BudgetLike
@@ -30,7 +30,7 @@ def final_budget(budget: BudgetLike, layers: AdapterLayers, run: TrainingInfo) -
         return Budget(ranks=max(needed, initial // 2)).resolve(layers)
     wanted = Budget.parse(budget)
     cap = wanted.max_lora_rank
-    if cap is not None and all(getattr(wanted, f.name) is None for f in fields(wanted) if f.name != "max_lora_rank"):
+    if cap is not None and len(wanted.named) == 1:
         # Not the ranks that are there now: some have gone, and a resumed run must find what the first one found.
         room = sum(min(layer.max_rank, cap) for layer in layers.values())
         wanted = replace(wanted, ranks=min(initial, room))

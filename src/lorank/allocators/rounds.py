@@ -1,128 +1,147 @@
-"""ALoRA's rounds: when ranks move, and how many. What a rank is worth is each method's own.
+"""ALoRA's rounds, for any scorer: train K1; then up to N_A times prune, reallocate, train K2.
 
-train K1; then up to N_A times: prune the n_A ranks with the lowest scores, give n_A new ranks to the modules that
-lost none this round, train K2
+The schedule is :class:`~lorank.allocators.schedule.RoundSchedule`, the reallocation
+:func:`~lorank.allocators.reallocation.prune_and_reallocate`. What a rank is worth is the scorer of each method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from abc import abstractmethod
+from typing import Annotated, Literal
 
-import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from lorank.allocators.base import Allocation, TrainingInfo, epochs_to_steps
-from lorank.allocators.budget import BudgetLike, resolve_budget, uniform_plan
+from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
+from lorank.allocators.budget import BudgetSetting, resolve_budget, uniform_plan
+from lorank.allocators.reallocation import lowest_ranks, prune_and_reallocate
 from lorank.allocators.resolved_budget import ResolvedBudget
+from lorank.allocators.schedule import RoundSchedule
+from lorank.allocators.settings import settings
 from lorank.errors import ScheduleError
-from lorank.lora import AdapterLayers, LayerPlan, Plan
+from lorank.lora import AdapterLayers, Plan
+from lorank.scoring import Scorer
 
-PAPER_EPOCHS = 10.0
+
+def _not_zero(rounds: object) -> object:
+    if rounds == 0:
+        raise ValueError("expected at least 1. For plain LoRA use StaticLoRA()")
+    return rounds
 
 
-@dataclass(frozen=True)
-class Rounds:
-    """The settings that all methods with rounds share, and what follows from them.
+@settings(raises=ScheduleError)
+class RoundAllocator(Allocator):
+    """Base of the methods with rounds. A subclass adds its own settings and its scorer.
 
     Args:
-        method: its name, for messages.
-        k1, k2, rounds, unit, per_round, retry_empty, budget: see :class:`~lorank.allocators.alora.ALoRA`.
+        k1: K1, how long to train before the first round: 1 epoch. > 0.
+        k2: K2, how long to train between rounds: 0.25 epoch. > 0.
+        rounds: N_A, how many rounds at most: 8. ≥ 1. Rounds that would come at the run's last step or later are left
+            out, since a rank needs training.
+        unit: what ``k1`` and ``k2`` count, ``"epochs"`` or optimiser ``"steps"``.
+        per_round: n_A, ranks pruned and given in each round, over all modules; None: as many as there are modules.
+        retry_empty: whether a module at rank 0 may receive ranks again. It then counts as a module that lost none,
+            behind all those that have a score.
+        budget: what the adapter may cost at any time, see :class:`~lorank.allocators.budget.Budget`; None: as many
+            ranks as it was made with.
+
+    Raises:
+        ScheduleError: a setting out of its range.
+        BudgetError: a budget that cannot be read; at the start of a run, one that does not fit the modules.
     """
 
-    method: str
-    k1: float
-    k2: float
-    rounds: int
-    unit: str
-    per_round: int | None
-    retry_empty: bool
-    budget: BudgetLike
+    k1: Annotated[float, Field(gt=0)] = 1.0
+    k2: Annotated[float, Field(gt=0)] = 0.25
+    rounds: Annotated[int, Field(ge=1), BeforeValidator(_not_zero)] = 8
+    unit: Literal["epochs", "steps"] = "epochs"
+    per_round: Annotated[int | None, Field(ge=1)] = None
+    retry_empty: bool = False
+    budget: BudgetSetting = None
 
-    @classmethod
-    def of(cls, settings: Any) -> Rounds:
-        """Those of a method that has them as fields of its own."""
-        return cls(
-            type(settings).__name__,
-            settings.k1,
-            settings.k2,
-            settings.rounds,
-            settings.unit,
-            settings.per_round,
-            settings.retry_empty,
-            settings.budget,
+    @property
+    @abstractmethod
+    def scorer(self) -> Scorer:
+        """What a rank is worth."""
+
+    @property
+    def needs_validation_batch(self) -> bool:
+        return self.scorer.needs_validation_batch
+
+    @property
+    def validation_samples(self) -> int:
+        return self.scorer.validation_samples
+
+    @property
+    def sees_gradients(self) -> bool:
+        return self.scorer.sees_gradients
+
+    @property
+    def own_backward(self) -> bool:
+        return self.scorer.own_backward
+
+    def due(self, step: int, run: TrainingInfo) -> bool:
+        return self._schedule.due(step, run)
+
+    def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
+        return resolve_budget(self.budget, layers)
+
+    def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
+        return uniform_plan(self.budget, layers)
+
+    def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
+        self._check_that_ranks_stay(layers, run)
+        return self.scorer.start(layers, run)
+
+    def before_step(self, context: Context, state: State) -> None:
+        if context.step < self._schedule.last(context.run):
+            self.scorer.before_step(context, state)
+
+    def after_step(self, context: Context, state: State) -> None:
+        if context.step <= self._schedule.last(context.run):
+            self.scorer.after_step(context, state)
+        else:
+            self.scorer.end(context, state)
+
+    def allocate(self, context: Context, state: State) -> Allocation | None:
+        layers = context.layers
+        count, minima = self._to_prune(layers), _minima(layers)
+        found = self.scorer.score(context, state, lambda scores: lowest_ranks(scores, count, minima))
+        budget = self.resolve_budget(layers, context.run)
+        plan = prune_and_reallocate(
+            found.values,
+            count,
+            {name: layer.max_rank for name, layer in layers.items()},
+            self.retry_empty,
+            limits=budget,
+            minima=minima,
         )
+        details = dict(found.details)
+        if budget is not None:
+            after = {name: plan[name].rank if name in plan else layer.rank for name, layer in layers.items()}
+            details["budget"] = budget.used(after)
+        return Allocation(plan, found.values, details)
 
-    def check(self) -> None:
-        """Raises ScheduleError for a setting out of its range."""
-        check_choice(self.method, "unit", self.unit, ("epochs", "steps"))
-        if not (self.k1 > 0 and self.k2 > 0):
-            raise ScheduleError(f"{self.method}(k1={self.k1}, k2={self.k2}): both must be above 0 {self.unit}")
-        if self.rounds < 1:
-            raise ScheduleError(
-                f"{self.method}(rounds={self.rounds}): expected at least 1. For plain LoRA use StaticLoRA()"
-            )
-        if self.per_round is not None and self.per_round < 1:
-            raise ScheduleError(
-                f"{self.method}(per_round={self.per_round}): expected at least 1, or None for one per module"
-            )
+    def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
+        self.scorer.after_resize(context, state, origins)
+        if context.step >= self._schedule.last(context.run):
+            self.scorer.end(context, state)
 
-    def check_run(self, layers: AdapterLayers, run: TrainingInfo) -> None:
+    @property
+    def _schedule(self) -> RoundSchedule:
+        return RoundSchedule(self.k1, self.k2, self.rounds, self.unit)
+
+    def _check_that_ranks_stay(self, layers: AdapterLayers, run: TrainingInfo) -> None:
         """Raises ScheduleError if one round would leave less than must stay."""
         pruned = self._count(layers)
-        plan = self.initial_plan(layers)
+        plan = self.initial_plan(layers, run)
         total = sum(plan[name].rank if name in plan else layer.rank for name, layer in layers.items())
         needed = _needed(layers)
         if pruned > total - needed:
             raise ScheduleError(
-                f"{self.method} would prune n_A = {pruned} ranks in a round and the {len(layers)} modules have {total} "
-                f"in all, of which {needed} must stay: raise the rank in LoraConfig(r=…) or the budget, or name a "
-                "smaller per_round"
+                f"{type(self).__name__} would prune n_A = {pruned} ranks in a round and the {len(layers)} modules have "
+                f"{total} in all, of which {needed} must stay: raise the rank in LoraConfig(r=…) or the budget, or "
+                "name a smaller per_round"
             )
-
-    def resolve_budget(self, layers: AdapterLayers) -> ResolvedBudget | None:
-        return resolve_budget(self.budget, layers)
-
-    def initial_plan(self, layers: AdapterLayers) -> Plan:
-        return uniform_plan(self.budget, layers)
-
-    def due(self, step: int, run: TrainingInfo) -> bool:
-        first, every = self._first_and_every(run)
-        done, since = divmod(step - first, every)
-        return since == 0 and 0 <= done < self.rounds and step < run.total_steps
-
-    def last(self, run: TrainingInfo) -> int:
-        """The step of the last round; 0 where there is none."""
-        first, every = self._first_and_every(run)
-        if first >= run.total_steps:
-            return 0
-        return first + every * min(self.rounds - 1, (run.total_steps - 1 - first) // every)
-
-    def lowest(self, layers: AdapterLayers, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-        """The ranks that one round prunes, (module, index), from the lowest score upwards."""
-        return _lowest(scores, self._to_prune(layers), _minima(layers))
-
-    def allocation(self, layers: AdapterLayers, scores: Mapping[str, Tensor], details: Mapping[str, Any]) -> Allocation:
-        """One round.
-
-        Args:
-            scores: per layer (r,), higher = keep.
-            details: of the scores, for the history; what the budget then is comes with them.
-        """
-        limits = self.resolve_budget(layers)
-        plan = prune_and_reallocate(
-            scores,
-            self._to_prune(layers),
-            {name: layer.max_rank for name, layer in layers.items()},
-            self.retry_empty,
-            limits=limits,
-            minima=_minima(layers),
-        )
-        if limits is not None:
-            after = {name: plan[name].rank if name in plan else layer.rank for name, layer in layers.items()}
-            details = {**details, "budget": limits.used(after)}
-        return Allocation(plan, scores, details)
 
     def _count(self, layers: AdapterLayers) -> int:
         return len(layers) if self.per_round is None else self.per_round
@@ -131,104 +150,11 @@ class Rounds:
         """n_A, or fewer where rounds have shrunk the total so far that less than must stay would be left."""
         return max(0, min(self._count(layers), layers.total_rank - _needed(layers)))
 
-    def _first_and_every(self, run: TrainingInfo) -> tuple[int, int]:
-        if self.unit == "steps":
-            return max(1, round(self.k1)), max(1, round(self.k2))
-        return epochs_to_steps(self.k1, run, PAPER_EPOCHS), epochs_to_steps(self.k2, run, PAPER_EPOCHS)
-
-
-def check_choice(method: str, name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raises ScheduleError if a setting is none of its choices."""
-    if value not in allowed:
-        raise ScheduleError(f"{method}({name}={value!r}): expected one of {', '.join(allowed)}")
-
-
-def prune_and_reallocate(
-    scores: Mapping[str, Tensor],
-    count: int,
-    capacity: Mapping[str, int],
-    retry_empty: bool = False,
-    *,
-    limits: ResolvedBudget | None = None,
-    minima: Mapping[str, int] | None = None,
-) -> Plan:
-    """One round: prune the ``count`` lowest ranks, give as many to the modules that lost none.
-
-    Args:
-        scores: per module (r,), higher = keep; (0,) for a module at rank 0.
-        count: n_A, fewer than there are ranks.
-        capacity: per module, the most ranks that it can hold.
-        retry_empty: whether modules at rank 0 may receive.
-        limits: a budget; gifts then go on while it has room for one more, instead of ``count`` of them.
-        minima: per module, the ranks that it cannot do without; default: none.
-
-    Returns:
-        A plan that names every module that changes.
-    """
-    names = list(scores)
-    kept = {name: set(range(len(scores[name]))) for name in names}
-    for name, rank in _lowest(scores, count, minima or {}):
-        kept[name].discard(rank)
-    lost = {name for name in names if len(kept[name]) < len(scores[name])}
-    # Modules by importance: the mean score, ties by order (sorted is stable); empty ones, if allowed, come last.
-    unhurt = [name for name in names if name not in lost]
-    receivers = sorted((n for n in unhurt if len(scores[n])), key=lambda n: -float(scores[n].double().mean()))
-    if retry_empty:
-        receivers += [name for name in unhurt if not len(scores[name])]
-    gifts = _deal({name: len(ranks) for name, ranks in kept.items()}, receivers, capacity, count, limits)
-    return {
-        name: LayerPlan(tuple(sorted(kept[name])), gifts.get(name, 0))
-        for name in names
-        if name in lost or gifts.get(name, 0)
-    }
-
-
-def _lowest(scores: Mapping[str, Tensor], count: int, minima: Mapping[str, int]) -> list[tuple[str, int]]:
-    """The ``count`` lowest ranks over all modules, ties by module order, then rank order; minima are left alone."""
-    owners = [(name, rank) for name, values in scores.items() for rank in range(len(values))]
-    flat = torch.cat([values.double().cpu() for values in scores.values()])  # (R,)
-    spare = {name: len(values) - minima.get(name, 0) for name, values in scores.items()}
-    lowest: list[tuple[str, int]] = []
-    for name, rank in (owners[i] for i in torch.sort(flat, stable=True).indices.tolist()):
-        if len(lowest) == count:
-            break
-        if spare[name] > 0:
-            spare[name] -= 1
-            lowest.append((name, rank))
-    return lowest
-
-
-def _deal(
-    ranks: Mapping[str, int],
-    receivers: Sequence[str],
-    capacity: Mapping[str, int],
-    count: int,
-    limits: ResolvedBudget | None,
-) -> dict[str, int]:
-    """Deals ranks in turns, in the order of ``receivers``: as even as can be, the remainder to the first.
-
-    Without limits ``count`` of them, with limits as many as they have room for. Full modules sit out.
-    """
-    held = dict(ranks)
-    dealt, turn = 0, list(receivers)
-    while turn:
-        still = []
-        for name in turn:
-            if (limits is None and dealt == count) or held[name] >= capacity[name]:
-                continue
-            if limits is not None and not limits.room(held, name):
-                continue
-            held[name] += 1
-            dealt += 1
-            still.append(name)
-        turn = still
-    return {name: held[name] - ranks[name] for name in receivers}
-
 
 def _needed(layers: AdapterLayers) -> int:
-    """The ranks that must stay, over all modules: an adapter without any is none."""
+    """The ranks that must stay, over all modules: at least one, since an adapter cannot be empty."""
     return max(1, sum(_minima(layers).values()))
 
 
 def _minima(layers: AdapterLayers) -> dict[str, int]:
-    return {name: getattr(layer, "min_rank", 0) for name, layer in layers.items()}
+    return {name: layer.min_rank for name, layer in layers.items()}

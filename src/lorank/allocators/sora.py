@@ -24,23 +24,25 @@ what the gate loses the vectors may have gained.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
-from lorank.allocators.budget import BudgetLike, as_budget
+from lorank.allocators.budget import BudgetSetting
 from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
 from lorank.allocators.resolved_budget import ResolvedBudget
+from lorank.allocators.settings import settings
 from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayers
 
 PRUNE_EVERY = 0.02
 
 
-@dataclass(frozen=True)
+@settings(raises=ScheduleError)
 class SoRA(Allocator):
     """SoRA. Make the adapter with more ranks than the budget; the paper starts at twice as many.
 
@@ -58,22 +60,11 @@ class SoRA(Allocator):
         BudgetError: a budget that cannot be read; at the start of a run, one that does not fit the modules.
     """
 
-    l1: float | None = None
-    gate_lr: float = 10.0
-    until: float = 0.5
-    prune_every: int | None = None
-    budget: BudgetLike = None
-
-    def __post_init__(self) -> None:
-        for name in ("l1", "gate_lr"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ScheduleError(f"SoRA({name}={value}): expected a number above 0")
-        if not 0 < self.until <= 1:
-            raise ScheduleError(f"SoRA(until={self.until}): expected a part of the run, above 0 and at most 1")
-        if self.prune_every is not None and self.prune_every < 1:
-            raise ScheduleError(f"SoRA(prune_every={self.prune_every}): expected at least 1 step, or None")
-        object.__setattr__(self, "budget", as_budget(self.budget))
+    l1: Annotated[float | None, Field(gt=0)] = None
+    gate_lr: Annotated[float, Field(gt=0)] = 10.0
+    until: Annotated[float, Field(gt=0, le=1)] = 0.5
+    prune_every: Annotated[int | None, Field(ge=1)] = None
+    budget: BudgetSetting = None
 
     def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget:
         return final_budget(self.budget, layers, run)
@@ -84,11 +75,12 @@ class SoRA(Allocator):
             warn_if_nothing_to_prune("SoRA", limits, run)
         first = next(iter(layers.values())).A
         dtype = torch.promote_types(first.dtype, torch.float32)
-        layers.learn_gates(torch.ones(layers.total_rank, dtype=dtype))
+        gates = layers.learn_gates(torch.ones(layers.total_rank, dtype=dtype)).values
+        costs = [[c.costs[name] for name in layers] for c in limits.constraints]
         return {
-            "costs": torch.tensor([[c.costs[name] for name in layers] for c in limits.constraints]),  # (C, modules)
-            "limits": torch.tensor([c.limit for c in limits.constraints]),  # (C,)
-            "threshold": torch.zeros((), dtype=dtype),
+            "costs": torch.tensor(costs, device=gates.device),  # (C, modules)
+            "limits": torch.tensor([c.limit for c in limits.constraints], device=gates.device),  # (C,)
+            "threshold": gates.new_zeros(()),
         }
 
     @torch.no_grad()
@@ -132,9 +124,9 @@ class SoRA(Allocator):
         if left < 1:
             return moved.new_zeros(())
         sizes, order = moved.abs().sort(descending=True, stable=True)  # (R,)
-        ranks = torch.tensor(list(context.layers.ranks.values()))  # (modules,)
-        costs = state["costs"].cpu().repeat_interleave(ranks, dim=1).to(moved.device)[:, order]  # (C, R)
-        over = costs.cumsum(1) > state["limits"].to(moved.device).unsqueeze(1)  # (C, R), true from some rank on
+        ranks = torch.tensor(list(context.layers.ranks.values()), device=moved.device)  # (modules,)
+        costs = state["costs"].repeat_interleave(ranks, dim=1, output_size=len(moved))[:, order]  # (C, R)
+        over = costs.cumsum(1) > state["limits"].unsqueeze(1)  # (C, R), true from some rank on
         return (sizes * over.any(0)).max() / left
 
     def _prune(self, context: Context, *, to_budget: bool) -> Allocation:

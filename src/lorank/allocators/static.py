@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
-from lorank.allocators.budget import BudgetLike, as_budget, resolve_budget, uniform_plan
+from lorank.allocators.budget import BudgetSetting, resolve_budget, uniform_plan
 from lorank.allocators.resolved_budget import ResolvedBudget
+from lorank.allocators.settings import settings
+from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayers, Plan
 
 
-@dataclass(frozen=True)
+@settings(raises=ScheduleError)
 class StaticLoRA(Allocator):
     """Plain LoRA: every module keeps one rank through the whole run.
 
@@ -23,12 +24,9 @@ class StaticLoRA(Allocator):
         BudgetError: a budget that cannot be read; at the start of a run, one that does not fit the modules.
     """
 
-    budget: BudgetLike = None
+    budget: BudgetSetting = None
 
     moves_ranks: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", as_budget(self.budget))
 
     def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
         return resolve_budget(self.budget, layers)

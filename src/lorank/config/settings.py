@@ -8,6 +8,7 @@ not repeated here: each allocator's section is made from the fields of its own d
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import reduce
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
 from pydantic import Field, ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 from lorank.allocators import AdaLoRA, Allocator, ALoRA, ALoRADNAS, ALoRASensi, ARDLoRA, SoRA, StaticLoRA
+from lorank.allocators.settings import documented_settings
 from lorank.config.errors import ConfigError, explain
 from lorank.config.yaml_files import apply_overrides, dump_yaml, read_yaml
 from lorank.errors import LorankError
@@ -138,18 +141,31 @@ class AllocatorSettings(Settings):
     def _allocator_accepts(self) -> Self:
         try:
             self.build()
-        except LorankError as error:  # the dataclass knows its own ranges; pydantic lists a ValueError with the rest
+        except LorankError as error:  # conditions between fields; pydantic lists a ValueError with the rest
             raise ValueError(str(error)) from error
         return self
 
 
 def _section(name: str, allocator: type[Allocator]) -> type[AllocatorSettings]:
-    hints = get_type_hints(allocator)
+    """A method's section: the fields of its dataclass, with their bounds and descriptions."""
+    hints = get_type_hints(allocator, include_extras=True)
+    declared: Mapping[str, FieldInfo] = getattr(allocator, "__pydantic_fields__", {})
+    documented = documented_settings(allocator)
     fields: dict[str, Any] = {"name": (Literal[name], ...)}
     for field in dataclasses.fields(allocator):  # type: ignore[arg-type]  # every allocator is a dataclass
-        made_new = field.default_factory
-        default = field.default if made_new is dataclasses.MISSING else Field(default_factory=made_new)
-        fields[field.name] = (hints[field.name], default)
+        if not field.init:
+            continue
+        description = documented.get(field.name)
+        if field.name in declared:
+            info = copy.copy(declared[field.name])
+            info.description = info.description or description
+            fields[field.name] = (info.annotation, info)
+        elif field.default_factory is not dataclasses.MISSING:
+            made_new = Field(default_factory=field.default_factory, description=description)
+            fields[field.name] = (hints[field.name], made_new)
+        else:
+            default = ... if field.default is dataclasses.MISSING else field.default
+            fields[field.name] = (hints[field.name], Field(default, description=description))
     made: type[AllocatorSettings] = create_model(
         f"{allocator.__name__}Settings",
         __base__=AllocatorSettings,

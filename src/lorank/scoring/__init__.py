@@ -1,7 +1,11 @@
-"""What each rank is worth: functions from a model to one score per rank, higher = keep."""
+"""What each rank is worth: functions from a model to one score per rank (higher = keep), and scorers."""
 
 from lorank.scoring.ablation import AblationResult, ablation_scores, validation_loss
+from lorank.scoring.ablation_scorer import AblationScorer
+from lorank.scoring.context import Context, State, TrainingInfo
 from lorank.scoring.saliency import saliency_scores
+from lorank.scoring.scorer import Choose, Scorer, Scores
+from lorank.scoring.sensitivity import SensitivityScorer
 from lorank.scoring.successive_screening import screened_scores
 from lorank.scoring.taylor import first_order_scores
 from lorank.scoring.weight_gradient import weight_gradient_singular_values
@@ -9,7 +13,15 @@ from lorank.scoring.work_sharding import Share
 
 __all__ = [
     "AblationResult",
+    "AblationScorer",
+    "Choose",
+    "Context",
+    "Scorer",
+    "Scores",
+    "SensitivityScorer",
     "Share",
+    "State",
+    "TrainingInfo",
     "ablation_scores",
     "first_order_scores",
     "saliency_scores",

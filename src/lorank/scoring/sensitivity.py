@@ -19,13 +19,16 @@ least; a step is a handful of fused operations on lists of tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lorank.lora import AdapterLayers
 from lorank.lora.rank_index import reindex_ranks
+from lorank.scoring.context import Context, State, TrainingInfo
+from lorank.scoring.scorer import Choose, Scorer, Scores
 
 BETA = 0.85
 """β₁ and β₂ of the paper."""
@@ -33,14 +36,93 @@ BETA = 0.85
 _MEAN, _UNCERTAINTY = "sensitivity", "uncertainty"
 
 
-def start_sensitivity(layers: AdapterLayers) -> dict[str, Tensor]:
-    """Ī = Ū = 0 for every weight of every layer."""
-    state: dict[str, Tensor] = {}
-    for kind in (_MEAN, _UNCERTAINTY):
-        for label, weight in _weights(layers).items():
-            state[f"{kind}.{label}"] = torch.zeros_like(weight, dtype=_at_least_float32(weight.dtype))
-        state[f"{kind}.gate"] = rank_products(layers).zero_()
-    return state
+@dataclass(frozen=True)
+class SensitivityScorer(Scorer):
+    """S_i of every rank, from the gradients of training itself. A rank that is new starts with nothing measured.
+
+    Args:
+        beta1: β₁, how slowly the sensitivity forgets. In (0, 1).
+        beta2: β₂, the same for its uncertainty. In (0, 1).
+    """
+
+    beta1: float = BETA
+    beta2: float = BETA
+
+    @property
+    def sees_gradients(self) -> bool:
+        return True
+
+    def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
+        """Ī = Ū = 0 for every weight of every layer, each where its weight is."""
+        state: State = {}
+        for kind in (_MEAN, _UNCERTAINTY):
+            for label, weight in _weights(layers).items():
+                state[f"{kind}.{label}"] = torch.zeros_like(weight, dtype=_at_least_float32(weight.dtype))
+            state[f"{kind}.gate"] = rank_products(layers).zero_()
+        return state
+
+    def before_step(self, context: Context, state: State) -> None:
+        self.measure_(context.layers, state, rank_products(context.layers))
+
+    @torch.no_grad()
+    def measure_(self, layers: AdapterLayers, state: State, gate_products: Tensor) -> None:
+        """One step of Ī and Ū, with the gradients that are in ``.grad`` now and weights that have not moved yet.
+
+        Args:
+            state: from :meth:`start`, changed in place.
+            gate_products: λ · ∂L/∂λ, (R,), see :func:`rank_products`.
+        """
+        weights = _weights(layers)
+        sensitivities = list(
+            torch._foreach_mul(_precise(list(weights.values())), _precise([_gradient(w) for w in weights.values()]))
+        )
+        sensitivities.append(gate_products.clone())
+        labels = [*weights, "gate"]
+        means = [state[f"{_MEAN}.{label}"] for label in labels]
+        uncertainties = [state[f"{_UNCERTAINTY}.{label}"] for label in labels]
+        torch._foreach_abs_(sensitivities)  # I
+        torch._foreach_lerp_(means, sensitivities, 1 - self.beta1)
+        torch._foreach_sub_(sensitivities, means)
+        torch._foreach_abs_(sensitivities)  # |I − Ī|
+        torch._foreach_lerp_(uncertainties, sensitivities, 1 - self.beta2)
+
+    def has_measured(self, state: State) -> bool:
+        """Whether anything has been measured yet, and is still kept."""
+        return f"{_MEAN}.gate" in state and bool(state[f"{_MEAN}.gate"].any())
+
+    @torch.no_grad()
+    def score(self, context: Context, state: State, choose: Choose | None = None) -> Scores:
+        """S_i of every rank: per layer (r,) float64 on the CPU, ≥ 0, higher = keep."""
+        layers = context.layers
+        smoothed = {label: state[f"{_MEAN}.{label}"] * state[f"{_UNCERTAINTY}.{label}"] for label in _weights(layers)}
+        gates = (state[f"{_MEAN}.gate"] * state[f"{_UNCERTAINTY}.gate"]).double().cpu()  # (R,)
+        vectors = [
+            # (r, d_in), (d_out, r) → (r,)
+            smoothed[f"A.{name}"].double().mean(1) + smoothed[f"B.{name}"].double().mean(0)
+            for name in layers
+        ]
+        scores = gates + torch.cat([values.to(vectors[0].device) for values in vectors]).cpu()  # (R,)
+        return Scores(dict(zip(layers, torch.split(scores, list(layers.ranks.values())), strict=True)))
+
+    def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
+        """Kept ranks keep their Ī and Ū, new ones start at 0. Nothing to do once they have been dropped."""
+        if f"{_MEAN}.gate" not in state:
+            return
+        ranks = context.layers.ranks
+        for kind in (_MEAN, _UNCERTAINTY):
+            first = 0
+            for (name, rank), moved in zip(ranks.items(), torch.split(origins, list(ranks.values())), strict=True):
+                before = len(state[f"{kind}.A.{name}"])
+                own = torch.where(moved < 0, moved, moved - first)  # (r,)
+                if before != rank or not torch.equal(own, torch.arange(rank)):
+                    state[f"{kind}.A.{name}"] = reindex_ranks(state[f"{kind}.A.{name}"], own, 0)
+                    state[f"{kind}.B.{name}"] = reindex_ranks(state[f"{kind}.B.{name}"], own, 1)
+                first += before
+            state[f"{kind}.gate"] = reindex_ranks(state[f"{kind}.gate"], origins)
+
+    def end(self, context: Context, state: State) -> None:
+        for key in [key for key in state if key.split(".")[0] in (_MEAN, _UNCERTAINTY)]:
+            del state[key]
 
 
 @torch.no_grad()
@@ -61,87 +143,6 @@ def rank_products(layers: AdapterLayers) -> Tensor:
         products.update(zip(names, torch.split(sums, [len(rows) for rows in A]), strict=True))
     first = next(iter(layers.values())).A
     return torch.cat([products[name].to(first.device) for name in layers])
-
-
-@torch.no_grad()
-def update_sensitivity_(
-    state: MutableMapping[str, Tensor],
-    layers: AdapterLayers,
-    gate_products: Tensor,
-    beta1: float = BETA,
-    beta2: float = BETA,
-) -> None:
-    """One step of Ī and Ū, with the gradients that are in ``.grad`` now and weights that have not moved yet.
-
-    Args:
-        state: from :func:`start_sensitivity`, changed in place.
-        gate_products: λ · ∂L/∂λ, (R,), see :func:`rank_products`.
-        beta1, beta2: β₁ and β₂, in [0, 1).
-    """
-    weights = _weights(layers)
-    sensitivities = list(
-        torch._foreach_mul(_precise(list(weights.values())), _precise([_gradient(w) for w in weights.values()]))
-    )
-    sensitivities.append(gate_products.clone())
-    homes = {label: weight.device for label, weight in weights.items()} | {"gate": gate_products.device}
-    for kind in (_MEAN, _UNCERTAINTY):
-        for label, device in homes.items():
-            if state[f"{kind}.{label}"].device != device:  # the Trainer loads a checkpoint's optimiser to the CPU
-                state[f"{kind}.{label}"] = state[f"{kind}.{label}"].to(device)
-    means = [state[f"{_MEAN}.{label}"] for label in homes]
-    uncertainties = [state[f"{_UNCERTAINTY}.{label}"] for label in homes]
-    torch._foreach_abs_(sensitivities)  # I
-    torch._foreach_lerp_(means, sensitivities, 1 - beta1)
-    torch._foreach_sub_(sensitivities, means)
-    torch._foreach_abs_(sensitivities)  # |I − Ī|
-    torch._foreach_lerp_(uncertainties, sensitivities, 1 - beta2)
-
-
-@torch.no_grad()
-def sensitivity_scores(state: Mapping[str, Tensor], layers: AdapterLayers) -> dict[str, Tensor]:
-    """S_i of every rank: per layer (r,) float64 on the CPU, ≥ 0, higher = keep."""
-    smoothed = {label: state[f"{_MEAN}.{label}"] * state[f"{_UNCERTAINTY}.{label}"] for label in _weights(layers)}
-    gates = (state[f"{_MEAN}.gate"] * state[f"{_UNCERTAINTY}.gate"]).double().cpu()  # (R,)
-    vectors = [
-        smoothed[f"A.{name}"].double().mean(1) + smoothed[f"B.{name}"].double().mean(0)  # (r, d_in), (d_out, r) → (r,)
-        for name in layers
-    ]
-    scores = gates + torch.cat([values.to(vectors[0].device) for values in vectors]).cpu()  # (R,)
-    return dict(zip(layers, torch.split(scores, list(layers.ranks.values())), strict=True))
-
-
-def resize_sensitivity_(state: MutableMapping[str, Tensor], layers: AdapterLayers, origins: Tensor) -> None:
-    """After a resize: kept ranks keep their Ī and Ū, new ones start at 0. Nothing to do once they have been dropped.
-
-    Args:
-        layers: with the ranks after.
-        origins: (R after,), see :func:`lorank.lora.rank_origins`.
-    """
-    if f"{_MEAN}.gate" not in state:
-        return
-    for kind in (_MEAN, _UNCERTAINTY):
-        first = 0
-        for (name, rank), moved in zip(
-            layers.ranks.items(), torch.split(origins, list(layers.ranks.values())), strict=True
-        ):
-            before = len(state[f"{kind}.A.{name}"])
-            own = torch.where(moved < 0, moved, moved - first)  # (r,)
-            if before != rank or not torch.equal(own, torch.arange(rank)):
-                state[f"{kind}.A.{name}"] = reindex_ranks(state[f"{kind}.A.{name}"], own, 0)
-                state[f"{kind}.B.{name}"] = reindex_ranks(state[f"{kind}.B.{name}"], own, 1)
-            first += before
-        state[f"{kind}.gate"] = reindex_ranks(state[f"{kind}.gate"], origins)
-
-
-def drop_sensitivity_(state: MutableMapping[str, Tensor]) -> None:
-    """Once no score will be asked for any more: frees the memory."""
-    for key in [key for key in state if key.split(".")[0] in (_MEAN, _UNCERTAINTY)]:
-        del state[key]
-
-
-def has_sensitivity(state: Mapping[str, Tensor]) -> bool:
-    """Whether anything has been measured yet (or still is kept)."""
-    return f"{_MEAN}.gate" in state and bool(state[f"{_MEAN}.gate"].any())
 
 
 def _weights(layers: AdapterLayers) -> Mapping[str, Tensor]:

@@ -12,7 +12,7 @@ An assumption, not a proof: the error of ranks that were never looked at is unkn
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lorank.scoring.ablation import AblationResult, check_terms, scores_of
 from lorank.scoring.evaluation import EngineName, Evaluator
 from lorank.scoring.loss import LossFn, prepare_batch, unwrap_model
 from lorank.scoring.preserve_state import preserve_state
+from lorank.scoring.scorer import Choose, Rank
 from lorank.scoring.taylor import GatePath, first_order_losses
 from lorank.scoring.variants import TERMS, Progress, Term, Terms, VariantLosses, Wanted, grouped, nothing_known
 from lorank.scoring.work_sharding import Share
@@ -31,11 +32,6 @@ FIRST_SHARE = 1 / 4
 NEXT_SHARE = 1 / 16
 REACH = 2.0
 """How many times the worst error so far the next may be."""
-
-Rank = tuple[str, int]
-Choose = Callable[[Mapping[str, Tensor]], Collection[Rank]]
-"""From scores, (r,) per layer, to the ranks that go: (layer, index). Where the score of a rank that stays rises, the
-same ranks must go."""
 
 
 def screened_scores(

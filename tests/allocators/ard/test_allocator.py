@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import lorank
 from lorank.allocators import ARDLoRA, TrainingInfo
-from lorank.allocators.ard.groups import ON_CPU, to_device_
 from lorank.allocators.ard.masks import temperature
 from lorank.errors import AdapterError, BudgetError, ScheduleError
 from lorank.lora import HeadGroups, find_layers
@@ -270,22 +269,11 @@ def test_a_diverged_gradient_leaves_alpha_alone() -> None:
     torch.testing.assert_close(ranks.state["alpha"], before, rtol=0, atol=0.06)
 
 
-def test_a_state_that_was_read_elsewhere_comes_to_the_gates() -> None:
-    """Everything that a step computes with, and nothing that is only looked at."""
-    ranks, _ = run_loop(ARDLoRA(**FAST, budget="2500 params"), 10, until=3)
-    state = dict(ranks.state)
-    to_device_(state, torch.device("meta"))
-    assert {name for name, tensor in state.items() if tensor.device.type == "cpu"} == ON_CPU
-    stayed = dict(ranks.state)
-    to_device_(stayed, torch.device("cpu"))
-    assert all(stayed[name] is tensor for name, tensor in ranks.state.items())
-
-
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"r0": 0}, "r0=0"),
-        ({"heads": "all"}, "'auto' or 'module'"),
+        ({"heads": "all"}, "expected one of auto, module"),
         ({"l1": -1.0}, "l1=-1"),
         ({"tv": float("inf")}, "tv=inf"),
         ({"alpha_lr": 0.0}, "alpha_lr=0"),

@@ -25,15 +25,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import field, replace
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lorank.allocators.adam import adam_step_, start_adam
 from lorank.allocators.ard import controller, diagnostics
-from lorank.allocators.ard.groups import base_ranks, group_caps, group_owners, group_sizes, stored_counts, to_device_
+from lorank.allocators.ard.groups import base_ranks, group_caps, group_owners, group_sizes, stored_counts
 from lorank.allocators.ard.masks import (
     layout,
     masks,
@@ -45,8 +46,9 @@ from lorank.allocators.ard.masks import (
 )
 from lorank.allocators.ard.rounding import at_least_one, clip_to_budget, plan_for_groups
 from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
-from lorank.allocators.budget import BudgetLike, as_budget, resolve_budget
+from lorank.allocators.budget import BudgetSetting, resolve_budget
 from lorank.allocators.resolved_budget import ResolvedBudget
+from lorank.allocators.settings import settings
 from lorank.errors import BudgetError, ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, HeadGroups, Plan, head_groups
 from lorank.scoring import validation_loss
@@ -54,7 +56,7 @@ from lorank.scoring import validation_loss
 logger = logging.getLogger("lorank")
 
 
-@dataclass(frozen=True)
+@settings(raises=ScheduleError)
 class ARDLoRA(Allocator):
     """ARD-LoRA, with the paper's settings as defaults.
 
@@ -86,46 +88,27 @@ class ARDLoRA(Allocator):
         ScheduleError: a setting out of its range.
     """
 
-    r0: int | None = None
+    r0: Annotated[int | None, Field(ge=1)] = None
     heads: Literal["auto", "module"] = "auto"
     head_overrides: Mapping[str, HeadGroups | None] = field(default_factory=dict)
-    budget: BudgetLike = None
-    l1: float = 0.01
-    tv: float = 0.1
+    budget: BudgetSetting = None
+    l1: Annotated[float, Field(ge=0)] = 0.01
+    tv: Annotated[float, Field(ge=0)] = 0.1
     l1_term: bool = True
-    alpha_lr: float = 5e-5
-    tau_start: float = 0.5
-    tau_end: float = 0.1
-    epsilon: float = 0.05
-    resize_every: int = 20
-    hold: int = 5
-    min_rank: int = 1
-    gain: float = 0.2
-    reach: float = 0.75
-    settle: float = 1.0
+    alpha_lr: Annotated[float, Field(gt=0)] = 5e-5
+    tau_start: Annotated[float, Field(gt=0)] = 0.5
+    tau_end: Annotated[float, Field(gt=0)] = 0.1
+    epsilon: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    resize_every: Annotated[int, Field(ge=1)] = 20
+    hold: Annotated[int, Field(ge=1)] = 5
+    min_rank: Annotated[int, Field(ge=0)] = 1
+    gain: Annotated[float, Field(gt=0)] = 0.2
+    reach: Annotated[float, Field(gt=0, le=1)] = 0.75
+    settle: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", as_budget(self.budget))
-        positive, fraction = "a number above 0", "above 0 and at most 1"
-        checks = {
-            "r0": (self.r0 is None or self.r0 >= 1, "at least 1, or None"),
-            "heads": (self.heads in ("auto", "module"), "'auto' or 'module'"),
-            "l1": (0 <= self.l1 < math.inf, "a number from 0"),
-            "tv": (0 <= self.tv < math.inf, "a number from 0"),
-            "alpha_lr": (0 < self.alpha_lr < math.inf, positive),
-            "tau_start": (0 < self.tau_start < math.inf, positive),
-            "tau_end": (0 < self.tau_end <= self.tau_start, f"above 0 and at most tau_start={self.tau_start}"),
-            "epsilon": (0 < self.epsilon < 0.5, "above 0 and below 0.5"),
-            "resize_every": (self.resize_every >= 1, "at least 1"),
-            "hold": (self.hold >= 1, "at least 1"),
-            "min_rank": (self.min_rank >= 0, "at least 0"),
-            "gain": (0 < self.gain < math.inf, positive),
-            "reach": (0 < self.reach <= 1, fraction),
-            "settle": (0 < self.settle <= 1, fraction),
-        }
-        for name, (holds, expected) in checks.items():
-            if not holds:
-                raise ScheduleError(f"ARDLoRA({name}={getattr(self, name)!r}): expected {expected}")
+        if self.tau_end > self.tau_start:
+            raise ScheduleError(f"ARDLoRA(tau_end={self.tau_end}): expected at most tau_start={self.tau_start}")
         if self._driven and self.l1 == 0:
             raise ScheduleError(
                 "ARDLoRA(l1=0, budget=…): lambda is driven to the budget by factors, and 0 stays 0. Begin with a small "
@@ -207,7 +190,6 @@ class ARDLoRA(Allocator):
         assert gates is not None
         if context.step > self._settling(run):
             return
-        to_device_(state, gates.values.device)
         alpha, r0, member, position = (state[key] for key in ("alpha", "r0", "member", "position"))
         # The forward pass had the masks of the step before.
         tau = temperature(context.step - 1, run.total_steps, self.tau_start, self.tau_end)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorank.allocators.base import State, TrainingInfo
+from lorank.allocators.base import TrainingInfo
 from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayers
-
-ON_CPU = frozenset({"adam.step", "seen.totals", "seen.losses", "seen.looks", "seen.warned"})
-"""Numbers in ARD-LoRA's state that are only looked at on the host."""
 
 
 def group_sizes(layers: AdapterLayers) -> dict[str, int]:
@@ -36,15 +33,6 @@ def group_caps(layers: AdapterLayers) -> Tensor:
         for _ in layer.head_ranks
     ]
     return torch.tensor(caps, dtype=torch.long)
-
-
-def to_device_(state: State, device: torch.device) -> None:
-    """What is kept per group or per rank goes where the gates are: a checkpoint may have been read to elsewhere."""
-    if state["alpha"].device == device:
-        return
-    for name, tensor in state.items():
-        if name not in ON_CPU:
-            state[name] = tensor.to(device)
 
 
 def base_ranks(layers: AdapterLayers, run: TrainingInfo, r0: int | None) -> Tensor:

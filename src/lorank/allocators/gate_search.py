@@ -1,0 +1,131 @@
+"""Gates found by differentiable search, as in DARTS (arXiv 1806.09055): the score of a rank is its gate.
+
+    g = 2 σ(a')        ∂L_split/∂a' = ∂L_split/∂g · g (1 − g/2)
+
+First-order bi-level optimisation: A and B learn on the training data by the user's optimiser; after its step, one
+forward and backward pass on rows of a second split gives the gradient of a', with A and B as they are, and an Adam of
+its own moves a'. A new rank has a' = 0 and moments of zero.
+
+The pass on the split leaves no trace but a'. It is made in evaluation mode, since dropout would only add noise to what
+is measured, and in the model's own precision, outside the loop's autocast. The training pass leaves the gates out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorank.allocators.adam import adam_step_, resize_adam_, start_adam
+from lorank.errors import ValidationBatchError
+from lorank.lora import AdapterLayers, LearnedGates
+from lorank.lora.rank_index import reindex_ranks
+from lorank.scoring import Choose, Context, Scorer, Scores, State, TrainingInfo
+from lorank.scoring.loss import loss_with_graph, prepare_batch, require_finite, unwrap_model
+from lorank.scoring.preserve_state import preserve_state
+
+
+@dataclass(frozen=True)
+class GateSearchScorer(Scorer):
+    """Searches gates while a score is still to come; afterwards they stay as they were found.
+
+    Args:
+        gate_lr: learning rate of a'. > 0.
+        search_every: optimiser steps between two steps of a'. ≥ 1.
+        search_rows: rows of the split in each of them, taken in turn. ≥ 1.
+    """
+
+    gate_lr: float
+    search_every: int
+    search_rows: int
+
+    @property
+    def needs_validation_batch(self) -> bool:
+        return True
+
+    @property
+    def own_backward(self) -> bool:
+        return True  # the search
+
+    def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
+        dtype = torch.promote_types(next(iter(layers.values())).A.dtype, torch.float32)
+        gates = layers.learn_gates(torch.ones(layers.total_rank, dtype=dtype))
+        gates.freeze()
+        alphas = torch.zeros_like(gates.values)
+        return {"alphas": alphas, "searched": torch.zeros((), dtype=torch.long), **start_adam(alphas)}
+
+    def after_step(self, context: Context, state: State) -> None:
+        gates = context.layers.gates
+        if gates is None:
+            return
+        if context.step % self.search_every == 0:
+            self._search(context, state, gates)
+        gates.freeze()  # also those of a resumed run
+
+    def score(self, context: Context, state: State, choose: Choose) -> Scores:
+        layers = context.layers
+        assert layers.gates is not None
+        values = torch.split(layers.gates.values.double().cpu(), list(layers.ranks.values()))
+        return Scores(dict(zip(layers, values, strict=True)))
+
+    def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
+        state["alphas"] = reindex_ranks(state["alphas"], origins)
+        resize_adam_(state, origins)
+        if context.layers.gates is not None:
+            context.layers.gates.freeze()
+
+    def end(self, context: Context, state: State) -> None:
+        if context.layers.gates is not None:
+            context.layers.gates.freeze()  # also those of a resumed run
+
+    def _search(self, context: Context, state: State, gates: LearnedGates) -> None:
+        """One step of a' on the next rows of the split."""
+        if context.validation_batch is None:
+            raise ValidationBatchError(
+                "gates are searched on a second split of the data: give validation_batch=…, with all its rows"
+            )
+        rows = rows_in_turn(context.validation_batch, int(state["searched"]), self.search_rows)
+        state["searched"] += 1
+        model = unwrap_model(context.model)
+        leaves = list(gates.leaves.values())
+        gates.freeze(False)
+        with preserve_state(model, context.layers), torch.enable_grad():
+            loss = loss_with_graph(
+                model, prepare_batch(model, rows, needs_labels=context.loss_fn is None), context.loss_fn
+            )
+            require_finite(loss.detach(), "the model")
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        with torch.no_grad():
+            grad = torch.cat(
+                [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+            )  # (R,)
+            grad = context.mean(grad)
+            values = gates.values
+            alphas = state["alphas"]
+            adam_step_(alphas, grad * values * (1 - values / 2), state, self.gate_lr)
+            values.copy_(2 * torch.sigmoid(alphas))
+
+
+def rows_in_turn(batch: Mapping[str, Any], turn: int, count: int) -> dict[str, Any]:
+    """The ``count`` rows that turn ``turn`` (from 0) has, going round and round; all of them where there are no more.
+
+    Args:
+        batch: tensors whose first axis counts rows, and anything else, which stays as it is.
+    """
+    sizes = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()}
+    if len(sizes) != 1:
+        raise ValidationBatchError(
+            f"the tensors of the validation batch have {sorted(sizes)} rows: expected the same number in each, so that "
+            "some can be taken in turn"
+        )
+    (rows,) = sizes
+    if count >= rows:
+        return dict(batch)
+    picked = (turn * count + torch.arange(count)) % rows  # (count,)
+    return {
+        key: value[picked.to(value.device)] if isinstance(value, Tensor) and value.dim() else value
+        for key, value in batch.items()
+    }

@@ -1,0 +1,112 @@
+"""When ranks move: pure functions of the optimiser step.
+
+rounds (ALoRA, arXiv 2403.16187):    K1, K1 + K2, K1 + 2 K2, …              N_A of them at most
+cubic (AdaLoRA, arXiv 2303.10512):   every ΔT steps from t_i to T − t_f     the budget falls as (1 − progress)³
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lorank.errors import ScheduleError
+from lorank.scoring.context import TrainingInfo
+
+PAPER_EPOCHS = 10.0
+"""ALoRA's longest training: what a run counts as where the length of an epoch is unknown."""
+
+T_INIT, T_FINAL, DELTA_T = 0.13, 0.48, 0.002
+"""The medians of the eight GLUE runs in AdaLoRA's scripts, as parts of the run."""
+
+
+@dataclass(frozen=True)
+class RoundSchedule:
+    """Train K1, then up to N_A rounds with K2 of training between them. Rounds at the run's last step are left out.
+
+    Args:
+        k1: K1, how long to train before the first round. > 0.
+        k2: K2, how long to train between rounds. > 0.
+        rounds: N_A, how many rounds at most. ≥ 1.
+        unit: what ``k1`` and ``k2`` count, ``"epochs"`` or optimiser ``"steps"``.
+    """
+
+    k1: float
+    k2: float
+    rounds: int
+    unit: Literal["epochs", "steps"]
+
+    def due(self, step: int, run: TrainingInfo) -> bool:
+        """Whether a round comes after optimiser step ``step`` (from 1)."""
+        first, every = self._first_and_every(run)
+        done, since = divmod(step - first, every)
+        return since == 0 and 0 <= done < self.rounds and step < run.total_steps
+
+    def last(self, run: TrainingInfo) -> int:
+        """The step of the last round; 0 where there is none."""
+        first, every = self._first_and_every(run)
+        if first >= run.total_steps:
+            return 0
+        return first + every * min(self.rounds - 1, (run.total_steps - 1 - first) // every)
+
+    def _first_and_every(self, run: TrainingInfo) -> tuple[int, int]:
+        if self.unit == "steps":
+            return max(1, round(self.k1)), max(1, round(self.k2))
+        return epochs_to_steps(self.k1, run, PAPER_EPOCHS), epochs_to_steps(self.k2, run, PAPER_EPOCHS)
+
+
+@dataclass(frozen=True)
+class CubicSchedule:
+    """A budget that stays at b0 until t_i, falls as a cube to b_T at T − t_f, and stays there.
+
+    Args:
+        t_init: t_i, steps before the budget begins to fall; None: 13 % of the run. ≥ 0.
+        t_final: t_f, steps with the final budget at the end of the run; None: 48 % of it. ≥ 0.
+        delta_t: ΔT, steps between two prunings; None: 0.2 % of the run, at least 1. ≥ 1.
+    """
+
+    t_init: int | None
+    t_final: int | None
+    delta_t: int | None
+
+    def due(self, step: int, run: TrainingInfo) -> bool:
+        """Whether ranks are pruned after optimiser step ``step`` (from 1)."""
+        end = self.end(run)
+        return step == end or (self.begin(run) < step < end and step % self._every(run) == 0)
+
+    def fraction(self, step: int, run: TrainingInfo) -> float:
+        """Where the budget is between b0 (1) and b_T (0), after optimiser step ``step``."""
+        begin, end = self.begin(run), self.end(run)
+        if step <= begin:
+            return 1.0
+        return (1 - (step - begin) / (end - begin)) ** 3 if step < end else 0.0
+
+    def begin(self, run: TrainingInfo) -> int:
+        """t_i, the step after which the budget falls."""
+        return round(T_INIT * run.total_steps) if self.t_init is None else self.t_init
+
+    def end(self, run: TrainingInfo) -> int:
+        """T − t_f, the step after which the budget is final."""
+        t_final = round(T_FINAL * run.total_steps) if self.t_final is None else self.t_final
+        return run.total_steps - t_final
+
+    def check(self, run: TrainingInfo, method: str) -> None:
+        """Raises ScheduleError, in the name of ``method``, if no step of the run is left in which the budget falls."""
+        t_init, t_final = self.begin(run), run.total_steps - self.end(run)
+        if t_init + t_final >= run.total_steps:
+            raise ScheduleError(
+                f"{method}(t_init={t_init}, t_final={t_final}) leaves no step in which the budget could fall, in a run "
+                f"of {run.total_steps} steps: name smaller ones, or train longer"
+            )
+
+    def _every(self, run: TrainingInfo) -> int:
+        return max(1, round(DELTA_T * run.total_steps)) if self.delta_t is None else self.delta_t
+
+
+def epochs_to_steps(epochs: float, run: TrainingInfo, assumed_epochs: float) -> int:
+    """A duration in epochs as optimiser steps, at least 1.
+
+    Where the length of an epoch is unknown, the run is read as ``assumed_epochs`` epochs long.
+    """
+    per_epoch = run.steps_per_epoch if run.steps_per_epoch is not None else run.total_steps / assumed_epochs
+    return max(1, math.ceil(epochs * per_epoch - 1e-9))

@@ -1,0 +1,91 @@
+"""Ablation as a scorer: AB-LoRA's score of a rank (arXiv 2403.16187), exact, estimated or screened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from lorank.errors import ValidationBatchError
+from lorank.scoring.ablation import AblationResult, ablation_scores
+from lorank.scoring.context import Context, State
+from lorank.scoring.scorer import Choose, Scorer, Scores
+from lorank.scoring.successive_screening import screened_scores
+from lorank.scoring.taylor import first_order_scores
+from lorank.scoring.variants import Terms
+
+AblationMethod: TypeAlias = Literal["first_order", "exact", "screen"]
+
+FIRST_ORDER_SAMPLES = 128
+"""|B_val| for ``first_order``: samples cost little there, and more of them win back what estimates lose
+(``docs/scoring.md``)."""
+
+
+@dataclass(frozen=True)
+class AblationScorer(Scorer):
+    """IS(r) = S(M) − S(M without r) + S(M with r alone), on one fixed batch. Remembers nothing.
+
+    Args:
+        method: ``"first_order"`` (:func:`~lorank.scoring.first_order_scores`), ``"exact"``
+            (:func:`~lorank.scoring.ablation_scores`) or ``"screen"`` (:func:`~lorank.scoring.screened_scores`).
+        terms: which terms of IS count: ``"both"``, ``"without"`` or ``"alone"``.
+        samples: rows of the batch; None: 32, the paper's, and 128 for ``first_order``. ≥ 1.
+        engine: of exact evaluations, ``"exact"`` or ``"reference"``.
+
+    Raises:
+        ValueError: when scoring, a ``method``, ``terms`` or ``engine`` that is unknown.
+    """
+
+    method: AblationMethod = "first_order"
+    terms: Terms = "both"
+    samples: int | None = None
+    engine: Literal["exact", "reference"] = "exact"
+
+    @property
+    def needs_validation_batch(self) -> bool:
+        return True
+
+    @property
+    def validation_samples(self) -> int:
+        if self.samples is not None:
+            return self.samples
+        return FIRST_ORDER_SAMPLES if self.method == "first_order" else super().validation_samples
+
+    @property
+    def own_backward(self) -> bool:
+        return self.method != "exact"
+
+    def score(self, context: Context, state: State, choose: Choose) -> Scores:
+        result = self._evaluate(context, choose)
+        return Scores(
+            result.scores,
+            {
+                "loss": result.baseline,
+                "scored_by": self.method,
+                "evaluations": result.evaluations,
+                "backward_passes": result.backward_passes,
+                "engine": result.engine,
+                "notice": result.notice,
+                "scoring_seconds": result.seconds,
+            },
+        )
+
+    def _evaluate(self, context: Context, choose: Choose) -> AblationResult:
+        model, layers, batch = context.model, context.layers, context.validation_batch
+        if batch is None:
+            raise ValidationBatchError(
+                "ablation scores ranks on a fixed batch of validation data: give validation_batch=… (the ALoRA paper "
+                "takes 32 samples)"
+            )
+        common: dict[str, Any] = {
+            "terms": self.terms,
+            "loss_fn": context.loss_fn,
+            "progress": context.progress,
+            "share": context.share,
+        }
+        if self.method == "first_order":
+            return first_order_scores(model, layers, batch, **common)
+        if self.method == "screen":
+            return screened_scores(model, layers, batch, choose, engine=self.engine, **common)
+        if self.method == "exact":
+            return ablation_scores(model, layers, batch, engine=self.engine, **common)
+        raise ValueError(f"method is {self.method!r}; expected one of {', '.join(get_args(AblationMethod))}")
