@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorank import Allocator, allocators
+from lorank.allocators.registry import OWN
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ STEPS = 12
 ROUNDS = {"k1": 3, "k2": 3, "rounds": 3, "unit": "steps", "per_round": 5}
 QUICK = {"alpha_lr": 0.05, "l1": 0.05, "resize_every": 2, "hold": 1}
 
-METHODS: dict[str, Method] = {
+_CHOSEN: dict[str, Method] = {
     "static": Method(lambda budget=None: allocators.StaticLoRA(budget=budget)),
     "alora": Method(lambda budget=None: allocators.ALoRA(**ROUNDS, budget=budget, scores="exact")),
     "alora-retry": Method(
@@ -42,6 +43,16 @@ METHODS: dict[str, Method] = {
     "ard": Method(lambda budget=None: allocators.ARDLoRA(**QUICK, budget=budget, heads="module")),
     "ard-heads": Method(lambda budget=None: allocators.ARDLoRA(**QUICK, budget=budget, min_rank=0), heads=True),
 }
+
+
+def _with_defaults(kind: type[Allocator]) -> Method:
+    return Method(lambda budget=None: kind(budget=budget))  # type: ignore[call-arg]  # every method of ours has one
+
+
+_SETTLED = {type(method.make()) for method in _CHOSEN.values()}
+_OTHERS = {name: kind for name in OWN if (kind := allocators.find_allocators().classes[name]) not in _SETTLED}
+METHODS = {**_CHOSEN, **{name: _with_defaults(kind) for name, kind in _OTHERS.items()}}
+"""A method that is not named above is tested with its default settings."""
 
 DORA = Method(METHODS["alora"].make, lora={"use_dora": True})
 WITH_DORA = {**METHODS, "dora": DORA}
