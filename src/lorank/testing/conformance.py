@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import itertools
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from lorank.allocators import Allocation, Allocator, Budget
+from lorank.allocators import Allocation, Allocator, Budget, TrainingInfo
 from lorank.errors import AdapterError
 from lorank.lora import LayerPlan, find_layers, make_peft_model, plan_for_heads
 from lorank.testing.hooks import around_hooks, other_random_numbers, random_numbers_stay, weights_stay
 from lorank.testing.plain_peft import plain_peft
 from lorank.testing.tiny_models import TINY_LLAMA, TinyModel
-from lorank.training import RankCallback, Ranks, attach, read_history
+from lorank.training import HistoryError, RankCallback, Ranks, Record, attach
 
 PROBE, VALIDATION = 50, 99
 """Numbers of batches that are not trained on: to compare outputs, and to score ranks on."""
@@ -35,13 +33,10 @@ class Loop:
         model: the model, and its batches.
         allocator: the method.
         steps: optimiser steps of the whole run.
-        history_path: see :func:`lorank.attach`.
         lora: settings of the ``LoraConfig``; without any, rank 4 in all linear layers.
     """
 
-    def __init__(
-        self, model: TinyModel, allocator: Allocator, *, steps: int, history_path: Path | None = None, **lora: Any
-    ) -> None:
+    def __init__(self, model: TinyModel, allocator: Allocator, *, steps: int, **lora: Any) -> None:
         self.kind = model
         self.steps = steps
         self.model = adapted(model, **lora)
@@ -53,7 +48,6 @@ class Loop:
             validation_batch=model.batch(VALIDATION),
             total_steps=steps,
             seed=7,
-            history_path=history_path,
         )
         self.losses: list[float] = []
 
@@ -73,7 +67,7 @@ class Loop:
         return outputs(self.model, self.kind)
 
 
-class AllocatorConformance(ABC):
+class AllocatorConformance:
     """The contract of :class:`lorank.Allocator` as tests. Derive a class whose name begins with ``Test``.
 
         class TestMagnitudePruning(lorank.testing.AllocatorConformance):
@@ -99,13 +93,19 @@ class AllocatorConformance(ABC):
     steps: ClassVar[int] = 12
     lora: Mapping[str, Any] = {}
 
-    @abstractmethod
     def make(self, budget: Any = None) -> Allocator:
         """The method, with settings under which a run of ``steps`` steps shows all that it does.
 
         Args:
             budget: what a user may name, see :class:`lorank.Budget`; None: the method's default.
+
+        Raises:
+            NotImplementedError: the derived class does not define it.
         """
+        # Not an abstract method: pytest passes over abstract classes in silence, so nothing would be tested.
+        raise NotImplementedError(
+            f"{type(self).__name__} must define make(self, budget=None) and return the method that is to be tested"
+        )
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Called by pytest: which test runs on which model, and with which budget."""
@@ -148,7 +148,8 @@ class AllocatorConformance(ABC):
         )
 
     def test_due_is_a_pure_function_of_the_step(self) -> None:
-        run = Loop(self._first, self.make(), steps=self.steps, **self.lora).ranks.run
+        layers = find_layers(adapted(self._first, **self.lora))
+        run = TrainingInfo(self.steps, seed=7, initial_ranks=layers.ranks)
         one, other = self.make(), self.make()
         forwards = [bool(one.due(step, run)) for step in range(1, self.steps + 1)]
         backwards = [bool(other.due(step, run)) for step in range(self.steps, 0, -1)]
@@ -204,12 +205,9 @@ class AllocatorConformance(ABC):
         _require(moved[0] == moved[1], why, f"ranks: {moved[0]} and {moved[1]}")
         _require_same(first.model.state_dict(), second.model.state_dict(), why)
 
-    def test_hooks_leave_the_weights_as_they_are(self) -> None:
-        with around_hooks(type(self.make()), weights_stay):
-            Loop(self._first, self.make(), steps=self.steps, **self.lora).run()
-
-    def test_hooks_leave_the_global_random_state_as_it_is(self) -> None:
-        with around_hooks(type(self.make()), random_numbers_stay):
+    def test_hooks_leave_weights_and_random_numbers_as_they_are(self) -> None:
+        kind = type(self.make())
+        with around_hooks(kind, weights_stay), around_hooks(kind, random_numbers_stay):
             Loop(self._first, self.make(), steps=self.steps, **self.lora).run()
 
     def test_the_state_is_a_flat_dictionary_of_tensors(self) -> None:
@@ -228,29 +226,22 @@ class AllocatorConformance(ABC):
             f"attributes before: {before}, and after: {after}",
         )
 
-    def test_state_and_history_can_be_written_down(self, tmp_path: Path) -> None:
-        path = tmp_path / "history.jsonl"
-        loop = Loop(self._first, self.make(), steps=self.steps, history_path=path, **self.lora)
-        loop.run(self.steps // 2)
-        file = io.BytesIO()
-        torch.save(loop.optimizer.state_dict(), file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
-        loop.run()
-        allocations = loop.ranks.history.allocations
+    def test_the_history_can_be_written_down(self) -> None:
+        loop = Loop(self._first, self.make(), steps=self.steps, **self.lora).run()
         _require(
-            bool(allocations) or not loop.ranks.allocator.moves_ranks,
+            bool(loop.ranks.history.allocations) or not loop.ranks.allocator.moves_ranks,
             f"in a run of {self.steps} steps nothing was allocated, so the tests would show nothing. Let make return "
             "settings under which the method allocates, or raise steps; a method that never moves ranks sets "
             "moves_ranks to False",
         )
-        written = [record.to_json() for record in read_history(path)]
-        _require(
-            written == [record.to_json() for record in loop.ranks.history],
-            "what an allocation says in details must be plain numbers, strings, lists and dictionaries with string "
-            "keys, so that it is the same when it is read again from the history's file",
-            f"read: {written}",
-        )
+        for record in loop.ranks.history:
+            try:
+                Record.from_json(record.to_json())
+            except (TypeError, ValueError, HistoryError) as error:
+                raise AssertionError(
+                    "what an allocation says in details must be JSON: plain numbers, strings, lists and dictionaries "
+                    f"with string keys. Step {record.step}: {error}"
+                ) from error
         for earlier, record in itertools.pairwise(loop.ranks.history):
             for name, scores in record.scores.items():
                 _require(
@@ -381,13 +372,6 @@ class AllocatorConformance(ABC):
                 return
             raise AssertionError("DoRA has no form per attention head: a method with ranks per head must be refused")
         loop = Loop(self._first, self.make(), steps=self.steps, **lora).run()
-        empty = [name for name, rank in loop.ranks.layers.ranks.items() if not rank]
-        _require(
-            not empty,
-            "with DoRA every module needs at least one rank: a file can only hold its magnitudes beside a LoRA. "
-            "Respect ResolvedBudget.minima or AdapterLayer.min_rank",
-            f"without a rank: {empty}",
-        )
         _require_plain(loop, tmp_path)
 
     def test_with_rank_stabilised_scaling(self, tmp_path: Path) -> None:
