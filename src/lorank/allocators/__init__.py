@@ -6,7 +6,7 @@ from lorank.allocators.alora import ALoRA
 from lorank.allocators.alora_dnas import ALoRADNAS
 from lorank.allocators.alora_sensi import ALoRASensi
 from lorank.allocators.ard import ARDLoRA
-from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo, epochs_to_steps
+from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import Budget, BudgetLike, as_budget, resolve_budget, uniform_plan
 from lorank.allocators.initial_ranks import initial_ranks_
 from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
@@ -35,7 +35,6 @@ __all__ = [
     "TrainingInfo",
     "adam_step_",
     "as_budget",
-    "epochs_to_steps",
     "final_budget",
     "find_allocators",
     "initial_ranks_",
