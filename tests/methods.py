@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorank import Allocator, allocators
+from lorank.allocators.registry import OWN
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,7 @@ STEPS = 12
 ROUNDS = {"k1": 3, "k2": 3, "rounds": 3, "unit": "steps", "per_round": 5}
 QUICK = {"alpha_lr": 0.05, "l1": 0.05, "resize_every": 2, "hold": 1}
 
-METHODS: dict[str, Method] = {
-    "static": Method(lambda budget=None: allocators.StaticLoRA(budget=budget)),
+_CHOSEN: dict[str, Method] = {
     "alora": Method(lambda budget=None: allocators.ALoRA(**ROUNDS, budget=budget, scores="exact")),
     "alora-retry": Method(
         lambda budget=None: allocators.ALoRA(**ROUNDS, budget=budget, scores="exact", retry_empty=True, terms="without")
@@ -42,6 +42,16 @@ METHODS: dict[str, Method] = {
     "ard": Method(lambda budget=None: allocators.ARDLoRA(**QUICK, budget=budget, heads="module")),
     "ard-heads": Method(lambda budget=None: allocators.ARDLoRA(**QUICK, budget=budget, min_rank=0), heads=True),
 }
+
+
+def _with_defaults(kind: type[Allocator]) -> Method:
+    return Method(lambda budget=None: kind(budget=budget))  # type: ignore[call-arg]  # every method of ours has one
+
+
+_NAMED = {type(method.make()) for method in _CHOSEN.values()}
+_OWN = {name: kind for name, kind in allocators.find_allocators().classes.items() if name in OWN}
+METHODS = {**{name: _with_defaults(kind) for name, kind in _OWN.items() if kind not in _NAMED}, **_CHOSEN}
+"""A method that is not named above, such as plain LoRA, is tested with its default settings."""
 
 DORA = Method(METHODS["alora"].make, lora={"use_dora": True})
 WITH_DORA = {**METHODS, "dora": DORA}

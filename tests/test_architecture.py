@@ -26,6 +26,7 @@ ALLOWED = {
     "experiments": {"errors", "files", "lora", "scoring", "allocators", "training", "tasks", "report", "config"},
     "cli": {"errors", "files", "lora", "scoring", "allocators", "training", "tasks", "report", "config", "experiments"},
     "config": {"errors", "files", "allocators", "tasks"},
+    "testing": {"errors", "lora", "allocators", "training"},
 }
 
 

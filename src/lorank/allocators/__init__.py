@@ -1,14 +1,17 @@
-"""The methods, one per file, and the bases of new ones: Allocator, and RoundAllocator for another score in rounds."""
+"""The methods, one per file, and what a new one is made of: Allocator, RoundAllocator for a new score in rounds, …"""
 
 from lorank.allocators.adalora import AdaLoRA
+from lorank.allocators.adam import adam_step_, resize_adam_, start_adam
 from lorank.allocators.alora import ALoRA
 from lorank.allocators.alora_dnas import ALoRADNAS
 from lorank.allocators.alora_sensi import ALoRASensi
 from lorank.allocators.ard import ARDLoRA
 from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
-from lorank.allocators.budget import Budget, BudgetLike
+from lorank.allocators.budget import Budget, BudgetLike, as_budget, resolve_budget, uniform_plan
 from lorank.allocators.initial_ranks import initial_ranks_
-from lorank.allocators.resolved_budget import ResolvedBudget
+from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
+from lorank.allocators.registry import Registry, find_allocators
+from lorank.allocators.resolved_budget import Constraint, ResolvedBudget
 from lorank.allocators.rounds import RoundAllocator
 from lorank.allocators.sora import SoRA
 from lorank.allocators.static import StaticLoRA
@@ -23,12 +26,24 @@ __all__ = [
     "Allocator",
     "Budget",
     "BudgetLike",
+    "Constraint",
     "Context",
+    "Registry",
     "ResolvedBudget",
     "RoundAllocator",
     "SoRA",
     "State",
     "StaticLoRA",
     "TrainingInfo",
+    "adam_step_",
+    "as_budget",
+    "final_budget",
+    "find_allocators",
     "initial_ranks_",
+    "plan_to_keep",
+    "resize_adam_",
+    "resolve_budget",
+    "start_adam",
+    "uniform_plan",
+    "warn_if_nothing_to_prune",
 ]

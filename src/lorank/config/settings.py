@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import Field, ValidationError, create_model, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
-from lorank.allocators import AdaLoRA, Allocator, ALoRA, ALoRADNAS, ALoRASensi, ARDLoRA, SoRA, StaticLoRA
+from lorank.allocators import Allocator, find_allocators
+from lorank.allocators.registry import OWN
 from lorank.allocators.settings import documented_settings
 from lorank.config.errors import ConfigError, explain
 from lorank.config.yaml_files import apply_overrides, dump_yaml, read_yaml
@@ -28,6 +30,8 @@ from lorank.errors import LorankError
 from lorank.tasks.settings import Settings, TaskSettings
 
 __all__ = ["ConfigError", "RunConfig", "json_schema", "load_config", "make_config", "to_yaml"]
+
+logger = logging.getLogger("lorank")
 
 
 class ModelSettings(Settings):
@@ -176,26 +180,56 @@ def _section(name: str, allocator: type[Allocator]) -> type[AllocatorSettings]:
     return made
 
 
+def _sections(
+    methods: Mapping[str, type[Allocator]], refused: Mapping[str, str]
+) -> tuple[dict[str, type[AllocatorSettings]], dict[str, str]]:
+    """The section of each method, and by name why there is none of a method that some package registers."""
+    made: dict[str, type[AllocatorSettings]] = {}
+    why = dict(refused)
+    for name, allocator in methods.items():
+        if name in OWN:
+            made[name] = _section(name, allocator)
+            continue
+        try:
+            if any(field.name == "name" for field in dataclasses.fields(allocator)):  # type: ignore[arg-type]  # as above
+                raise TypeError("it has a setting called 'name', which is the method's own name in a recipe")
+            section = _section(name, allocator)
+            section.model_json_schema()  # what cannot be described would break the whole schema
+        except Exception as error:  # a type that is not there at run time, or that YAML cannot express
+            where = f"{allocator.__module__}.{allocator.__qualname__}"
+            why[name] = f"the settings of {where} cannot be written in a recipe. {type(error).__name__}: {error}"
+            logger.warning("the method %r is left out of recipes: %s", name, why[name])
+        else:
+            made[name] = section
+    return made, why
+
+
+def _usable(given: Any) -> Any:
+    name = given.get("name") if isinstance(given, Mapping) else None
+    if isinstance(name, str) and name in REFUSED:
+        raise ValueError(f"name {name!r}: {REFUSED[name]}")
+    return given
+
+
 class FullSettings(Settings):
     """Full fine-tuning, the yardstick: every weight of the model is trained, and there is no adapter."""
 
     name: Literal["full"]
 
 
-METHODS: Mapping[str, type[Allocator]] = {
-    "static": StaticLoRA,
-    "alora": ALoRA,
-    "alora_dnas": ALoRADNAS,
-    "alora_sensi": ALoRASensi,
-    "ard": ARDLoRA,
-    "adalora": AdaLoRA,
-    "sora": SoRA,
-}
-ALLOCATORS = {name: _section(name, allocator) for name, allocator in METHODS.items()}
+# Methods of other packages are imported with this module, before anybody has named one: their fields decide what a
+# recipe may hold, what its JSON schema is and which key is suggested.
+_REGISTRY = find_allocators()
+METHODS: Mapping[str, type[Allocator]] = _REGISTRY.classes
+ALLOCATORS, REFUSED = _sections(METHODS, _REGISTRY.refused)
 if TYPE_CHECKING:
     AnyAllocator = AllocatorSettings | FullSettings
 else:
-    AnyAllocator = Annotated[reduce(or_, [*ALLOCATORS.values(), FullSettings]), Field(discriminator="name")]
+    AnyAllocator = Annotated[
+        reduce(or_, [*ALLOCATORS.values(), FullSettings]),
+        Field(discriminator="name"),
+        BeforeValidator(_usable),
+    ]
 
 
 class RunConfig(Settings):

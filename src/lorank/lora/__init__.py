@@ -15,7 +15,7 @@ from lorank.lora.per_head_conversion import merge_heads_, restore_layout_, split
 from lorank.lora.plan import LayerPlan, Plan, plan_for_heads, plan_for_rank
 from lorank.lora.pool import padded
 from lorank.lora.quantised import RepackingPrevention, prevent_repacking
-from lorank.lora.rank_index import rank_origins
+from lorank.lora.rank_index import rank_origins, reindex_ranks
 from lorank.lora.reserve import reserve_
 from lorank.lora.resize import resize_
 from lorank.lora.snapshot import LayersSnapshot
@@ -45,6 +45,7 @@ __all__ = [
     "prevent_repacking",
     "rank_origins",
     "read_adapter_config",
+    "reindex_ranks",
     "reserve_",
     "resize_",
     "resize_on_load",
