@@ -11,7 +11,7 @@ import torch
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from lorank.cli.main import app
+from lorank.cli.app import app
 from lorank.experiments.planted import Scenario, make_problem, run_study
 from lorank.experiments.planted import study as study_module
 from lorank.experiments.planted.methods import GRID, METHODS, random, uniform

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lorank.cli.main import app
+from lorank.cli.app import app
 from lorank.config.settings import ConfigError
 from lorank.experiments import RunFolderError, train
 from lorank.experiments.sweep import load_sweep, run_sweep

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lorank.tasks.collate import IGNORED, Collator, Example
@@ -93,8 +93,10 @@ def judging(model: nn.Module) -> Iterator[torch.device]:
 
 def batches(items: Sequence[T], size: int, what: str, progress: bool) -> Iterable[Sequence[T]]:
     """Slices of at most `size` items, with a bar that disappears when done."""
+    # not torch's DataLoader: each pass over one draws from the global random state, from which training goes on
     parts = [items[start : start + size] for start in range(0, len(items), size)]
-    return track(parts, description=what, transient=True, disable=not progress or len(parts) < 2)
+    bar: Iterable[Sequence[T]] = tqdm(parts, desc=what, leave=False, disable=not progress or len(parts) < 2)
+    return bar
 
 
 def mean_loss(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lorank.extras import require
 from lorank.tasks.base import ModelKind, Split, Task, batches, judging, mean_loss, pad_id
 from lorank.tasks.collate import IGNORED, Collator, Example
 from lorank.tasks.errors import DataError
@@ -65,7 +66,12 @@ class GenerationTask(Task):
 
     @cached_property
     def test(self) -> Sequence[Example]:
-        """Encoded test examples (see `Task.test`)."""
+        """Encoded test examples (see `Task.test`).
+
+        Raises:
+            MissingPackageError: what their figures are computed by is not installed; told here, before training.
+        """
+        _require_metrics()
         return self._encode(self._prompted("test"))
 
     def evaluate(
@@ -150,7 +156,12 @@ class GenerationTask(Task):
 
 
 def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`bleu` and `rouge_l`, both 0 to 100, of one text per item against one or more references per item."""
+    """`bleu` and `rouge_l`, both 0 to 100, of one text per item against one or more references per item.
+
+    Raises:
+        MissingPackageError: sacrebleu or rouge-score is not installed.
+    """
+    _require_metrics()
     # slow to import, and needed at the end of a run alone
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
@@ -164,6 +175,10 @@ def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
         scorer.score_multi(list(group), text)["rougeL"].fmeasure for text, group in zip(texts, references, strict=True)
     ]
     return {"bleu": float(bleu), "rouge_l": 100 * sum(best) / len(best)}
+
+
+def _require_metrics() -> None:
+    require("BLEU and ROUGE-L of a generation task", "sacrebleu", "rouge_score")
 
 
 def _as_input(tokens: list[int]) -> Mapping[str, list[int]]:
