@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorank.config import ConfigError, load_config, to_yaml
+from lorank.config import ConfigError, load_config, make_config, to_yaml
 from lorank.config.references import MAX_CHAIN, escape_references, resolve_references, wrong_references
 from lorank.config.yaml_files import apply_overrides, dump_yaml, parse_yaml
 
@@ -89,6 +89,15 @@ def test_only_keys_can_be_referred_to(written: str, place: str, monkeypatch: pyt
     with pytest.raises(ConfigError, match=r"x\.0: .*only a key can be referred to, as in \$\{training\.lr\}") as caught:
         apply_overrides(values, overrides)
     assert "secret" not in str(caught.value)
+
+
+def test_the_example_in_the_documentation_does_what_is_said_there() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    values = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    values |= {"task": {"name": "classification", "data": "rotten_tomatoes"}, "allocator": {"name": "static"}}
+    config = make_config(values, ["lora.r=4"])
+    assert config.output_dir == "runs/tiny_r4_lr0.002"
+    assert (config.lora.alpha, config.training.eval_batch_size) == (4, 16)
 
 
 def test_all_mistakes_are_told_at_once() -> None:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
@@ -20,7 +21,7 @@ from lorank.experiments.planted.problem import last_hidden
 from lorank.experiments.planted.student import lr_factor, train_student, updates_of
 from lorank.experiments.planted.study import PlantedError, Row
 from lorank.experiments.planted.table import closed_by_seed, rich_table, write_results
-from lorank.lora import find_layers, plan_for_rank, resize_, wrap
+from lorank.lora import find_layers, make_peft_model, plan_for_rank, resize_
 
 SIZES: dict[str, Any] = {
     **{"layers": 1, "most": 3, "block": 8, "train": 64, "held_out": 16, "scored": 4, "steps": 20, "batch": 8},
@@ -90,7 +91,9 @@ def test_the_loss_is_that_of_the_logits_and_one_for_the_base() -> None:
 
 def test_the_exact_solution_has_no_loss_and_finds_everything() -> None:
     problem = make_problem(TINY, 0)
-    model = wrap(copy.deepcopy(problem.base), r=1, lora_alpha=TINY.scaling, target_modules=list(problem.true))
+    model = make_peft_model(
+        copy.deepcopy(problem.base), r=1, lora_alpha=TINY.scaling, target_modules=list(problem.true)
+    )
     layers = find_layers(model)
     resize_(layers, {name: plan_for_rank(0, rank) for name, rank in problem.true.items()})
     assert layers.total_rank == problem.budget
@@ -193,7 +196,10 @@ def test_mean_and_interval() -> None:
     assert (lower, upper) == pytest.approx((1.075, 2.925))  # of the means 1, 2, 2, 3 of the four resamples
     assert mean_and_interval([2.0, 2.0, 2.0])[1:] == (0.0, 2.0, 2.0)
     assert math.isnan(mean_and_interval([5.0])[1])
+    # of 10,000 resamples
     many = mean_and_interval(list(range(20)))
+    picks = np.random.default_rng(0).integers(0, 20, (10_000, 20))
+    assert many[2:] == pytest.approx(tuple(np.quantile(picks.mean(axis=1), [0.025, 0.975])))
     assert many[2] < many[0] == 9.5 < many[3]
     assert many == mean_and_interval(list(range(20)))
 

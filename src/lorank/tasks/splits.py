@@ -1,7 +1,8 @@
 """Which examples are used for what: seeded draws and seeded held-out parts, the same on every machine.
 
-Not `Dataset.shuffle` and `train_test_split` of datasets: they draw another order, so that published figures would no
-longer belong to their recipes; they do not keep a prompt's references on one side; and a run on files needs no datasets.
+Not `Dataset.shuffle` and `train_test_split` of datasets: they draw another order, so that the figures in docs/
+would no longer belong to their recipes; they do not keep the references of a prompt on one side; and a run on files
+would need the package.
 """
 
 import math

@@ -4,9 +4,9 @@ Python's engine tries alternatives one after another. A repeat within a repeat, 
 characters that do not match, and k repeats side by side, ``.*.*.*``, nᵏ. The names that PEFT matches have about a
 hundred characters.
 
-The package regex has a timeout, which does not help here: it is PEFT that matches, by ``re``, which has none. Nor does
-a trial by regex beforehand tell how long ``re`` will take: on ``model.layers.0.self_attn.q_proj`` the pattern ``(.*)*x``
-takes regex a thousandth of a second and ``re`` longer than anybody waits.
+The package regex has a timeout, which does not help here: PEFT matches by ``re``, which has none. A trial by regex
+does not tell how long ``re`` will take either: on ``model.layers.0.self_attn.q_proj``, the pattern ``(.*)*x`` takes
+regex a thousandth of a second, and ``re`` longer than anybody waits.
 """
 
 from __future__ import annotations
