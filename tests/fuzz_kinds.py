@@ -45,6 +45,7 @@ def yaml_kind() -> Kind:
         b"~",
     ]
     tokens += [b"0b_", b"1:2:3", b"!!set {a}", b"!!omap [a: 1]", b"!!float ", b".nan", b"&a [*a, *a]", b"%YAML 9.9\n"]
+    tokens += [b"${", b"}", b"\\", b"${training.lr}", b"${oc.env:HOME}", b"${lora}", b"???"]
 
     def damage(draw: random.Random, data: bytes) -> bytes:
         if draw.random() < 0.5:

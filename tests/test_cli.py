@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from lorank import __version__
-from lorank.cli.main import app
+from lorank.cli.app import app
 
 
 def lorank(*arguments: str) -> Result:

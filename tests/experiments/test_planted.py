@@ -6,12 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from lorank.cli.main import app
+from lorank.cli.app import app
 from lorank.experiments.planted import Scenario, make_problem, run_study
 from lorank.experiments.planted import study as study_module
 from lorank.experiments.planted.methods import GRID, METHODS, random, uniform
@@ -194,7 +195,10 @@ def test_mean_and_interval() -> None:
     assert (lower, upper) == pytest.approx((1.075, 2.925))  # of the means 1, 2, 2, 3 of the four resamples
     assert mean_and_interval([2.0, 2.0, 2.0])[1:] == (0.0, 2.0, 2.0)
     assert math.isnan(mean_and_interval([5.0])[1])
+    # of 10,000 resamples
     many = mean_and_interval(list(range(20)))
+    picks = np.random.default_rng(0).integers(0, 20, (10_000, 20))
+    assert many[2:] == pytest.approx(tuple(np.quantile(picks.mean(axis=1), [0.025, 0.975])))
     assert many[2] < many[0] == 9.5 < many[3]
     assert many == mean_and_interval(list(range(20)))
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from lorank.cli.main import app
+from lorank.cli.app import app
 from lorank.experiments.adapter_session import open_finished
 from lorank.tasks import mean_loss
 from tests.elsewhere import Case, reload

@@ -45,7 +45,7 @@ def test_a_run_leaves_everything_a_user_needs(make: Make) -> None:
     # the adapter is plain PEFT: loaded without lorank it does what the run says
     task = build_task(config.task, load_tokenizer(config.model))
     base = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2)
-    base.config.pad_token_id = task.collator.pad_token_id
+    base.config.pad_token_id = task.collator.tokenizer.pad_token_id
     loaded = PeftModel.from_pretrained(base, str(out / "adapter"))
     assert task.evaluate(loaded, "test", progress=False) == pytest.approx(metrics["test"], abs=1e-5)
     assert metrics["validation"]["loss_after"] == pytest.approx(
@@ -278,7 +278,7 @@ def test_dora_with_an_allocator(make: Make) -> None:
     result = train(config)
     task = build_task(config.task, load_tokenizer(config.model))
     base = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2)
-    base.config.pad_token_id = task.collator.pad_token_id
+    base.config.pad_token_id = task.collator.tokenizer.pad_token_id
     loaded = PeftModel.from_pretrained(base, str(result.folder / "adapter"))
     assert any("magnitude" in name for name, _ in loaded.named_parameters())
     assert task.evaluate(loaded, "test", progress=False) == pytest.approx(result.metrics["test"], abs=1e-5)
@@ -329,6 +329,6 @@ def test_every_method_runs_from_a_recipe(make: Make, allocator: dict[str, Any]) 
     assert result.metrics["allocations"] >= 1
     task = build_task(config.task, load_tokenizer(config.model))
     base = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2)
-    base.config.pad_token_id = task.collator.pad_token_id
+    base.config.pad_token_id = task.collator.tokenizer.pad_token_id
     loaded = PeftModel.from_pretrained(base, str(result.folder / "adapter"))
     assert task.evaluate(loaded, "test", progress=False) == pytest.approx(result.metrics["test"], abs=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lorank.cli.main import app
+from lorank.cli.app import app
 from lorank.config.settings import ConfigError
 from lorank.experiments import RunFolderError, train
 from lorank.experiments.sweep import load_sweep, run_sweep
@@ -78,6 +78,25 @@ def test_the_base_may_be_a_recipe_beside_the_sweep(write: Write, recipe: Path) -
 def test_mistakes_show_before_anything_runs(write: Write, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_sweep(write(**changes))
+
+
+def test_each_run_resolves_its_own_references(write: Write) -> None:
+    sweep = write(grid={"lora.r": [1, 2]}, variants={"a": {"lora.alpha": "${lora.r}"}, "b": {}}, seeds=[3])
+    _, runs = load_sweep(sweep, ["training.eval_steps=${training.seed}"])
+    assert [run.config.lora.alpha for run in runs] == [1, 2, 8, 8]
+    assert {run.config.training.eval_steps for run in runs} == {3}
+
+
+def test_the_folder_of_a_sweep_cannot_refer_to_keys_of_its_runs(write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"output_dir: \$\{lora\.r\}: there is no such key"):
+        load_sweep(write(output_dir="runs/${lora.r}"))
+
+
+def test_a_malformed_override_is_told_once_for_all_runs(write: Write) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(write(), ["training.lr", "lora.r.x=1"])
+    assert str(caught.value).count("expected key=value") == 1
+    assert str(caught.value).count("lora.r is 4 and has no keys below it") == 1
 
 
 def test_a_sweep_runs_once_and_reports(write: Write) -> None:

@@ -6,16 +6,21 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.markup import escape
 
 from lorank.errors import LorankError
 
-_errors = Console(stderr=True, soft_wrap=True)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console(*, stderr: bool = False, soft_wrap: bool = False) -> Console:
+    """A rich console on standard output or standard error."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=soft_wrap)
 
 
 @contextmanager
@@ -24,15 +29,19 @@ def one_message(interrupted: str = "Nothing was written.") -> Iterator[None]:
     try:
         yield
     except (LorankError, OSError) as error:
-        _errors.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
+        from rich.markup import escape
+
+        errors = console(stderr=True, soft_wrap=True)
+        errors.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
-        _errors.print(f"Interrupted. {interrupted}")
+        console(stderr=True, soft_wrap=True).print(f"Interrupted. {interrupted}")
         raise typer.Exit(130) from None
 
 
-def quiet_libraries(console: Console) -> None:
+def quiet_libraries(notices: Console) -> None:
     """lorank's own notices above the progress bar; other libraries only when something is wrong."""
+    from rich.logging import RichHandler
     from transformers.utils import logging as transformers_logging
 
     # its deprecation warnings speak to those who call it
@@ -43,4 +52,4 @@ def quiet_libraries(console: Console) -> None:
     logger = logging.getLogger("lorank")
     logger.setLevel(logging.INFO)
     logger.propagate = False  # some libraries give the root logger a handler of its own
-    logger.handlers = [RichHandler(console=console, show_path=False, show_level=False, show_time=False)]
+    logger.handlers = [RichHandler(console=notices, show_path=False, show_level=False, show_time=False)]

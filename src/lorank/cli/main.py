@@ -1,150 +1,20 @@
-"""The command line: `lorank train`, `lorank demo`, `lorank score`, `lorank prune`, `lorank schema`.
-
-Errors that lorank raises on purpose, and those of the file system, are printed as one message and end with status 2;
-anything else is a mistake of lorank's and shows its traceback.
-"""
+"""Entry point of the `lorank` command: without the extra `cli`, one line that says what to install."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+import sys
 
-import typer
-from rich.console import Console
-from rich.table import Table
-
-from lorank._version import __version__
-from lorank.cli import planted, posthoc, sweep
-from lorank.cli.common import one_message, quiet_libraries
-
-if TYPE_CHECKING:
-    from lorank.experiments import RunResult
-
-app = typer.Typer(
-    name="lorank",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_show_locals=False,
-    help="""Gives every LoRA module the rank it earns, while training, and hands back a plain PEFT adapter.
-
-Try it, offline, in minutes: `lorank demo`
-
-Train from a recipe, with changes: `lorank train recipes/e2e_alora.yaml training.lr=3e-4 output_dir=runs/mine`
-
-Go on after an interruption: `lorank train recipes/e2e_alora.yaml --resume`
-
-Halve an adapter that was trained anywhere: `lorank prune ADAPTER --data e2e_nlg --budget 50% --out smaller`
-""",
-)
+from lorank.extras import MissingPackageError, require
 
 
 def main() -> None:
-    """Entry point of the `lorank` command."""
+    """Runs the command line, if what it is made of is installed."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    try:
+        require(f"lorank {command}".rstrip(), "typer", "rich", "omegaconf")
+    except MissingPackageError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    from lorank.cli.app import app
+
     app()
-
-
-def _show_version(shown: bool) -> None:
-    if shown:
-        typer.echo(f"lorank {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
-def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file: a recipe or one of your own.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Changes to it, by dotted key; values are YAML."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last complete checkpoint.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the run that is in output_dir, and begin anew.")
-    ] = False,
-) -> None:
-    """Train one adapter, as a YAML file says.
-
-    The run's folder (output_dir) receives the adapter as plain PEFT, the history of its ranks, the figures in
-    metrics.json, the configuration with every default, and checkpoints.
-
-    Examples:
-
-    `lorank train recipes/e2e_alora.yaml`
-
-    `lorank train recipes/e2e_alora.yaml allocator.rounds=4 training.max_steps=200 output_dir=runs/short`
-
-    `lorank train recipes/e2e_alora.yaml 'allocator={name: static}' output_dir=runs/plain_lora`
-    """
-    with one_message(interrupted="The same command with --resume goes on from the last checkpoint."):
-        from lorank.config.settings import load_config
-
-        settings = load_config(config, overrides or ())
-        # slow to import: a mistake in the configuration is told before
-        from lorank import experiments
-
-        progress = Console(stderr=True)
-        quiet_libraries(progress)
-        result = experiments.train(settings, resume=resume, overwrite=overwrite, console=progress)
-        Console().print(_summary(result))
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="The folder for what the demo makes.")] = Path("lorank-demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of both runs.")] = 0,
-) -> None:
-    """Adapt the packaged tiny Llama to Python's reference manual, by ALoRA and by plain LoRA with as many ranks.
-
-    Offline, in minutes on two cores. Leaves both adapters, their histories and a picture of the ranks.
-    """
-    with one_message(interrupted="The same command begins anew."):
-        from lorank.experiments.demo import main as run_demo
-
-        quiet_libraries(Console(stderr=True))
-        run_demo(output, seed=seed)
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON schema of a configuration file, for completion and checking in editors.
-
-    Example: `lorank schema > lorank.schema.json`, and as first line of a recipe
-    `# yaml-language-server: $schema=lorank.schema.json`
-    """
-    with one_message():
-        from lorank.config.settings import json_schema
-
-        typer.echo(json.dumps(json_schema(), indent=2))
-
-
-app.command()(posthoc.score)
-app.command()(posthoc.prune)
-app.command()(sweep.sweep)
-app.command()(planted.planted)
-
-
-def _summary(result: RunResult) -> Table:
-    metrics: Mapping[str, Any] = result.metrics
-    budget, final, validation, seconds = (metrics[key] for key in ("budget", "final", "validation", "seconds"))
-    table = Table(title=f"{metrics['model']} · {metrics['data']} · {metrics['allocator']}", show_header=False)
-    table.add_row("ranks in all", f"{budget['ranks']} → {final['ranks']} in {final['modules']} modules")
-    table.add_row("trainable parameters", f"{budget['trainable_parameters']:,} → {final['trainable_parameters']:,}")
-    table.add_row("allocations", str(metrics["allocations"]))
-    best = f", best at {metrics['best_step']}" if metrics["best_step"] else ""
-    table.add_row("steps", f"{metrics['steps']}{best}")
-    table.add_row("validation loss", f"{validation['loss_before']:.4f} → {validation['loss_after']:.4f}")
-    for name, value in metrics["test"].items():
-        table.add_row(f"test {name.replace('_', ' ')}", f"{value:.4f}")
-    table.add_row("seconds", f"{seconds['training']:.0f} training, {seconds['scoring']:.0f} of them scoring")
-    table.add_row("written to", str(result.folder))
-    return table

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lorank.cli.common import one_message, quiet_libraries
+from lorank.cli.common import console, one_message, quiet_libraries
+from lorank.extras import require
 
 
 class Where(str, Enum):
@@ -60,12 +59,16 @@ def planted(
     `lorank planted --where heads --out runs/planted_heads --jobs 2`
     """
     with one_message(interrupted="The same command goes on: finished runs are kept."):
+        require("lorank planted", "matplotlib")
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         from lorank.experiments.planted.methods import METHODS
+        from lorank.experiments.planted.metrics import MOST_EXACT
         from lorank.experiments.planted.problem import Scenario
         from lorank.experiments.planted.study import PlantedError, run_study
         from lorank.experiments.planted.table import rich_table, write_results
 
-        errors = Console(stderr=True)
+        errors = console(stderr=True)
         quiet_libraries(errors)
         logging.getLogger("lorank").setLevel(logging.ERROR)
         scenario = Scenario(where=where.value, sized=sized.value, **({} if steps is None else {"steps": steps}))
@@ -78,6 +81,8 @@ def planted(
             raise PlantedError(
                 f"--seeds {seeds} --tuning-seeds {tuning_seeds}: expected whole numbers, by commas"
             ) from error
+        if len(reported) > MOST_EXACT:
+            require(f"lorank planted with more than {MOST_EXACT} seeds", "scipy")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
             task = bar.add_task("Students", total=None)
@@ -88,7 +93,7 @@ def planted(
             rows = run_study(
                 scenario, chosen, out, seeds=reported, tuning_seeds=tuning, jobs=jobs, device=device, report=report
             )
-        console = Console()
-        console.print(rich_table(rows, scenario))
+        output = console()
+        output.print(rich_table(rows, scenario))
         for written in write_results(rows, scenario, out):
-            console.print(f"written to {written}", highlight=False)
+            output.print(f"written to {written}", highlight=False)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from lorank.cli.common import one_message, quiet_libraries
+from lorank.cli.common import console, one_message, quiet_libraries
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from lorank.experiments.adapter_session import Opened
     from lorank.experiments.posthoc import Pruned, Scored
 
@@ -101,9 +100,9 @@ def score(
             scored = posthoc.score(opened, by=by, terms=terms, samples=samples, progress=report)  # type: ignore[arg-type]  # checked there
         if out is not None:
             write_text(out, json.dumps(_as_json(opened, scored), indent=2) + "\n")
-        Console().print(_scores_table(opened, scored))
+        console().print(_scores_table(opened, scored))
         if out is not None:
-            Console().print(f"written to {out}")
+            console().print(f"written to {out}")
 
 
 def prune(
@@ -159,7 +158,7 @@ def prune(
                 progress=report,
             )
         pruned = posthoc.prune(opened, scored, wanted, out, overwrite=overwrite)
-        Console().print(_pruned_table(opened, pruned))
+        console().print(_pruned_table(opened, pruned))
 
 
 def _open(
@@ -172,15 +171,17 @@ def _open(
 ) -> Opened:
     from lorank.experiments.adapter_session import open_finished
 
-    quiet_libraries(Console(stderr=True))
+    quiet_libraries(console(stderr=True))
     return open_finished(adapter, data=data, task=task, model=model, config=config, overrides=overrides or ())
 
 
 @contextmanager
 def _progress() -> Iterator[Any]:
     """A bar on a terminal, that disappears when done."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    from rich.progress import Progress
+
+    errors = console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
         job = bar.add_task("Scoring ranks", total=None)
         yield lambda done, total: bar.update(job, completed=done, total=total)
 
@@ -199,6 +200,8 @@ def _as_json(opened: Opened, scored: Scored) -> dict[str, Any]:
 
 
 def _scores_table(opened: Opened, scored: Scored) -> Table:
+    from rich.table import Table
+
     table = Table(
         title=f"{opened.adapter}: {opened.layers.total_rank} ranks by {scored.by}, on {scored.samples} examples of "
         f"{opened.config.task.data} (loss {scored.loss:.4f}), in {scored.seconds:.1f} s; higher = keep"
@@ -217,6 +220,8 @@ def _scores_table(opened: Opened, scored: Scored) -> Table:
 
 
 def _pruned_table(opened: Opened, pruned: Pruned) -> Table:
+    from rich.table import Table
+
     before, after = (sum(pair[side] for pair in pruned.ranks.values()) for side in (0, 1))
     held = [sum(1 for pair in pruned.ranks.values() if pair[side]) for side in (0, 1)]
     highest = [max(pair[side] for pair in pruned.ranks.values()) for side in (0, 1)]

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from lorank.cli.common import one_message, quiet_libraries
+from lorank.cli.common import console, one_message, quiet_libraries
+from lorank.extras import require
 
 
 def sweep(
@@ -33,20 +32,23 @@ def sweep(
     `lorank sweep recipes/ard_lambda_beta.yaml training.max_steps=50 output_dir=runs/short`
     """
     with one_message(interrupted="The same command goes on: finished runs are kept."):
+        require("lorank sweep", "matplotlib")
+        from rich.markup import escape
+
         from lorank.experiments.sweep import load_sweep, run_sweep
         from lorank.experiments.sweep_table import rich_table, write_results
 
         out, runs = load_sweep(file, overrides or ())
-        progress = Console(stderr=True)
+        progress = console(stderr=True)
         quiet_libraries(progress)
         result = run_sweep(runs, console=progress)
-        console = Console()
+        output = console()
         files = write_results(result, out)
         if result.finished:
-            console.print(rich_table(result.finished, f"{file}: {len(result.finished)} of {len(runs)} runs"))
-        console.print(f"{result.new} run now, {len(result.finished) - result.new} finished before", highlight=False)
+            output.print(rich_table(result.finished, f"{file}: {len(result.finished)} of {len(runs)} runs"))
+        output.print(f"{result.new} run now, {len(result.finished) - result.new} finished before", highlight=False)
         for written in files:
-            console.print(f"written to {written}", highlight=False)
+            output.print(f"written to {written}", highlight=False)
         for label, seed, message in result.failures:
             progress.print(f"[bold red]failed:[/] {escape(f'{label}, seed {seed}: {message}')}", highlight=False)
         if result.failures:

@@ -1,4 +1,4 @@
-"""YAML in and out, and `dotted.key=value` overrides.
+"""YAML in and out, `dotted.key=value` overrides, and references (`${training.lr}`) as the last step of reading.
 
 Configurations are passed around, so a file may be a stranger's: the safe loader, which makes plain values only, and
 bounds on size, depth and on what aliases come to when they are written out, before anything is made of them.
@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lorank.config.errors import ConfigError
+from lorank.config.references import escape_references, resolve_references, wrong_references
 from lorank.files import read_bounded
 
 MAX_BYTES = 1_000_000
@@ -111,11 +112,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested mappings with `dotted.key=value` put in, values read as YAML.
+    """A copy of nested mappings with `dotted.key=value` put in, values read as YAML, and then all references resolved.
 
     Raises:
         ConfigError: one or more overrides have no `=`, an empty key, a value that is not YAML, or a path that leads
-            through something that is not a mapping; all of them are named.
+            through something that is not a mapping; or a reference is not one to a value of another key. All of them
+            are named.
     """
     result, wrong = deepcopy(dict(values)), []
     for override in overrides:
@@ -129,6 +131,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
         except yaml.YAMLError as error:
             wrong.append(f"{override!r}: the value is not YAML ({' '.join(str(error).split())})")
             continue
+        # not OmegaConf.update(): it replaces a value that has no keys, such as model.name, by a mapping, without a word
         place: dict[str, Any] = result
         for depth, part in enumerate(parts[:-1], start=1):
             if place.get(part) is None:
@@ -139,11 +142,19 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
                 break
         else:
             place[parts[-1]] = value
-    if wrong:
-        raise ConfigError("Wrong overrides:\n" + "\n".join(f"  {line[:400]}" for line in wrong))
-    return result
+    told = _told("Wrong overrides", wrong) + _told("Wrong references", wrong_references(result))
+    if told:
+        raise ConfigError("\n".join(told))
+    try:
+        return resolve_references(result)
+    except ValueError as error:
+        raise ConfigError(f"The references cannot be resolved: {error}") from error
+
+
+def _told(heading: str, lines: Sequence[str]) -> list[str]:
+    return [f"{heading}:", *(f"  {line[:400]}" for line in lines)] if lines else []
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """YAML in the given order of keys."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
+    """YAML in the given order of keys; what looks like a reference in a value is written as plain text."""
+    return yaml.safe_dump(escape_references(values), sort_keys=False, allow_unicode=True, width=120)

@@ -38,7 +38,7 @@ class Opened:
     def batch_size(self) -> int:
         return self.config.training.eval_batch_size
 
-    def held_apart(self, samples: int) -> Sequence[Example]:
+    def held_apart(self, samples: int) -> list[Example]:
         """Validation examples that ranks are not scored on; all of them, where scoring takes them all."""
         return self.task.validation[samples:] or self.task.validation
 

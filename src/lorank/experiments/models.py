@@ -87,7 +87,7 @@ def load_model(settings: ModelSettings, task: Task) -> PreTrainedModel:
             f"set the task's max_length (block_size for language_modelling) to {limit} or less."
         )
     # decoder classifiers look for the last token that is not padding
-    model.config.pad_token_id = task.collator.pad_token_id
+    model.config.pad_token_id = task.collator.tokenizer.pad_token_id
     return model
 
 

@@ -110,14 +110,17 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, l
     """
     path = Path(path)
     own = [text for text in overrides if text.partition("=")[0].strip() == "output_dir"]
-    values = apply_overrides(read_yaml(path), own)
+    values = read_yaml(path)
+    # references in the rest are to keys of each run, which resolves them
+    values |= apply_overrides({key: values[key] for key in values if key == "output_dir"}, own)
     try:
         sweep = SweepFile.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error, SweepFile, str(path))) from error
     _check_keys(sweep, path)
     base = dict(sweep.base) if isinstance(sweep.base, dict) else read_yaml(_base_file(sweep.base, path))
-    base = apply_overrides({"output_dir": sweep.output_dir, **base}, [text for text in overrides if text not in own])
+    base = {"output_dir": "-", **base}  # every run gets its own below
+    for_all = [text for text in overrides if text not in own]
     out = Path(sweep.output_dir)
     count = math.prod([len(sweep.variants), *map(len, sweep.grid.values()), max(1, len(sweep.seeds))])
     if count > MAX_RUNS:
@@ -131,9 +134,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, l
         seeds: list[int | None] = [*sweep.seeds] or [None]
         for seed in seeds:
             keys = {**changes, **chosen, **({} if seed is None else {"training.seed": seed})}
+            own_changes = [f"{key}={_as_yaml(value)}" for key, value in keys.items()]
             name = _folder_name(_label(settings))
             try:
-                run = make_config(base, [f"{key}={_as_yaml(value)}" for key, value in keys.items()], source=name)
+                run = make_config(base, [*for_all, *own_changes], source=name)
             except ConfigError as error:
                 wrong.append(str(error))
                 continue

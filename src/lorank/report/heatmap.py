@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lorank.extras import require
 from lorank.report.grid import grid_of
 
 
@@ -20,7 +21,11 @@ def rank_heatmap(panels: Mapping[str, Mapping[str, int]], path: str | Path, *, t
 
     Returns:
         The file's path.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
     """
+    require("rank_heatmap", "matplotlib")
     # The object interface, not pyplot: no global state, no window system, whatever the user's backend is.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

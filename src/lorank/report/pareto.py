@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorank.extras import require
+
 
 @dataclass(frozen=True)
 class Point:
@@ -51,7 +53,11 @@ def pareto_picture(points: Sequence[Point], path: str | Path, *, size: str, loss
 
     Returns:
         The file's path.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
     """
+    require("pareto_picture", "matplotlib")
     # The object interface, not pyplot: no global state, no window system, whatever the user's backend is.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -6,12 +6,10 @@ from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from tqdm.auto import tqdm
 
 from lorank.tasks.collate import IGNORED, Collator, Example
-from lorank.tasks.errors import DataError
 
 ModelKind = Literal["causal_lm", "sequence_classification"]
 Split = Literal["validation", "test"]
@@ -33,14 +31,14 @@ class Task(ABC):
 
     model_kind: ModelKind
     label_names: tuple[str, ...]
-    train: Sequence[Example]
-    validation: Sequence[Example]
+    train: list[Example]
+    validation: list[Example]
     collator: Collator
     has_test: bool
 
     @property
     @abstractmethod
-    def test(self) -> Sequence[Example]:
+    def test(self) -> list[Example]:
         """Encoded test examples, read on first use: nothing but the final report should evaluate them.
 
         Raises:
@@ -63,21 +61,6 @@ class Task(ABC):
         """
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token to pad with; causal language models often have none and end-of-text serves (labels hide it).
-
-    Raises:
-        DataError: the tokenizer has neither.
-    """
-    chosen = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if not isinstance(chosen, int):
-        raise DataError(
-            f"The tokenizer {type(tokenizer).__name__} has neither a padding nor an end-of-text token. "
-            "Set tokenizer.pad_token and save it with the model."
-        )
-    return chosen
-
-
 @contextmanager
 def judging(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode without gradients; yields the model's device and puts its training mode back."""
@@ -91,10 +74,12 @@ def judging(model: nn.Module) -> Iterator[torch.device]:
             module.training = training
 
 
-def batches(items: Sequence[T], size: int, what: str, progress: bool) -> Iterable[Sequence[T]]:
+def batches(items: list[T], size: int, what: str, progress: bool) -> Iterable[list[T]]:
     """Slices of at most `size` items, with a bar that disappears when done."""
+    # not torch's DataLoader: each pass over one draws from the global random state, from which training goes on
     parts = [items[start : start + size] for start in range(0, len(items), size)]
-    return track(parts, description=what, transient=True, disable=not progress or len(parts) < 2)
+    bar: Iterable[list[T]] = tqdm(parts, desc=what, leave=False, disable=not progress or len(parts) < 2)
+    return bar
 
 
 def mean_loss(

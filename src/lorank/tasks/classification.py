@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from lorank.tasks.base import ModelKind, Split, Task, batches, judging, pad_id
-from lorank.tasks.collate import Collator, Example
+from lorank.tasks.base import ModelKind, Split, Task, batches, judging
+from lorank.tasks.collate import Example, padding_tokenizer
 from lorank.tasks.errors import DataError
 from lorank.tasks.settings import ClassificationSettings
 from lorank.tasks.sources import Row, load_rows
@@ -30,7 +30,7 @@ class ClassificationTask(Task):
     def __init__(self, settings: ClassificationSettings, tokenizer: PreTrainedTokenizerBase) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
-        self.collator = Collator(pad_id(tokenizer))
+        self.collator = DataCollatorWithPadding(padding_tokenizer(tokenizer))
         self.has_test = settings.test_split is not None
         kept, held = read_parts(settings, self._load)
         # also when a part is held out: a label that lies in that part alone is known all the same
@@ -43,7 +43,7 @@ class ClassificationTask(Task):
         )
 
     @cached_property
-    def test(self) -> Sequence[Example]:
+    def test(self) -> list[Example]:
         """Encoded test examples (see `Task.test`)."""
         settings = self._settings
         rows = draw(read_test(settings, self._load), settings.max_eval, settings.seed)

@@ -1,40 +1,45 @@
-"""Examples of different lengths become one batch of tensors."""
+"""Examples of different lengths become one batch of tensors: transformers' collators, on a tokenizer that can pad."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+import copy
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-Example = Mapping[str, Any]
+from lorank.tasks.errors import DataError
+
+Example = dict[str, Any]
 """An encoded example: input_ids and attention_mask (lists of whole numbers), labels (a list as long, or one number)."""
+
+Collator = DataCollatorWithPadding | DataCollatorForSeq2Seq
+"""Pads examples to the longest of them and makes tensors, (batch, longest). The first: examples with one label each,
+(batch,), or none; the second: with a label per token, padded with `IGNORED`."""
 
 IGNORED = -100
 """The label of tokens that the loss skips, as in PyTorch's and transformers' losses."""
 
 
-@dataclass(frozen=True)
-class Collator:
-    """Pads a list of examples to the longest of them; transformers' Trainer takes it as its data collator.
+def padding_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, side: Literal["right", "left"] = "right"
+) -> PreTrainedTokenizerBase:
+    """A copy for a collator. Causal language models often have no token to pad with, and end-of-text serves: labels and
+    attention masks hide it.
 
     Args:
-        pad_token_id: what input_ids are padded with.
+        tokenizer: of the model; it stays as it is.
         side: where the padding goes: right for training, left for generation.
+
+    Raises:
+        DataError: the tokenizer has neither a padding nor an end-of-text token.
     """
-
-    pad_token_id: int
-    side: Literal["right", "left"] = "right"
-
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Tensors of shape (batch, longest); labels that are one number per example become shape (batch,)."""
-        filler = {"input_ids": self.pad_token_id, "labels": IGNORED}
-        return {name: self._column([e[name] for e in examples], filler.get(name, 0)) for name in examples[0]}
-
-    def _column(self, values: Sequence[Any], filler: int) -> Tensor:
-        if not isinstance(values[0], list):
-            return torch.tensor(values)  # (batch,)
-        width = max(len(value) for value in values)
-        if self.side == "left":
-            return torch.tensor([[filler] * (width - len(value)) + value for value in values])  # (batch, width)
-        return torch.tensor([value + [filler] * (width - len(value)) for value in values])  # (batch, width)
+    padding = copy.deepcopy(tokenizer)
+    padding.padding_side = side
+    if padding.pad_token_id is None:
+        if padding.eos_token_id is None:
+            raise DataError(
+                f"The tokenizer {type(tokenizer).__name__} has neither a padding nor an end-of-text token. "
+                "Set tokenizer.pad_token and save it with the model."
+            )
+        padding.pad_token = padding.eos_token
+    return padding

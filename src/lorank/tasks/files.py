@@ -1,4 +1,9 @@
-"""Files of rows: JSON lines, CSV and plain text, each also gzipped."""
+"""Files of rows: JSON lines, CSV and plain text, each also gzipped.
+
+Not `load_dataset("json")` of datasets: it would bring pyarrow and pandas to runs on files alone, writes a copy of every
+file to a cache, gives every row the columns of all, and says of a line that is not JSON no more than "An error
+occurred while generating the dataset".
+"""
 
 import csv
 import gzip

@@ -7,17 +7,23 @@ of the best reference, averaged over prompts. Both go from 0 to 100.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
-from lorank.tasks.base import ModelKind, Split, Task, batches, judging, mean_loss, pad_id
-from lorank.tasks.collate import IGNORED, Collator, Example
+from lorank.extras import require
+from lorank.tasks.base import ModelKind, Split, Task, batches, judging, mean_loss
+from lorank.tasks.collate import IGNORED, Example, padding_tokenizer
 from lorank.tasks.errors import DataError
 from lorank.tasks.settings import GenerationSettings
 from lorank.tasks.sources import Row, load_rows
@@ -56,7 +62,7 @@ class GenerationTask(Task):
                 "Use a causal language model's own tokenizer."
             )
         self._start = _start_tokens(tokenizer)
-        self.collator = Collator(pad_id(tokenizer))
+        self.collator = DataCollatorForSeq2Seq(padding_tokenizer(tokenizer))
         self.has_test = settings.test_split is not None
         kept, held = read_parts(settings, self._load)
         self._prompts: dict[Split, list[Prompted]] = {"validation": draw(held, settings.max_eval, settings.seed)}
@@ -64,8 +70,13 @@ class GenerationTask(Task):
         self.validation = draw(self._encode(self._prompts["validation"]), None, settings.seed)
 
     @cached_property
-    def test(self) -> Sequence[Example]:
-        """Encoded test examples (see `Task.test`)."""
+    def test(self) -> list[Example]:
+        """Encoded test examples (see `Task.test`).
+
+        Raises:
+            MissingPackageError: what their figures are computed by is not installed; told here, before training.
+        """
+        _require_metrics()
         return self._encode(self._prompted("test"))
 
     def evaluate(
@@ -86,14 +97,15 @@ class GenerationTask(Task):
         encoded = [self._prompt_tokens(prompt)[-settings.max_length :] for prompt in prompts]
         # batches of similar length waste least on padding
         order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
+        padding = padding_tokenizer(tokenizer, "left")
         config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers left it without annotations
             do_sample=False,
             num_beams=settings.num_beams,
             max_new_tokens=settings.max_new_tokens,
-            pad_token_id=self.collator.pad_token_id,
+            pad_token_id=padding.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        collate = Collator(self.collator.pad_token_id, side="left")
+        collate = DataCollatorWithPadding(padding)
         texts = [""] * len(prompts)
         generator: Any = model  # `generate` is not part of nn.Module
         with judging(model) as device:
@@ -150,7 +162,12 @@ class GenerationTask(Task):
 
 
 def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`bleu` and `rouge_l`, both 0 to 100, of one text per item against one or more references per item."""
+    """`bleu` and `rouge_l`, both 0 to 100, of one text per item against one or more references per item.
+
+    Raises:
+        MissingPackageError: sacrebleu or rouge-score is not installed.
+    """
+    _require_metrics()
     # slow to import, and needed at the end of a run alone
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
@@ -166,7 +183,11 @@ def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
     return {"bleu": float(bleu), "rouge_l": 100 * sum(best) / len(best)}
 
 
-def _as_input(tokens: list[int]) -> Mapping[str, list[int]]:
+def _require_metrics() -> None:
+    require("BLEU and ROUGE-L of a generation task", "sacrebleu", "rouge_score")
+
+
+def _as_input(tokens: list[int]) -> dict[str, list[int]]:
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens)}
 
 

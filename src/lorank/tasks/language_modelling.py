@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from lorank.tasks.base import ModelKind, Split, Task, mean_loss, pad_id
-from lorank.tasks.collate import Collator, Example
+from lorank.tasks.base import ModelKind, Split, Task, mean_loss
+from lorank.tasks.collate import Example, padding_tokenizer
 from lorank.tasks.errors import DataError
 from lorank.tasks.settings import LanguageModellingSettings
 from lorank.tasks.sources import Row, load_rows
@@ -30,14 +30,14 @@ class LanguageModellingTask(Task):
     def __init__(self, settings: LanguageModellingSettings, tokenizer: PreTrainedTokenizerBase) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
-        self.collator = Collator(pad_id(tokenizer))
+        self.collator = DataCollatorForSeq2Seq(padding_tokenizer(tokenizer))
         self.has_test = settings.test_split is not None
         kept, held = read_parts(settings, self._load)
         self.train = self._encode(kept, settings.train_split, settings.max_train)
         self.validation = self._encode(held, settings.validation_split or settings.train_split, settings.max_eval)
 
     @cached_property
-    def test(self) -> Sequence[Example]:
+    def test(self) -> list[Example]:
         """Encoded test blocks (see `Task.test`)."""
         settings = self._settings
         return self._encode(read_test(settings, self._load), settings.test_split or "", settings.max_eval)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorank.extras import require
 from lorank.tasks.errors import DataError
 from lorank.tasks.files import SUFFIXES, read_file
 from lorank.tasks.known import KNOWN
@@ -77,8 +78,8 @@ def _from_path(path: Path, split: str) -> list[Row]:
 
 
 def _from_hub(data: str, split: str, subset: str | None) -> list[Row]:
-    # slow to import, and needed for the hub alone
-    import datasets
+    require(f"the data set {data!r}, from the Hugging Face hub,", "datasets")
+    import datasets  # slow
 
     known = KNOWN.get(data)
     address = known.hub if known else data

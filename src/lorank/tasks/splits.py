@@ -1,4 +1,9 @@
-"""Which examples are used for what: seeded draws and seeded held-out parts, the same on every machine."""
+"""Which examples are used for what: seeded draws and seeded held-out parts, the same on every machine.
+
+Not `Dataset.shuffle` and `train_test_split` of datasets: they draw another order, so that the figures in docs/
+would no longer belong to their recipes; they do not keep the references of a prompt on one side; and a run on files
+would need the package.
+"""
 
 import math
 import random

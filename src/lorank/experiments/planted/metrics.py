@@ -9,7 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-EXACT_RESAMPLES = 10_000
+from lorank.extras import require
+
+MOST_EXACT = 5
+"""Values of which all resamples are taken; n^n of them for n values."""
+RESAMPLES = 10_000
 
 
 def gap_closed(loss: float, uniform: float, oracle: float) -> float:
@@ -64,16 +68,30 @@ def energy_found(update: Tensor, planted: Tensor, root: Tensor) -> float:
 def mean_and_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float, float]:
     """(mean, standard error, lower, upper): the bounds are the percentile bootstrap's for the mean.
 
-    With up to five values all n^n resamples are taken, so that there is nothing random in them; with more, 10,000.
+    With up to five values all n^n resamples are taken, so that there is nothing random in them, which scipy cannot do;
+    with more, scipy draws 10,000.
+
+    Raises:
+        MissingPackageError: there are more than five values, and scipy is not installed.
     """
     data = np.asarray(values, dtype=np.float64)
     n = len(data)
     if n < 2 or not np.isfinite(data).all():
         return float(data.mean()), float("nan"), float("nan"), float("nan")
-    if n**n <= EXACT_RESAMPLES:
+    if n <= MOST_EXACT:
         picks = np.array(list(itertools.product(range(n), repeat=n)))  # (nⁿ, n)
+        lower, upper = np.quantile(data[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     else:
-        picks = np.random.default_rng(0).integers(0, n, (EXACT_RESAMPLES, n))
-    means = data[picks].mean(axis=1)  # (resamples,)
-    lower, upper = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        require(f"an interval over more than {MOST_EXACT} values", "scipy")
+        from scipy.stats import bootstrap
+
+        drawn = bootstrap(
+            (data,),
+            np.mean,
+            n_resamples=RESAMPLES,
+            confidence_level=level,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        )
+        lower, upper = drawn.confidence_interval
     return float(data.mean()), float(data.std(ddof=1) / np.sqrt(n)), float(lower), float(upper)

@@ -14,6 +14,7 @@ from lorank.experiments.planted.methods import METHODS
 from lorank.experiments.planted.metrics import gap_closed, mean_and_interval, rank_overlap
 from lorank.experiments.planted.problem import Scenario
 from lorank.experiments.planted.study import Row
+from lorank.extras import require
 from lorank.files import write_text
 
 TABLE, PICTURE = "table.md", "gap.png"
@@ -122,6 +123,7 @@ def write_results(rows: Sequence[Row], scenario: Scenario, out: Path) -> list[Pa
 
 def picture(rows: Sequence[Row], path: Path, title: str) -> Path:
     """A PNG: per method the share of the gap closed (every seed, mean, interval), and where the ranks are."""
+    require("the picture of a study", "matplotlib")
     # The object interface, not pyplot: no global state, no window system, whatever the user's backend is.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -3,6 +3,10 @@
 Python's engine tries alternatives one after another. A repeat within a repeat, ``(a+)+$``, takes 2ⁿ steps on n
 characters that do not match, and k repeats side by side, ``.*.*.*``, nᵏ. The names that PEFT matches have about a
 hundred characters.
+
+The package regex has a timeout, which does not help here: PEFT matches by ``re``, which has none. A trial by regex
+does not tell how long ``re`` will take either: on ``model.layers.0.self_attn.q_proj``, the pattern ``(.*)*x`` takes
+regex a thousandth of a second, and ``re`` longer than anybody waits.
 """
 
 from __future__ import annotations
