@@ -84,7 +84,7 @@ def test_half_of_an_adapter(adapter: Path, texts: Path, tmp_path: Path, by: str)
     assert f"{losses[0]:.4f} → {losses[1]:.4f} ({len(held)} examples)" in result.stdout
     if by != "ablation":  # one fresh process is enough: they save alike
         return
-    batch = opened.task.collator(held[:2])
+    batch = dict(opened.task.collator(held[:2]))  # plain, so that torch.load reads it safely
     batch.pop("labels")
     torch.save(batch, tmp_path / "batch.pt")
     case = Case(opened.config.model.name, str(out), str(tmp_path / "batch.pt"), str(tmp_path / "out.pt"))
