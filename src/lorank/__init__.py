@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Budget,
         Context,
         ResolvedBudget,
+        RoundAllocator,
         SoRA,
         StaticLoRA,
         TrainingInfo,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         reserve_,
         save_adapter,
     )
+    from lorank.scoring import Scorer, Scores
     from lorank.training import RankCallback, Ranks, attach, last_checkpoint, read_history, shard_base_
 
 # Where each public name lives. They are imported when they are first asked for: torch, transformers and PEFT take
@@ -58,7 +60,10 @@ _HOMES = {
     "RankCallback": "training",
     "Ranks": "training",
     "ResolvedBudget": "allocators",
+    "RoundAllocator": "allocators",
     "ScheduleError": "errors",
+    "Scorer": "scoring",
+    "Scores": "scoring",
     "SoRA": "allocators",
     "StaticLoRA": "allocators",
     "TrainingInfo": "allocators",
@@ -94,7 +99,10 @@ __all__ = [
     "RankCallback",
     "Ranks",
     "ResolvedBudget",
+    "RoundAllocator",
     "ScheduleError",
+    "Scorer",
+    "Scores",
     "SoRA",
     "StaticLoRA",
     "TrainingInfo",

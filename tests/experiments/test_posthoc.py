@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner, Result
 
 from lorank.cli.app import app
-from lorank.experiments.adapter_session import open_finished
+from lorank.experiments.adapter_session import load_finished
 from lorank.tasks import mean_loss
 from tests.elsewhere import Case, reload
 
@@ -61,7 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("by", ["ablation", "first_order", "screen", "sensitivity"])
+@pytest.mark.parametrize("by", ["ablation", "first_order", "screen", "saliency"])
 def test_half_of_an_adapter(adapter: Path, texts: Path, tmp_path: Path, by: str) -> None:
     before = contents(adapter)
     out = tmp_path / "half"
@@ -74,7 +74,7 @@ def test_half_of_an_adapter(adapter: Path, texts: Path, tmp_path: Path, by: str)
     assert "lorank" not in (out / "adapter_config.json").read_text()
 
     # the loss that was reported is the loss of what is on disk, loaded without lorank, on examples held apart
-    opened = open_finished(adapter, data=str(texts), overrides=["task.block_size=32"])
+    opened = load_finished(adapter, data=str(texts), overrides=["task.block_size=32"])
     held = opened.task.validation[4:]
     losses = []
     for folder in (adapter, out):
@@ -109,7 +109,7 @@ def test_half_of_an_adapter(adapter: Path, texts: Path, tmp_path: Path, by: str)
 )
 def test_every_unit_of_a_budget(adapter: Path, texts: Path, tmp_path: Path, options: list[str], met) -> None:
     out = tmp_path / "small"
-    result = lorank("prune", adapter, *options, "--data", texts, "--by", "sensitivity", "--samples", 4, "--out", out)
+    result = lorank("prune", adapter, *options, "--data", texts, "--by", "saliency", "--samples", 4, "--out", out)
     assert result.exit_code == 0, result.output
     weights = load_file(out / "adapter_model.safetensors")
     ranks = [len(tensor) for key, tensor in weights.items() if "lora_A" in key]
@@ -132,7 +132,7 @@ def test_scores_are_shown_and_written_and_change_nothing(adapter: Path, texts: P
         lowest = sorted(range(4), key=lambda rank: values[rank])
         assert " ".join(map(str, lowest)) in line
     # the scores are what their name says: the loss without one rank, by hand
-    opened = open_finished(adapter, data=str(texts))
+    opened = load_finished(adapter, data=str(texts))
     batch = opened.task.collator(opened.task.validation[:4])
     name, layer = next(iter(opened.layers.items()))
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_scores_are_shown_and_written_and_change_nothing(adapter: Path, texts: P
 
 
 def test_the_best_ranks_are_kept_value_for_value(adapter: Path, texts: Path, tmp_path: Path) -> None:
-    options = ["--data", texts, "--by", "sensitivity", "--samples", 4]
+    options = ["--data", texts, "--by", "saliency", "--samples", 4]
     assert lorank("score", adapter, *options, "--out", tmp_path / "scores.json").exit_code == 0
     assert lorank("prune", adapter, *options, "--budget", "9 ranks", "--out", tmp_path / "nine").exit_code == 0
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
@@ -203,7 +203,7 @@ def test_the_adapter_itself_is_never_overwritten(adapter: Path, texts: Path) -> 
         ([], "name a budget: --budget 50%"),
         (
             ["--budget", "50%", "--by", "magic"],
-            "expected one of ablation, first_order, screen, sensitivity",
+            "expected one of ablation, first_order, screen, saliency",
         ),
         (["--budget", "50%", "task.blok_size=3"], "did you mean task.block_size"),
         (["--budget", "50%", "--model", "./nowhere"], "'./nowhere' cannot be loaded"),
@@ -271,5 +271,5 @@ def test_an_adapter_that_names_no_model(adapter: Path, texts: Path, tmp_path: Pa
     result = lorank("score", tmp_path, "--data", texts)
     assert result.exit_code == 2
     assert "does not name its base model: give --model" in result.stderr
-    assert lorank("score", tmp_path, "--data", texts, "--by", "sensitivity", "--model",
+    assert lorank("score", tmp_path, "--data", texts, "--by", "saliency", "--model",
                   config["base_model_name_or_path"]).exit_code == 0  # fmt: skip

@@ -15,7 +15,7 @@ from lorank.cli.common import console, one_message, quiet_libraries
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lorank.experiments.adapter_session import Opened
+    from lorank.experiments.adapter_session import LoadedAdapter
     from lorank.experiments.posthoc import Pruned, Scored
 
 LOWEST = 4
@@ -57,7 +57,7 @@ By = Annotated[
     typer.Option(
         help="ablation (AB-LoRA: every rank is taken away, and left alone, once), first_order (two backward passes "
         "that estimate it, however many ranks there are), screen (prune only: estimates, then evaluations until it is "
-        "settled which ranks go) or sensitivity (magnitudes of gradients of small batches)."
+        "settled which ranks go) or saliency (magnitudes of gradients of small batches)."
     ),
 ]
 Terms = Annotated[
@@ -89,7 +89,7 @@ def score(
 
     `lorank score my/adapter --data e2e_nlg --samples 64 --out scores.json`
 
-    `lorank score my/adapter --data rows.jsonl --by sensitivity task.holdout=0.1 task.validation_split=null`
+    `lorank score my/adapter --data rows.jsonl --by saliency task.holdout=0.1 task.validation_split=null`
     """
     with one_message():
         from lorank.experiments import posthoc
@@ -168,11 +168,11 @@ def _open(
     model: str | None,
     config: Path | None,
     overrides: list[str] | None,
-) -> Opened:
-    from lorank.experiments.adapter_session import open_finished
+) -> LoadedAdapter:
+    from lorank.experiments.adapter_session import load_finished
 
     quiet_libraries(console(stderr=True))
-    return open_finished(adapter, data=data, task=task, model=model, config=config, overrides=overrides or ())
+    return load_finished(adapter, data=data, task=task, model=model, config=config, overrides=overrides or ())
 
 
 @contextmanager
@@ -186,7 +186,7 @@ def _progress() -> Iterator[Any]:
         yield lambda done, total: bar.update(job, completed=done, total=total)
 
 
-def _as_json(opened: Opened, scored: Scored) -> dict[str, Any]:
+def _as_json(opened: LoadedAdapter, scored: Scored) -> dict[str, Any]:
     return {
         "adapter": str(opened.adapter),
         "model": opened.config.model.name,
@@ -199,7 +199,7 @@ def _as_json(opened: Opened, scored: Scored) -> dict[str, Any]:
     }
 
 
-def _scores_table(opened: Opened, scored: Scored) -> Table:
+def _scores_table(opened: LoadedAdapter, scored: Scored) -> Table:
     from rich.table import Table
 
     table = Table(
@@ -219,7 +219,7 @@ def _scores_table(opened: Opened, scored: Scored) -> Table:
     return table
 
 
-def _pruned_table(opened: Opened, pruned: Pruned) -> Table:
+def _pruned_table(opened: LoadedAdapter, pruned: Pruned) -> Table:
     from rich.table import Table
 
     before, after = (sum(pair[side] for pair in pruned.ranks.values()) for side in (0, 1))

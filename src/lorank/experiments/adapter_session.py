@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedAdapter:
     """A finished adapter on its base model, with data to judge it by."""
 
     adapter: Path
@@ -48,7 +48,7 @@ class Opened:
         return mean_loss(self.model, examples, self.task.collator, batch_size=self.batch_size, progress=progress)
 
 
-def open_finished(
+def load_finished(
     adapter: str | Path,
     *,
     data: str | None = None,
@@ -56,7 +56,7 @@ def open_finished(
     model: str | None = None,
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
-) -> Opened:
+) -> LoadedAdapter:
     """Loads an adapter, its base model and the data to judge it by.
 
     Args:
@@ -86,7 +86,7 @@ def open_finished(
     set_seed(settings.training.seed)
     base = _with_hint(lambda: load_model(settings.model, built), model)
     opened = load_adapter(base, path)
-    return Opened(path, settings, opened, find_layers(opened), built)
+    return LoadedAdapter(path, settings, opened, find_layers(opened), built)
 
 
 def _settings(

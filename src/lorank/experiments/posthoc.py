@@ -19,13 +19,13 @@ from torch import Tensor
 
 from lorank.allocators import Budget, ResolvedBudget
 from lorank.errors import AdapterError, BudgetError
-from lorank.experiments.adapter_session import Opened
+from lorank.experiments.adapter_session import LoadedAdapter
 from lorank.experiments.errors import SettingsError
 from lorank.lora import LayerPlan, resize_, save_adapter
 from lorank.scoring import ablation_scores, first_order_scores, saliency_scores, screened_scores
 from lorank.tasks import mean_loss
 
-By = Literal["ablation", "first_order", "screen", "sensitivity"]
+By = Literal["ablation", "first_order", "screen", "saliency"]
 Terms = Literal["both", "without", "alone"]
 SENSITIVITY_BATCH = 4
 """Samples per gradient: small, so that gradients of different samples do not cancel."""
@@ -71,7 +71,7 @@ class Pruned:
 
 
 def score(
-    opened: Opened,
+    opened: LoadedAdapter,
     *,
     by: By = "ablation",
     terms: Terms = "both",
@@ -84,12 +84,12 @@ def score(
     Args:
         by: `ablation` (AB-LoRA: the loss without the rank and with it alone, an evaluation each), `first_order`
             (estimates of that by two backward passes), `screen` (both: evaluations until it is settled which ranks go)
-            or `sensitivity` (the gradient of the loss with respect to a gate on the rank: one backward pass per four
+            or `saliency` (the gradient of the loss with respect to a gate on the rank: one backward pass per four
             samples).
         terms: which terms of ablation count, or of its estimates.
         samples: ≥ 1.
         limits: the budget that says which ranks go, for `screen`.
-        progress: called with (evaluations, or passes over the samples, done, in all), except for sensitivity.
+        progress: called with (evaluations, or passes over the samples, done, in all), except for saliency.
 
     Raises:
         SettingsError: an unknown kind of score, no sample, or `screen` without a budget.
@@ -108,7 +108,7 @@ def score(
         )
     task, began = opened.task, time.perf_counter()
     examples = task.validation[:samples]
-    if by != "sensitivity":
+    if by != "saliency":
         scorer: Any = ablation_scores if by == "ablation" else first_order_scores
         if by == "screen":
             assert limits is not None  # said above
@@ -128,7 +128,7 @@ def _pruned_by(limits: ResolvedBudget, scores: Mapping[str, Tensor]) -> list[tup
     return [(name, k) for name, values in scores.items() for k in range(len(values)) if k not in kept[name]]
 
 
-def prune(opened: Opened, scored: Scored, budget: Budget, out: str | Path, *, overwrite: bool = False) -> Pruned:
+def prune(opened: LoadedAdapter, scored: Scored, budget: Budget, out: str | Path, *, overwrite: bool = False) -> Pruned:
     """Keeps the ranks with the highest scores that fit the budget, and saves them as a plain PEFT adapter.
 
     Args:
@@ -163,7 +163,7 @@ def prune(opened: Opened, scored: Scored, budget: Budget, out: str | Path, *, ov
     )
 
 
-def pruning_budget(opened: Opened, spec: str | None, max_lora_rank: int | None = None) -> Budget:
+def pruning_budget(opened: LoadedAdapter, spec: str | None, max_lora_rank: int | None = None) -> Budget:
     """A budget as `lorank prune` takes it: `50%` is of the adapter itself, `0.32% of base` of the base model.
 
     Raises:
@@ -187,7 +187,7 @@ def pruning_budget(opened: Opened, spec: str | None, max_lora_rank: int | None =
     return budget if max_lora_rank is None else replace(budget, max_lora_rank=max_lora_rank)
 
 
-def check_budget(opened: Opened, budget: Budget) -> ResolvedBudget:
+def check_budget(opened: LoadedAdapter, budget: Budget) -> ResolvedBudget:
     """The budget's limits for this adapter, if there is something to prune.
 
     Raises:
