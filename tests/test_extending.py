@@ -19,7 +19,7 @@ from lorank.testing import AllocatorConformance
 from tests.distributions import install
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
-METHOD, SUITE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+METHOD, SCORER, SUITE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 (ENTRY,) = re.findall(r"```toml\n.*?\n(.*?)```", PAGE, re.DOTALL)
 (RECIPE,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
@@ -32,7 +32,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     package, module = value.partition(":")[0].split(".")
     (folder / package).mkdir()
     (folder / package / "__init__.py").touch()
-    (folder / package / f"{module}.py").write_text(METHOD)
+    (folder / package / f"{module}.py").write_text(f"{METHOD}\n\n{SCORER}")
     install(folder, "my-package", {name: value})
     sys.path.insert(0, str(folder))
     yield importlib.import_module(f"{package}.{module}")
@@ -49,6 +49,18 @@ class TestThePagesMethod(AllocatorConformance):
         return method
 
 
+class TestThePagesScorer(AllocatorConformance):
+    @pytest.fixture(autouse=True)
+    def _take(self, page: ModuleType) -> None:
+        self.page = page
+
+    def make(self, budget: Any = None) -> lorank.Allocator:
+        rounds: lorank.Allocator = self.page.MagnitudeRounds(
+            k1=3, k2=3, rounds=3, unit="steps", per_round=5, budget=budget
+        )
+        return rounds
+
+
 def test_the_page_s_own_suite_is_that_suite(page: ModuleType) -> None:
     names = dict(vars(page))
     exec(compile(SUITE, "docs/extending.md", "exec"), names)
@@ -58,7 +70,9 @@ def test_the_page_s_own_suite_is_that_suite(page: ModuleType) -> None:
 
 
 def test_its_bad_settings_are_refused(page: ModuleType) -> None:
-    with pytest.raises(lorank.ScheduleError, match=r"MagnitudePruning\(at=1.5\): expected a part of the run"):
+    with pytest.raises(
+        lorank.ScheduleError, match=r"MagnitudePruning\(at=1.5\): expected a number above 0 and below 1"
+    ):
         page.MagnitudePruning(at=1.5)
 
 

@@ -7,12 +7,13 @@ from lorank.allocators.alora_dnas import ALoRADNAS
 from lorank.allocators.alora_sensi import ALoRASensi
 from lorank.allocators.ard import ARDLoRA
 from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
-from lorank.allocators.budget import Budget, BudgetLike, as_budget, resolve_budget, uniform_plan
+from lorank.allocators.budget import Budget, BudgetLike, BudgetSetting, as_budget, resolve_budget, uniform_plan
 from lorank.allocators.initial_ranks import initial_ranks_
 from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
 from lorank.allocators.registry import Registry, find_allocators
 from lorank.allocators.resolved_budget import Constraint, ResolvedBudget
 from lorank.allocators.rounds import RoundAllocator
+from lorank.allocators.settings import settings
 from lorank.allocators.sora import SoRA
 from lorank.allocators.static import StaticLoRA
 
@@ -26,6 +27,7 @@ __all__ = [
     "Allocator",
     "Budget",
     "BudgetLike",
+    "BudgetSetting",
     "Constraint",
     "Context",
     "Registry",
@@ -43,6 +45,7 @@ __all__ = [
     "plan_to_keep",
     "resize_adam_",
     "resolve_budget",
+    "settings",
     "start_adam",
     "uniform_plan",
     "warn_if_nothing_to_prune",

@@ -123,7 +123,10 @@ class AllocatorConformance:
 
     def test_settings_are_a_frozen_dataclass_that_can_be_written_down(self) -> None:
         allocator = self.make()
-        parameters = vars(type(allocator)).get("__dataclass_params__")  # its own: inherited ones know no new fields
+        method = type(allocator)
+        # A class that declares fields needs parameters of its own: inherited ones do not know them.
+        own = "__annotations__" in vars(method)
+        parameters = vars(method).get("__dataclass_params__") if own else getattr(method, "__dataclass_params__", None)
         _require(
             dataclasses.is_dataclass(allocator) and parameters is not None and parameters.frozen,
             f"{type(allocator).__name__} must be a frozen dataclass whose fields are its settings: a recipe sets them, "
