@@ -243,7 +243,7 @@ def test_the_trainer_trains_saves_and_resumes_exactly(model: Model, method: Meth
 @every_method
 def test_with_dora(method: Method, tmp_path: Path) -> None:
     if method.heads:
-        with pytest.raises(AdapterError, match="no form per head: keep one rank per module with heads='module'"):
+        with pytest.raises(AdapterError, match="no per-head form: keep one rank per module with heads='module'"):
             Loop(MODELS["causal"], method, use_dora=True)
         return
     loop = Loop(MODELS["causal"], method, use_dora=True).run(STEPS)

@@ -23,7 +23,7 @@ class FusedForward(Integration):
         if run.finished or not self._wanted:
             unfuse_(run.layers)
             return
-        self._reported = fuse_(run.layers, compiled=self._compiled, known=self._reported)
+        self._reported = fuse_(run.layers, compiled=self._compiled, already_logged=self._reported)
 
     def on_end(self, run: RunState) -> None:
         unfuse_(run.layers)
