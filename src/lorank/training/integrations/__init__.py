@@ -1,1 +1,2 @@
-"""What accompanies a run: one class each, with the hooks of :class:`~lorank.training.integrations.base.Integration`."""
+"""The integrations of a run with other features, each a subclass of
+:class:`~lorank.training.integrations.base.Integration`."""
