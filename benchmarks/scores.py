@@ -40,7 +40,7 @@ from benchmarks.estimates import Batch, Estimate  # noqa: E402
 from lorank.config.settings import ModelSettings  # noqa: E402
 from lorank.experiments.models import load_model, load_tokenizer  # noqa: E402
 from lorank.files import write_text  # noqa: E402
-from lorank.lora import AdapterLayers, find_layers, wrap  # noqa: E402
+from lorank.lora import AdapterLayers, find_layers, make_peft_model  # noqa: E402
 from lorank.tasks import Task, build_task  # noqa: E402
 from lorank.tasks.settings import (  # noqa: E402
     ClassificationSettings,
@@ -118,7 +118,7 @@ def adapted(case: Case) -> tuple[nn.Module, Task]:
     task = build_task(case.task, load_tokenizer(settings))
     kind = "CAUSAL_LM" if task.model_kind == "causal_lm" else "SEQ_CLS"
     rank = {"r": case.rank, "lora_alpha": 2 * case.rank, "target_modules": case.targets}
-    return wrap(load_model(settings, task), task_type=kind, **rank).train(), task
+    return make_peft_model(load_model(settings, task), task_type=kind, **rank).train(), task
 
 
 def states(case: Case, moments: Sequence[str]) -> Iterator[tuple[str, nn.Module, AdapterLayers, Task]]:

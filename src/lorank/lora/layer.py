@@ -94,8 +94,10 @@ class AdapterLayer:
 
     @property
     def max_rank(self) -> int:
-        """min(d_in, d_out), the rank of a full update. In per-head form, the sum over all heads. With a pool, at most
-        its capacity."""
+        """min(d_in, d_out), the rank of a full update.
+
+        In per-head form, the sum over all heads. With a pool, at most its capacity.
+        """
         groups = self.groups
         if groups is not None:
             return groups.count * groups.capacity(self.d_in, self.d_out)

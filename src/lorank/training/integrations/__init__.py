@@ -1,2 +1,1 @@
-"""The integrations of a run with other features, each a subclass of
-:class:`~lorank.training.integrations.base.Integration`."""
+"""The integrations of a run (gradient scalers, ``torch.compile``, quantised bases, …), one class per file."""

@@ -54,8 +54,7 @@ class Integration:
         """Called at the end of a step, after a due allocation, also if the step was skipped."""
 
     def on_end(self, run: RunState) -> None:
-        """Called when the run ends or could not begin. Removes everything that this integration added to the model or
-        the optimiser."""
+        """Called when the run ends or could not begin. Removes all that was added to the model or the optimiser."""
 
 
 class StepSkipped(Exception):

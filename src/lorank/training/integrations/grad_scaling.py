@@ -1,6 +1,6 @@
-"""Support for gradient scalers. float16 training scales the loss, so that small gradients do not become zero, and skips
-steps in which gradients overflow.
+"""Support for the gradient scalers of float16 training.
 
+float16 training scales the loss, so that small gradients do not become zero. It skips steps whose gradients overflow.
 ``torch.amp.GradScaler`` divides the gradients of the optimiser's parameters by the scale before the step. There are two
 exceptions. Learned gates are in no optimiser, so their gradients stay scaled. Fused optimisers receive the scale and
 an overflow flag, and apply both themselves, so their ``step`` may leave the weights unchanged.

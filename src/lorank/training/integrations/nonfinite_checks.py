@@ -1,9 +1,9 @@
-"""Stops a run at a NaN or infinite value: in a gradient before the step, in a weight before scoring, in a score before
-the decision.
+"""Stops a run at a NaN or infinite gradient, weight or score.
 
-A NaN in a moving average, a gate or Adam's moments stays there forever, and makes every later decision wrong. So
-gradients are checked before the method or the optimiser uses them. The check is one reduction over all gradients, and
-reads one value back from the device.
+Gradients are checked before the step, weights before scoring, and scores before the decision is carried out. A NaN in a
+moving average, a gate or Adam's moments stays there forever, and makes every later decision wrong. So gradients are
+checked before the method or the optimiser uses them. The check is one reduction over all gradients, and reads one value
+back from the device.
 """
 
 from __future__ import annotations

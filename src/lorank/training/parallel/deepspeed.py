@@ -145,8 +145,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 vars(self._zero).pop(name, None)
 
     def step(self, closure: Any = None) -> Any:
-        """Runs ZeRO's step, between this optimiser's hooks. Fetched gradients, which a method may have changed, are
-        stored first."""
+        """Runs ZeRO's step, between this optimiser's hooks.
+
+        Fetched gradients are stored first, because a method may have changed them.
+        """
         self.param_groups[0].update(self._learning_rates())
         self.store_gradients()
         return self._zero_step() if closure is None else self._zero_step(closure)
