@@ -375,7 +375,7 @@ def test_a_schedule_without_allocations_is_warned_of_at_once(messages: list[str]
     )
     assert "will not move a single rank" in messages[0]
     ranks.detach()
-    assert "ended without a single allocation: none was due in 10 steps. No rank ever moved." in messages[1]
+    assert "ended without a single allocation: none was due in 10 steps. No rank was changed." in messages[1]
 
 
 def test_a_run_without_allocation_warns_even_if_it_is_never_ended(messages: list[str]) -> None:

@@ -65,7 +65,7 @@ def test_a_changed_byte_breaks_the_seal(run: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert find_problem(path.parent) == "optimizer.pt is not what was written"
+    assert find_problem(path.parent) == "optimizer.pt has changed since it was written"
 
 
 def test_a_seal_names_only_files_in_its_folder(run: Path) -> None:
