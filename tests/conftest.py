@@ -23,7 +23,7 @@ def _one_thread() -> None:
 def onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """oneDNN's products, also where they gain nothing, also for tiny matrices."""
     monkeypatch.setenv("LORANK_ONEDNN", "1")
-    monkeypatch.setattr(onednn_kernels, "_SMALLEST", 0)
+    monkeypatch.setattr(onednn_kernels, "_MIN_MULTIPLICATIONS", 0)
     onednn_kernels.onednn_linear.cache_clear()
     if onednn_kernels.onednn_linear() is None:
         pytest.skip("this PyTorch has no oneDNN product for float32")

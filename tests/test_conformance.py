@@ -35,5 +35,5 @@ class TestMethods(AllocatorConformance):
 
 
 def test_ranks_per_head_refuse_dora_with_the_remedy() -> None:
-    with pytest.raises(AdapterError, match="no form per head: keep one rank per module with heads='module'"):
+    with pytest.raises(AdapterError, match="no per-head form: keep one rank per module with heads='module'"):
         Loop(MODELS["causal"], METHODS["ard-heads"].make(), steps=STEPS, use_dora=True)

@@ -88,7 +88,7 @@ def test_a_folder_is_exchanged_and_an_error_leaves_the_old_one(tmp_path: Path) -
 
 
 def test_a_folder_is_replaced_where_the_system_cannot_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    monkeypatch.setattr(files, "_swap_names", lambda *_: False)
     test_a_folder_is_exchanged_and_an_error_leaves_the_old_one(tmp_path)
 
 

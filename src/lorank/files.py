@@ -1,8 +1,8 @@
-"""Files as a reader may find them: whole, or not there. And files of strangers: bounded before they are read.
+"""Atomic writing of files and folders, and reading with a limit on the size.
 
-A file or a folder is written beside its place under a temporary name (``.NAME.PID.part``), brought to the disk (fsync
-of the files, then of the folder that names them) and renamed. Whenever the process or the machine stops, the old
-content is there or the new, never a part of one.
+A file or a folder is written next to its destination under a temporary name (``.NAME.PID.part``). It is flushed to disk
+(fsync of the files, then of the parent folder) and renamed. If the process or the machine stops at any moment, a reader
+finds either the complete old content or the complete new content.
 """
 
 from __future__ import annotations
@@ -19,90 +19,91 @@ from typing import Any
 
 from lorank.errors import LorankError
 
-_EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
-_HERE = -100  # AT_FDCWD
+_RENAME_EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
+_AT_FDCWD = -100  # Linux: paths are relative to the working directory
 
 
 class WriteError(LorankError, OSError):
-    """A file cannot be written: no space, no permission. What was there before is still there."""
+    """A file cannot be written, e.g. for lack of space or permission. The old content is unchanged."""
 
 
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary name to write to; afterwards the file has taken the place of ``path``.
+    """Yields a temporary path to write to, then renames that file to ``path``.
 
-    Where the body raises, ``path`` stays as it was, and nothing else is left.
+    If the body raises, ``path`` is unchanged and the temporary file is removed.
 
     Raises:
         WriteError: no space, no permission.
     """
     path = Path(path)
-    scratch = _scratch(path)
-    with _told(path):
+    temporary = _temporary_path(path)
+    with _system_errors_as_write_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            yield scratch
-            sync(scratch)
-            os.replace(scratch, path)
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
             sync(path.parent)
         except BaseException:
-            scratch.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """The same for a folder: yields an empty one, which afterwards is ``path``.
+    """Yields an empty temporary folder to write to, then renames that folder to ``path``.
 
-    An old folder is exchanged for the new one in one step where the system can do that (Linux, most file systems).
-    Elsewhere there is a moment without either under this name, and the old one lies beside it as ``.NAME.PID.old``.
+    An existing folder is exchanged for the new one in one step where the system supports this (Linux, most file
+    systems). On other systems, neither folder has this name for a moment; the old one is then called
+    ``.NAME.PID.old``.
 
     Raises:
         WriteError: no space, no permission.
     """
     path = Path(path)
-    scratch, old = _scratch(path), path.with_name(f".{path.name}.{os.getpid()}.old")
-    with _told(path):
+    temporary, old = _temporary_path(path), path.with_name(f".{path.name}.{os.getpid()}.old")
+    with _system_errors_as_write_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
-            yield scratch
-            sync_tree(scratch)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            sync_tree(temporary)
             if not path.exists():
-                scratch.rename(path)
-            elif not _exchange(scratch, path):
+                temporary.rename(path)
+            elif not _swap_names(temporary, path):
                 path.rename(old)
-                scratch.rename(path)
+                temporary.rename(path)
             sync(path.parent)
         finally:
             if old.exists() and not path.exists():
                 old.rename(path)
-            for left in (scratch, old):
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in (temporary, old):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a file in one go: a reader sees the old content or the new.
+    """Writes a file atomically: a reader sees the complete old or the complete new content.
 
     Raises:
         WriteError: no space, no permission.
     """
-    with replacing_file(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def append_text(path: str | Path, text: str) -> None:
-    """Adds to a file, on disk when this returns. Where it fails, what was there before stays, without a part of this.
+    """Appends to a file and flushes it to disk. If this fails, the file keeps its old content only.
 
     Raises:
         WriteError: no space, no permission.
     """
     path = Path(path)
-    with _told(path):
+    with _system_errors_as_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
-        with path.open("ab", buffering=0) as file:  # a buffer would be written once more when it is closed
+        with path.open("ab", buffering=0) as file:  # close() would write a buffer again after a failure
             before, data = file.tell(), memoryview(text.encode())
             try:
                 while data:
@@ -116,38 +117,38 @@ def append_text(path: str | Path, text: str) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Removes what writers that were killed have left in ``folder``; call it where nobody else writes there."""
-    for left in [*Path(folder).glob(".*.part"), *Path(folder).glob(".*.old")]:
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
+    """Removes the temporary files of killed processes from ``folder``. No other process may write there meanwhile."""
+    for leftover in [*Path(folder).glob(".*.part"), *Path(folder).glob(".*.old")]:
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            leftover.unlink(missing_ok=True)
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether it is what :func:`remove_leftovers` removes."""
+    """Whether ``path`` has the name of a temporary file that :func:`remove_leftovers` removes."""
     return path.name.startswith(".") and path.suffix in (".part", ".old")
 
 
 def sync(path: str | Path) -> None:
-    """Brings a file's content, or a folder's list of names, to the disk. Where a folder cannot be opened: nothing."""
+    """Flushes a file's content, or a folder's list of names, to disk. A folder that cannot be opened is skipped."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:
         if Path(path).is_dir():
-            return  # Windows opens no folders
+            return  # Windows cannot open folders
         raise
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without it
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without fsync
             raise
     finally:
         os.close(handle)
 
 
 def sync_tree(folder: str | Path) -> None:
-    """:func:`sync` for everything in a folder, and the folder."""
+    """Calls :func:`sync` on everything in a folder and on the folder itself."""
     for path in sorted(Path(folder).rglob("*")):
         if not path.is_symlink():
             sync(path)
@@ -155,54 +156,54 @@ def sync_tree(folder: str | Path) -> None:
 
 
 def read_bounded(path: str | Path, limit: int) -> str:
-    """A text file of at most ``limit`` bytes.
+    """Reads a UTF-8 text file of at most ``limit`` bytes.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is larger, or not UTF-8.
+        OSError: the file cannot be read.
+        ValueError: the file is larger than ``limit``, or not UTF-8.
     """
     with Path(path).open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise ValueError(f"it is larger than {limit:,} bytes, more than any such file needs")
+        raise ValueError(f"the file is larger than {limit:,} bytes, more than any such file needs")
     return data.decode("utf-8")
 
 
 def parse_json(text: str) -> Any:
-    """JSON, with one kind of error for all that can be wrong with it.
+    """Parses JSON and raises one kind of error for every fault.
 
     Raises:
-        ValueError: it is not JSON, or nested deeper than Python can follow.
+        ValueError: ``text`` is not JSON, or is nested deeper than Python's recursion limit.
     """
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError("the JSON is nested too deeply") from error
 
 
-def _scratch(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """The system's error as one that says what was being written and what is left."""
+def _system_errors_as_write_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError into a WriteError that names the file and what remains of it."""
     try:
         yield
     except WriteError:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            advice = "there is no space. Free some; what was complete before is still there, and a run can be resumed"
+            advice = "there is no space left. Free some; the old content is unchanged, and a run can be resumed"
         else:
-            advice = "what was complete before is still there"
+            advice = "the old content is unchanged"
         raise WriteError(f"{path} cannot be written: {error.strerror or error}: {advice}") from error
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Swaps two names in one step; False where the system cannot."""
+def _swap_names(first: Path, second: Path) -> bool:
+    """Swaps two names in one step. Returns False if the system does not support this."""
     try:
         swap = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(swap(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0)
+    return bool(swap(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0)

@@ -237,7 +237,7 @@ def test_folders_that_are_no_adapter(model_folder: Path, texts: Path, adapter: P
     for folder, message in (
         (tmp_path / "nowhere", "there is no such folder"),
         (texts, "has no adapter_config.json"),
-        (merged, "is a whole model; if an adapter was merged into it, its ranks are gone"),
+        (merged, "is a whole model; if an adapter was merged into it, its ranks are lost"),
         (broken, "cannot be read"),
         (other, "of kind 'IA3', not 'LORA'"),
     ):

@@ -169,13 +169,13 @@ def test_overrides_win_the_longest_name_first() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"q_proj": HeadGroups("rows", 5, 6)}, r"32 output rows, which are not 5 heads of width 6 \(= 30\)"),
-        ({"o_proj": HeadGroups("columns", 4, 9)}, r"32 input columns, which are not 4 heads of width 9"),
-        ({"x_proj": None}, "'x_proj', which is none of the"),
+        ({"q_proj": HeadGroups("rows", 5, 6)}, r"32 output rows, but 5 heads of width 6 have 30"),
+        ({"o_proj": HeadGroups("columns", 4, 9)}, r"32 input columns, but 4 heads of width 9 have 36"),
+        ({"x_proj": None}, "'x_proj', which matches none of the"),
         ({"embed_tokens": HeadGroups("rows", 4, 8)}, "an embedding, which has no heads"),
     ],
 )
-def test_heads_that_cannot_be_are_refused(overrides: dict[str, HeadGroups | None], said: str) -> None:
+def test_heads_that_do_not_fit_are_refused(overrides: dict[str, HeadGroups | None], said: str) -> None:
     layers = find_layers(adapted(tiny_llama(1), target_modules=["q_proj", "o_proj", "embed_tokens"]))
     with pytest.raises(AdapterError, match=said):
         head_groups(layers, overrides)
@@ -191,11 +191,11 @@ def test_a_model_whose_heads_do_not_divide_it_is_refused_with_the_numbers() -> N
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.q_proj(x)
 
-    with pytest.raises(AdapterError, match=r"q_proj has 32 output rows, which are not 6 heads of width 5 \(= 30\)"):
+    with pytest.raises(AdapterError, match=r"q_proj has 32 output rows, but 6 heads of width 5 have 30"):
         heads_of(nn.Sequential(OddAttention()), target_modules=["q_proj"])
 
 
-def test_an_attention_that_hides_its_head_width_counts_as_one_group_and_says_so(
+def test_an_attention_without_a_known_head_width_is_one_group_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class MuteAttention(nn.Module):
@@ -207,7 +207,7 @@ def test_an_attention_that_hides_its_head_width_counts_as_one_group_and_says_so(
             return self.q_proj(x)
 
     assert heads_of(nn.Sequential(MuteAttention()), target_modules=["q_proj"])[1] == {}
-    assert "head width is nowhere to be found" in caplog.text
+    assert "head width was not found" in caplog.text
 
 
 @pytest.mark.parametrize("settings", [("diagonal", 1, 1), ("rows", 0, 4), ("columns", 4, 0)])
@@ -226,7 +226,7 @@ def test_a_configuration_that_does_not_divide_is_refused() -> None:
             self.config = Config()
             self.q_proj = nn.Linear(30, 30)
 
-    with pytest.raises(AdapterError, match="hidden_size=30, which 4 heads do not divide"):
+    with pytest.raises(AdapterError, match="hidden_size=30, which is not divisible by 4 heads"):
         heads_of(nn.Sequential(BareAttention()), target_modules=["q_proj"])
 
 

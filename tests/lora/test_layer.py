@@ -104,8 +104,8 @@ class TestErrors:
         with pytest.raises(AdapterError, match="is merged into the base weights"):
             find_layers(model)
 
-    def test_a_variant_with_a_forward_of_its_own(self) -> None:
-        with pytest.raises(AdapterError, match="ALoraLinearVariant, which has a forward of its own"):
+    def test_an_unsupported_variant(self) -> None:
+        with pytest.raises(AdapterError, match="ALoraLinearVariant, whose forward lorank does not support"):
             find_layers(adapted(tiny_llama(), alora_invocation_tokens=[5], task_type="CAUSAL_LM"))
 
     def test_convolutions(self) -> None:

@@ -67,7 +67,7 @@ def logits(model: nn.Module) -> torch.Tensor:
     return model.eval()(**token_batch(padded=True)).logits
 
 
-def test_fresh_heads_leave_the_output_as_it_is_and_hold_only_what_they_own() -> None:
+def test_new_heads_keep_the_output_and_hold_only_their_blocks() -> None:
     model = adapted(tiny_llama(), random_B=False, target_modules=TARGETS)
     layers = find_layers(model)
     expected = logits(model)
@@ -112,7 +112,7 @@ def test_the_saved_adapter_is_one_plain_lora(make: Callable[[], Any], lora: dict
         assert (layer.A.shape[1], layer.B.shape[0]) == (layers[name].d_in, layers[name].d_out)
 
 
-def test_expanding_leaves_the_output_and_a_stock_peft_model() -> None:
+def test_merging_heads_keeps_the_output_and_gives_a_stock_peft_model() -> None:
     model, layers, optimizer = in_heads()
     step(model, optimizer)
     layers.learn_gates(torch.linspace(0.5, 1.5, layers.total_rank))
@@ -129,9 +129,9 @@ def test_expanding_leaves_the_output_and_a_stock_peft_model() -> None:
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
 
 
-def test_merging_meanwhile_is_refused() -> None:
+def test_merging_in_per_head_form_is_refused() -> None:
     model, _, _ = in_heads()
-    with pytest.raises(AdapterError, match="per-head form, which merging cannot see"):
+    with pytest.raises(AdapterError, match="per-head form, which PEFT cannot merge"):
         model.merge_adapter()
 
 
@@ -172,15 +172,15 @@ def test_heads_grow_and_shrink_with_their_moments(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("plan", "said"),
     [
-        (LayerPlan((0, 1, 2)), "must name the ranks of its 4 heads"),
-        (LayerPlan((0, 1, 2), head_ranks=(1, 1, 1, 1)), "3 in all"),
+        (LayerPlan((0, 1, 2)), "must give the ranks of its 4 heads"),
+        (LayerPlan((0, 1, 2), head_ranks=(1, 1, 1, 1)), "3 in total"),
         (LayerPlan((0, 1, 2), head_ranks=(1, 1, 1, 0)), "moves a rank to another head"),
         (LayerPlan((1, 0), head_ranks=(1, 1, 0, 0)), "moves a rank to another head"),
         (LayerPlan((), 9, head_ranks=(9, 0, 0, 0)), "can hold at most 8 ranks; the plan asks for 9"),
         (LayerPlan((0,), 1, places=(2,), head_ranks=(2, 0, 0, 0)), "placed at"),
     ],
 )
-def test_plans_that_break_the_heads_apart_are_refused(plan: LayerPlan, said: str) -> None:
+def test_plans_that_do_not_fit_the_heads_are_refused(plan: LayerPlan, said: str) -> None:
     _, layers, _ = in_heads()
     before = layers[Q].A.data.clone()
     with pytest.raises(PlanError, match=said):
@@ -201,7 +201,7 @@ def test_a_plain_layer_has_no_ranks_of_heads() -> None:
         ({"use_dora": True}, "uses DoraLinearVariant"),
     ],
 )
-def test_layers_that_cannot_take_the_form_are_refused_untouched(change: dict[str, Any], said: str) -> None:
+def test_layers_without_a_per_head_form_are_refused_and_unchanged(change: dict[str, Any], said: str) -> None:
     model = adapted(tiny_llama(), **{"random_B": False, "target_modules": TARGETS, **change})
     layers = find_layers(model)
     shapes = {name: (layer.A.shape, layer.B.shape) for name, layer in layers.items()}
@@ -212,7 +212,7 @@ def test_layers_that_cannot_take_the_form_are_refused_untouched(change: dict[str
 
 def test_a_head_holds_at_most_its_width() -> None:
     layers = find_layers(adapted(tiny_llama(), random_B=False, target_modules=TARGETS, r=9))
-    with pytest.raises(AdapterError, match="8 wide and can hold at most 8 ranks, not 9"):
+    with pytest.raises(AdapterError, match="has width 8 and can hold at most 8 ranks, not 9"):
         split_into_heads_(layers, head_groups(layers), r0=9)
     split_into_heads_(layers, head_groups(layers))
     assert layers[Q].head_ranks == (8, 8, 8, 8)
@@ -224,14 +224,14 @@ def test_a_bias_in_lora_B_is_refused() -> None:
         split_into_heads_(layers, head_groups(layers))
 
 
-def test_twice_is_refused() -> None:
+def test_splitting_twice_is_refused() -> None:
     _, layers, _ = in_heads()
     with pytest.raises(AdapterError, match="per-head form already"):
         split_into_heads_(layers, {Q: HeadGroups("rows", 4, 8)})
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_its_own_weights_are_loaded_bitwise(gated: bool) -> None:
+def test_weights_of_the_same_layers_load_bitwise(gated: bool) -> None:
     model, layers, _ = in_heads()
     if gated:
         layers.learn_gates(torch.linspace(0.5, 1.5, layers.total_rank))
@@ -247,7 +247,7 @@ def test_its_own_weights_are_loaded_bitwise(gated: bool) -> None:
         assert layers[name].head_ranks == ranks
 
 
-def test_another_ranks_weights_bring_their_heads() -> None:
+def test_weights_of_other_ranks_change_the_head_ranks() -> None:
     model, layers, optimizer = in_heads()
     other, others, _ = in_heads()
     resize_(others, {Q: plan_for_heads((2, 2, 2, 2), (1, 0, 4, 2)), OUT: plan_for_heads((2, 2, 2, 2), (0, 0, 3, 1))})
@@ -265,11 +265,11 @@ def test_weights_that_are_not_per_head_are_refused() -> None:
     model, layers, _ = in_heads()
     resize_on_load(layers)
     plain = adapted(tiny_llama(), target_modules=TARGETS, r=8)
-    with pytest.raises(AdapterError, match="not of that form"):
+    with pytest.raises(AdapterError, match="do not have this form"):
         model.load_state_dict(plain.state_dict())
 
 
-def test_a_saved_form_is_taken_from_any_other() -> None:
+def test_a_saved_layout_is_restored_from_any_other() -> None:
     """A resumed run may find its layers plain and already loaded, plain and fresh, in heads, or in other heads."""
     _, layers, _ = in_heads()
     resize_(layers, {Q: plan_for_heads((2, 2, 2, 2), (1, 0, 4, 2))})  # head 2 has two ranks with B = 0
@@ -296,7 +296,7 @@ def test_a_saved_form_is_taken_from_any_other() -> None:
         restore_layout_(layers, {Q: (HeadGroups("rows", 2, 16), (4, 3))})
 
 
-def test_gates_per_sample_are_seen() -> None:
+def test_a_gate_per_sample_takes_effect() -> None:
     """Scoring evaluates several variants of a model in one forward."""
     model, layers, _ = in_heads()
     gates = {name: torch.rand(2, layer.rank) for name, layer in layers.items()}
@@ -313,14 +313,14 @@ def test_gates_per_sample_are_seen() -> None:
     torch.testing.assert_close(both, torch.cat(single), rtol=1e-5, atol=1e-6)
 
 
-def test_the_layers_are_found_again_in_their_form() -> None:
+def test_find_layers_finds_layers_in_per_head_form() -> None:
     model, layers, _ = in_heads()
     again = find_layers(model)
     assert again[Q].head_ranks == layers[Q].head_ranks
     assert again[OUT].groups == HeadGroups("columns", 4, 8)
 
 
-def test_scores_in_this_form_are_those_of_the_plain_lora_that_it_equals() -> None:
+def test_scores_in_per_head_form_equal_those_of_the_equivalent_plain_lora() -> None:
     model, layers, _ = in_heads()
     batch = token_batch(padded=True)
     found = ablation_scores(model, layers, batch, engine="exact")

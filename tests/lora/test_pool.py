@@ -23,7 +23,7 @@ def pair() -> tuple[PeftModel, PeftModel]:
     return plain, lorank.reserve_(roomy, ROOM)
 
 
-def test_the_model_computes_and_saves_what_it_did(tmp_path: Path) -> None:
+def test_reserving_ranks_changes_neither_outputs_nor_saved_files(tmp_path: Path) -> None:
     plain, roomy = pair()
     batch = token_batch()
     assert torch.allclose(plain(**batch).logits, roomy(**batch).logits, atol=1e-14, rtol=0)
@@ -60,7 +60,7 @@ def test_dead_ranks_have_no_gradient_and_take_no_step() -> None:
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_gates_are_of_the_ranks_that_are_there(per_sample: bool) -> None:
+def test_gates_have_one_entry_per_live_rank(per_sample: bool) -> None:
     plain, roomy = pair()
     batch = token_batch()
     generator = torch.Generator().manual_seed(0)
@@ -100,20 +100,20 @@ def test_weights_of_other_ranks_fill_the_pool(tmp_path: Path) -> None:
     )
 
 
-def test_what_has_no_room_says_so() -> None:
-    with pytest.raises(lorank.LorankError, match="has 4 ranks; name at least as many"):
+def test_layers_that_cannot_reserve_ranks_are_refused() -> None:
+    with pytest.raises(lorank.LorankError, match="has 4 ranks; give at least 4"):
         lorank.reserve_(adapted(tiny_llama()), 3)
     with pytest.raises(lorank.LorankError, match="uses DoRA"):
         lorank.reserve_(adapted(tiny_llama(), use_dora=True), 8)
     with pytest.raises(lorank.LorankError, match="is an embedding"):
         lorank.reserve_(adapted(tiny_gpt2(), target_modules=["wte"]), 8)
     model = lorank.reserve_(adapted(tiny_llama()), 8)
-    with pytest.raises(lorank.LorankError, match="room for 8 ranks already"):
+    with pytest.raises(lorank.LorankError, match="8 reserved ranks already"):
         lorank.reserve_(model, 8)
     layers = find_layers(model)
     name = next(iter(layers))
     with pytest.raises(lorank.LorankError, match="at most the reserved 8 ranks"):
         resize_(layers, {name: LayerPlan((0, 1, 2, 3), 5)})
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    with pytest.raises(lorank.LorankError, match="leave reserve_ out"):
+    with pytest.raises(lorank.LorankError, match="leave out reserve_"):
         lorank.attach(model, optimizer, lorank.SoRA(), total_steps=10)

@@ -33,7 +33,7 @@ def test_a_layer_that_would_ignore_gates_is_refused(kind: str) -> None:
         find_layers(model)
 
 
-def test_the_layers_that_are_taken_honour_variants_and_those_refused_do_not() -> None:
+def test_supported_layers_call_variants_and_refused_layers_do_not() -> None:
     """From PEFT's own source: what a layer's forward does with ``lora_variant``."""
     from pathlib import Path
 
@@ -49,12 +49,12 @@ def test_the_layers_that_are_taken_honour_variants_and_those_refused_do_not() ->
         assert honours == (kind in SUPPORTED), kind
 
 
-def test_activations_that_are_rounded_stop_the_gradient_and_are_refused() -> None:
-    with pytest.raises(AdapterError, match=r"rounding passes no gradient.*Int8WeightOnlyConfig"):
+def test_quantised_activations_block_the_gradient_and_are_refused() -> None:
+    with pytest.raises(AdapterError, match=r"Rounding them passes no gradient.*Int8WeightOnlyConfig"):
         find_layers(adapted(torchao8_dynamic()))
 
 
-def test_an_evaluation_while_training_does_not_repack_four_bit_weights() -> None:
+def test_evaluation_during_training_does_not_repack_4bit_weights() -> None:
     model = adapted(bnb4())
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -73,7 +73,7 @@ def is_four_bit(module: torch.nn.Module) -> bool:
     return hasattr(module, "support_avx512bf16_for_cpu")
 
 
-def test_four_bit_weights_that_have_been_repacked_are_refused() -> None:
+def test_repacked_4bit_weights_are_refused() -> None:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
     model = adapted(bnb4())

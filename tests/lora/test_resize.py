@@ -287,7 +287,7 @@ class TestErrors:
         ("plan", "message"),
         [
             ({"nowhere": LayerPlan((0,))}, "names 'nowhere', which is not one of the 14"),
-            ({Q: LayerPlan((0, 4))}, r"has ranks 0 to 3; the plan keeps \[0, 4\]"),
+            ({Q: LayerPlan((0, 4))}, r"has ranks 0 to 3, and each can be kept once; the plan keeps \[0, 4\]"),
             ({Q: LayerPlan((1, 1))}, r"keeps \[1, 1\]"),
             ({Q: LayerPlan((0,), 32)}, r"at most min\(d_in, d_out\) = 32 ranks; the plan asks for 33"),
         ],

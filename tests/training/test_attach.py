@@ -200,7 +200,7 @@ def test_the_optimiser_may_be_loaded_before_the_weights_and_before_attach() -> N
     assert "lorank" not in optimizer.param_groups[0]
 
 
-def test_an_optimiser_whose_loading_runs_no_hooks_goes_on_at_its_next_step() -> None:
+def test_an_optimiser_whose_loading_runs_no_hooks_resumes_at_its_next_step() -> None:
     """bitsandbytes loads its state by code of its own."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -384,17 +384,17 @@ def messages() -> Iterator[list[str]]:
     logging.getLogger("lorank").removeHandler(handler)
 
 
-def test_a_schedule_that_never_comes_is_said_at_once(messages: list[str]) -> None:
+def test_a_schedule_without_allocations_is_warned_of_at_once(messages: list[str]) -> None:
     model = adapted(tiny_llama())
     ranks = lorank.attach(
         model, adamw(model), lorank.ALoRA(), validation_batch=token_batch(), total_steps=10, steps_per_epoch=100
     )
     assert "will not move a single rank" in messages[0]
     ranks.detach()
-    assert "ended without a single allocation: none was due in 10 steps. No rank ever moved." in messages[1]
+    assert "ended without a single allocation: none was due in 10 steps. No rank was changed." in messages[1]
 
 
-def test_a_run_that_ends_before_its_first_allocation_says_so_even_if_forgotten(messages: list[str]) -> None:
+def test_a_run_without_allocation_warns_even_if_it_is_never_ended(messages: list[str]) -> None:
     model = adapted(tiny_llama())
     optimizer = adamw(model)
     lorank.attach(model, optimizer, QUICK, validation_batch=token_batch(), total_steps=10)
@@ -403,7 +403,7 @@ def test_a_run_that_ends_before_its_first_allocation_says_so_even_if_forgotten(m
     assert "the first was due after step 2 of 10, and training stopped before it" in messages[0]
 
 
-def test_plain_lora_is_no_surprise(messages: list[str]) -> None:
+def test_plain_lora_does_not_warn(messages: list[str]) -> None:
     model = adapted(tiny_llama())
     lorank.attach(model, adamw(model), lorank.StaticLoRA(), total_steps=10).detach()
     assert not messages

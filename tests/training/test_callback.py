@@ -107,7 +107,7 @@ def test_the_best_checkpoint_is_one_within_the_budget(tmp_path: Path) -> None:
     assert lorank.find_layers(trainer.model).total_rank <= started // 2
 
 
-def test_weights_over_the_budget_that_come_back_at_the_end_are_cut_and_it_is_said(
+def test_best_weights_over_the_budget_are_pruned_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = shrinking_trainer(tmp_path, max_steps=6)
@@ -147,7 +147,7 @@ def test_resuming_without_the_callbacks_state_or_with_other_settings_is_refused(
         train_dataset=rows(8, seed=0),
     )
     plain.train()
-    with pytest.raises(ResumeError, match="goes on after step 1, but the checkpoint's optimiser holds no rank state"):
+    with pytest.raises(ResumeError, match="resumes after step 1, but the checkpoint's optimiser holds no rank state"):
         make_trainer(tmp_path / "plain").train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-1"))
     assert not list((tmp_path / "plain").glob("rank_history*"))  # a refusal leaves nothing half-done
     make_trainer(tmp_path / "run", max_steps=3).train()
@@ -161,7 +161,7 @@ def test_a_new_run_in_an_old_folder_moves_the_old_history_aside(tmp_path: Path) 
     assert {path.name for path in tmp_path.glob("*.jsonl")} == {"rank_history.jsonl", "rank_history.1.jsonl"}
 
 
-def test_scoring_reports_how_far_it_is(tmp_path: Path) -> None:
+def test_scoring_reports_its_progress(tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
     allocator = lorank.ALoRA(k1=1, unit="steps", rounds=1, per_round=3, scores="exact")
     Trainer(
@@ -174,7 +174,7 @@ def test_scoring_reports_how_far_it_is(tmp_path: Path) -> None:
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
 
 
-def test_a_second_train_is_a_run_of_its_own(tmp_path: Path) -> None:
+def test_a_second_train_is_a_new_run(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=2, save_strategy="no")
     trainer.train()
     after_first = lorank.find_layers(trainer.model).ranks
@@ -196,7 +196,9 @@ def test_the_same_trainer_can_resume_from_its_own_checkpoint(tmp_path: Path) -> 
     assert all(torch.equal(again[key], weights[key]) for key in weights)
 
 
-def test_the_training_set_stands_in_with_a_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_batch_the_training_set_is_used_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     callback = lorank.RankCallback(lorank.ALoRA(k1=1, unit="steps", rounds=1, per_round=3, samples=5))
     trainer = Trainer(
         model=adapted(tiny_bert(), task_type="SEQ_CLS"),

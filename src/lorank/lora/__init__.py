@@ -1,4 +1,4 @@
-"""A LoRA layer physically: the only room that knows PEFT's classes and that changes a shape."""
+"""LoRA layers and their tensors. Only this folder imports PEFT, and only this folder changes the shape of a weight."""
 
 from lorank.lora.attention_heads import head_groups
 from lorank.lora.base_size import base_parameters

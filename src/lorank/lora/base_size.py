@@ -1,4 +1,4 @@
-"""How many parameters the base model has, as its users count them: real numbers, packed or not, and no adapter's."""
+"""Counts the parameters of the base model: without adapters, and for packed weights as before quantisation."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import nn
 
 
 def base_parameters(model: nn.Module) -> int:
-    """Parameters of the base model inside ``model``: adapters and trained copies are not counted, tied ones once.
+    """Number of parameters of the base model inside ``model``.
 
-    Layers whose weights are packed (4-bit bitsandbytes, GPTQ, HQQ) count d_in · d_out, as before quantisation.
+    Adapters and trained copies of modules are not counted. Tied parameters are counted once. Layers with packed weights
+    (4-bit bitsandbytes, GPTQ, HQQ) count d_in · d_out, as before quantisation.
     """
     seen: set[int] = set()
     return sum(_parameters(module, seen) for module in _base_modules(model))
 
 
 def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and what it holds, without what PEFT has put around and beside the base layers."""
+    """The module and its submodules, without PEFT's wrappers and adapter weights."""
     if isinstance(module, BaseTunerLayer):
         yield from _base_modules(module.base_layer)
     elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -33,7 +34,7 @@ def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _parameters(module: nn.Module, seen: set[int]) -> int:
-    """The numbers that the module itself holds, without those of its children."""
+    """Number of parameters of the module itself, without its children."""
     total = 0
     packed = _is_packed(module)
     if packed and id(module) not in seen:
@@ -49,7 +50,7 @@ def _parameters(module: nn.Module, seen: set[int]) -> int:
 
 
 def _is_packed(module: nn.Module) -> bool:
-    """Whether a linear layer holds its weight in fewer or other numbers than d_in · d_out."""
+    """Whether a linear layer stores its weight in a packed form, whose number of elements is not d_in · d_out."""
     if not (hasattr(module, "in_features") and hasattr(module, "out_features")) or any(module.children()):
         return False
     weight = getattr(module, "weight", None)

@@ -1,9 +1,9 @@
-"""Gates that are learned: one tensor of values and one of gradients for all ranks of all layers.
+"""Learned gates: one tensor of values and one of gradients for all ranks of all layers.
 
-A layer's gate is a leaf of the graph whose data and whose ``.grad`` are views of the two. A backward pass therefore
-fills one (R,) gradient, and a method updates all gates in one operation, however many layers there are. The gates are
-apart from the model's parameters and from the user's optimiser: a learning-rate schedule, clipping and weight decay
-that are meant for A and B do not touch them.
+A layer's gate is a leaf of the autograd graph. Its data and its ``.grad`` are views of these two tensors. A backward
+pass therefore fills one (R,) gradient, and a method updates the gates of all layers in one operation. The gates are
+neither parameters of the model nor part of the user's optimiser: the learning-rate schedule, gradient clipping and
+weight decay for A and B do not affect them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from torch import Tensor
 
 
 class LearnedGates:
-    """Trainable gates.
+    """The trainable gates of all layers.
 
     Args:
         ranks: the rank of each layer, in order; R is their sum.
-        values: (R,), copied to float32 at least; None: ones.
-        device: where they live. A layer elsewhere copies its own, which is small.
+        values: (R,), copied and converted to at least float32; None: ones.
+        device: the device of the gates. A layer on another device copies its own gate, which is small.
 
     Attributes:
-        values: (R,), to be changed in place under ``torch.no_grad()``.
-        grad: (R,), what backward passes have added since :meth:`clear_grad`.
-        leaves: each layer's gate, (r,).
+        values: (R,); change them in place under ``torch.no_grad()``.
+        grad: (R,), the sum of the gradients of all backward passes since :meth:`clear_grad`.
+        leaves: the gate of each layer, (r,).
+
+    Raises:
+        ValueError: ``values`` does not have shape (R,).
     """
 
     def __init__(self, ranks: Mapping[str, int], values: Tensor | None, device: torch.device) -> None:
@@ -47,10 +50,10 @@ class LearnedGates:
             self.leaves[name] = leaf
 
     def clear_grad(self) -> None:
-        """Sets all gradients to zero; they stay where they are."""
+        """Sets all gradients to zero in place."""
         self.grad.zero_()
 
     def freeze(self, frozen: bool = True) -> None:
-        """Whether backward passes leave the gates out."""
+        """Excludes the gates from backward passes (``frozen=True``), or includes them again."""
         for leaf in self.leaves.values():
             leaf.requires_grad_(not frozen)

@@ -1,9 +1,9 @@
-"""A view on one PEFT LoRA layer, and on all of them: A, B, the gate, s and the rank.
+"""Views on one LoRA layer of PEFT, and on all of them: A, B, the gate, s and the rank.
 
     y = W x + s · B (g ⊙ (A x))        A: (r, d_in)   B: (d_out, r)   g: (r,)   s: constant
 
-Layers are found once, through objects, never through patterns in parameter names. Everything else in this package
-reaches PEFT's tensors through these two classes.
+Layers are found once, by the classes of their modules, never by patterns in parameter names. The rest of the package
+accesses PEFT's tensors through these two classes.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.pool import Pool, pool_of
 from lorank.lora.variants.dora import is_dora
 from lorank.lora.variants.fused import FusedLora
-from lorank.lora.variants.gated import GatedLora, show_plain
+from lorank.lora.variants.gated import GatedLora, register_plain_lora_hooks
 from lorank.lora.variants.per_head import HeadLora
 
 
 class AdapterLayer:
-    """One module's LoRA: a view, never a copy.
+    """The LoRA of one module: a view, never a copy.
 
     Args:
         name: full name of the module in the base model, e.g. ``model.layers.0.self_attn.q_proj``.
         module: PEFT's LoRA layer.
-        adapter: name of the adapter in it.
+        adapter: the name of the adapter.
 
     Attributes:
-        scaling: s, a constant. Taken when the view is made and kept through every resize: PEFT would compute
-            ``alpha / r`` anew and silently rescale the update.
+        scaling: s, a constant. It is read when the view is made and kept through every resize. Otherwise PEFT would
+            compute ``alpha / r`` with the new rank and silently rescale the update.
     """
 
     def __init__(self, name: str, module: LoraLayer, adapter: str) -> None:
@@ -49,17 +49,17 @@ class AdapterLayer:
 
     @property
     def A(self) -> nn.Parameter:
-        """``lora_A``, (r, d_in); for an embedding (r, number of embeddings); for heads of columns (r, d_h)."""
+        """``lora_A``, (r, d_in); for an embedding (r, number of embeddings); for heads that own columns (r, d_h)."""
         return self.stored[0] if self.pool is None else self.pool.A
 
     @property
     def B(self) -> nn.Parameter:
-        """``lora_B``, (d_out, r); for an embedding (embedding width, r); for heads of rows (d_h, r)."""
+        """``lora_B``, (d_out, r); for an embedding (embedding width, r); for heads that own rows (d_h, r)."""
         return self.stored[1] if self.pool is None else self.pool.B
 
     @property
     def stored(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """The model's own parameters: A and B, or in a pool their fixed shapes, (R, d_in) and (d_out, R)."""
+        """The model's own parameters: A and B, or with a pool the padded ones, (R, d_in) and (d_out, R)."""
         module, adapter = self.module, self.adapter
         if self.is_embedding:
             return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
@@ -67,35 +67,37 @@ class AdapterLayer:
 
     @property
     def pool(self) -> Pool | None:
-        """The live ranks, where the model's parameters have a fixed shape (:func:`lorank.reserve_`); else None."""
+        """The live ranks, if the model's parameters have a fixed shape (:func:`lorank.reserve_`); else None."""
         return pool_of(self.module, self.adapter)  # type: ignore[no-any-return]  # kept on PEFT's layer
 
     @property
     def rank(self) -> int:
-        """r, the number of ranks physically there (0 is possible)."""
+        """r, the number of ranks that A and B hold. ≥ 0."""
         return int(self.A.shape[0])
 
     @property
     def d_in(self) -> int:
-        """Inputs of the module, whatever form its A has."""
+        """Number of inputs of the module, in every form of A."""
         groups = self.groups
         return int(self.A.shape[1]) if groups is None or groups.kind == "rows" else groups.count * groups.size
 
     @property
     def d_out(self) -> int:
-        """Outputs of the module, whatever form its B has."""
+        """Number of outputs of the module, in every form of B."""
         groups = self.groups
         return int(self.B.shape[0]) if groups is None or groups.kind == "columns" else groups.count * groups.size
 
     @property
     def rank_parameters(self) -> int:
-        """Numbers that are trained per rank: d_in + d_out, or fewer in per-head form."""
+        """Trained parameters per rank: d_in + d_out, or fewer in per-head form."""
         return int(self.A.shape[1] + self.B.shape[0])
 
     @property
     def max_rank(self) -> int:
-        """min(d_in, d_out): a higher rank cannot add anything. In per-head form, as much for all heads together. In a
-        pool, at most its capacity."""
+        """min(d_in, d_out), the rank of a full update.
+
+        In per-head form, the sum over all heads. With a pool, at most its capacity.
+        """
         groups = self.groups
         if groups is not None:
             return groups.count * groups.capacity(self.d_in, self.d_out)
@@ -104,18 +106,18 @@ class AdapterLayer:
 
     @property
     def groups(self) -> HeadGroups | None:
-        """The heads, where the layer is in per-head form (:func:`lorank.lora.split_into_heads_`); else None."""
+        """The heads, if the layer is in per-head form (:func:`lorank.lora.split_into_heads_`); else None."""
         heads = self.form
         return heads.groups if isinstance(heads, HeadLora) else None
 
     @property
     def head_ranks(self) -> tuple[int, ...]:
-        """r_h of every head, (H,), in per-head form; else (r,): one group."""
+        """r_h of every head, (H,), in per-head form; else (r,), one group."""
         heads = self.form
         return heads.ranks if isinstance(heads, HeadLora) else (self.rank,)
 
     def set_heads(self, groups: HeadGroups | None, ranks: Sequence[int] = ()) -> None:
-        """Says what A and B hold: blocks of heads, or (None) a plain LoRA. Their shapes are the caller's business."""
+        """Marks A and B as the blocks of heads, or (None) as a plain LoRA. The caller changes their shapes."""
         gate, former = self.gate, self.form
         self.gate = None
         if groups is None:
@@ -124,17 +126,17 @@ class AdapterLayer:
             self.module.lora_variant[self.adapter] = HeadLora(
                 groups, ranks, former.dropout if isinstance(former, HeadLora) else None
             )
-            show_plain(self.module)
+            register_plain_lora_hooks(self.module)
         self.gate = gate
 
     @property
     def min_rank(self) -> int:
-        """1 for DoRA, whose magnitudes a file can only hold beside a LoRA; else 0."""
+        """1 for DoRA, because a file can only hold DoRA's magnitudes together with a LoRA; else 0."""
         return int(is_dora(self.form))
 
     @property
     def form(self) -> Any:
-        """What the layer is, whether gated, fused or neither: PEFT's DoRA, heads, or None: a plain LoRA."""
+        """The variant without gate and fused forward: PEFT's DoRA, :class:`HeadLora`, or None for a plain LoRA."""
         variant = self._ungated()
         return variant.replaced if isinstance(variant, FusedLora) else variant
 
@@ -144,7 +146,11 @@ class AdapterLayer:
 
     @property
     def gate(self) -> Tensor | None:
-        """g: None (all ones), (r,), or (n, r) with a gate per sample of the batch."""
+        """g: None (all ones), (r,), or (n, r) with a gate per sample of the batch.
+
+        Raises:
+            AdapterError: on assignment, the gate has another shape.
+        """
         variant = self.module.lora_variant.get(self.adapter)
         return variant.gate if isinstance(variant, GatedLora) else None
 
@@ -166,22 +172,22 @@ class AdapterLayer:
             variant.gate = gate
         else:
             self.module.lora_variant[self.adapter] = GatedLora(gate, own)
-            show_plain(self.module)
+            register_plain_lora_hooks(self.module)
 
     def __repr__(self) -> str:
         return f"AdapterLayer({self.name}, rank={self.rank}, d_in={self.d_in}, d_out={self.d_out}, s={self.scaling:g})"
 
 
 class AdapterLayers(Mapping[str, AdapterLayer]):
-    """All LoRA layers of one adapter, in the model's own order, by full module name.
+    """All LoRA layers of one adapter, by full module name, in the order of the model.
 
     Attributes:
-        model: the model that was searched.
+        model: the model that contains the layers.
         adapter: the adapter's name.
-        config: the adapter's live ``LoraConfig``; :func:`lorank.lora.resize_` keeps its patterns true, so that
-            ``model.save_pretrained`` writes a correct adapter at any moment.
+        config: the adapter's live ``LoraConfig``. :func:`lorank.lora.resize_` updates its rank and alpha patterns, so
+            that ``model.save_pretrained`` writes a correct adapter at any time.
         gates: the trainable gates of all layers, after :meth:`learn_gates`; else None.
-        prefix: what stands before a layer's name in ``model``, e.g. ``base_model.model.``.
+        prefix: the prefix of a layer's name in ``model``, e.g. ``base_model.model.``.
     """
 
     def __init__(
@@ -193,7 +199,7 @@ class AdapterLayers(Mapping[str, AdapterLayer]):
         self.config = config
         self.gates: LearnedGates | None = None
         self._layers = dict(layers)
-        # As the user gave it: restored whenever no module is at rank 0.
+        # The user's setting. It is restored when no module has rank 0.
         self.target_modules = config.target_modules
 
     def __getitem__(self, name: str) -> AdapterLayer:
@@ -212,19 +218,22 @@ class AdapterLayers(Mapping[str, AdapterLayer]):
 
     @property
     def total_rank(self) -> int:
-        """Σ r over all modules: the budget that is used."""
+        """Σ r over all modules."""
         return sum(layer.rank for layer in self.values())
 
     @property
     def parameters(self) -> int:
-        """How many numbers A and B of all modules hold, in the form that they are trained in."""
+        """Number of elements of A and B over all modules, in the form in which they are trained."""
         return sum(layer.A.numel() + layer.B.numel() for layer in self.values())
 
     def learn_gates(self, values: Tensor | None = None) -> LearnedGates:
-        """Gives every layer a gate that a backward pass reaches; the optimiser does not know of it.
+        """Gives every layer a gate that receives gradients. The optimiser does not hold the gates.
 
         Args:
             values: (R,) for all ranks of all layers, in order; None: ones.
+
+        Raises:
+            ValueError: ``values`` has another shape.
         """
         self.gates = LearnedGates(self.ranks, values, self._device())
         for name, leaf in self.gates.leaves.items():
@@ -232,7 +241,7 @@ class AdapterLayers(Mapping[str, AdapterLayer]):
         return self.gates
 
     def drop_gates(self) -> None:
-        """Takes every gate away, without folding it."""
+        """Removes every gate without folding it into B."""
         self.gates = None
         for layer in self.values():
             layer.gate = None

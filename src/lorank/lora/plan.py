@@ -1,4 +1,4 @@
-"""What is to become of the layers: which ranks stay, how many are new, and where they stand."""
+"""Plans for changing ranks: which ranks a layer keeps, how many it gains, and at which positions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lorank.lora.layer import AdapterLayer
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer.
+    """The change of ranks of one layer.
 
     Args:
-        keep: indices of the ranks that stay, in their new order.
-        add: how many new ranks there are. They follow those that stay, unless ``places`` says otherwise.
-        places: the positions of the new ranks among all, ascending; None: the last ones.
-        head_ranks: for a layer in per-head form (see :func:`plan_for_heads`), the ranks of each head afterwards.
+        keep: the indices of the ranks that are kept, in their new order.
+        add: the number of new ranks. ≥ 0.
+        places: the positions of the new ranks after the change, ascending; None: after the kept ranks.
+        head_ranks: for a layer in per-head form (see :func:`plan_for_heads`), the rank of each head after the change.
     """
 
     keep: tuple[int, ...]
@@ -31,7 +31,7 @@ class LayerPlan:
 
     @property
     def origins(self) -> tuple[int, ...]:
-        """For each rank afterwards, its index before, or −1 for a new one."""
+        """For each rank after the change, its index before the change, or −1 for a new rank."""
         if self.places is None:
             return self.keep + (-1,) * self.add
         new, kept = set(self.places), iter(self.keep)
@@ -39,16 +39,18 @@ class LayerPlan:
 
 
 def plan_for_rank(rank: int, wanted: int) -> LayerPlan:
-    """Takes a layer from ``rank`` to ``wanted`` ranks: the first ones stay, new ones follow."""
+    """Changes a layer from ``rank`` to ``wanted`` ranks. The first ranks are kept; new ranks are added at the end."""
     return LayerPlan(tuple(range(min(rank, wanted))), max(0, wanted - rank))
 
 
 def plan_for_heads(ranks: Sequence[int], wanted: Sequence[int]) -> LayerPlan:
-    """Takes the heads of a layer from ``ranks`` to ``wanted``: of each head the first ones stay, new ones follow them.
+    """Changes the heads of a layer from ``ranks`` to ``wanted`` ranks.
+
+    Each head keeps its first ranks; its new ranks are added after them.
 
     Args:
-        ranks: r_h of every head now, (H,).
-        wanted: r_h of every head afterwards, (H,).
+        ranks: r_h of every head before the change, (H,).
+        wanted: r_h of every head after the change, (H,).
     """
     keep: list[int] = []
     places: list[int] = []
@@ -62,40 +64,40 @@ def plan_for_heads(ranks: Sequence[int], wanted: Sequence[int]) -> LayerPlan:
 
 
 Plan = Mapping[str, LayerPlan]
-"""Layers by name; a layer that is not named stays as it is."""
+"""The plans of layers, by layer name. A layer without a plan is unchanged."""
 
 
 def check_places(name: str, wanted: LayerPlan) -> None:
-    """Raises PlanError where the new ranks of a plan are placed outside of it."""
+    """Raises PlanError if the positions of a plan's new ranks are out of range, not ascending or of another number."""
     if wanted.places is not None and (
         len(wanted.places) != wanted.add
         or list(wanted.places) != sorted(set(wanted.places))
         or any(not 0 <= place < wanted.rank for place in wanted.places)
     ):
         raise PlanError(
-            f"{name}: the plan's {wanted.add} new ranks are placed at {list(wanted.places)}; expected as many "
-            f"positions below {wanted.rank}, ascending"
+            f"{name}: the plan's {wanted.add} new ranks are placed at {list(wanted.places)}; expected {wanted.add} "
+            f"ascending positions below {wanted.rank}"
         )
 
 
 def check_heads(layer: AdapterLayer, wanted: LayerPlan) -> None:
-    """Raises PlanError unless the plan of a layer in per-head form leaves every rank in head order, with its head."""
+    """Raises PlanError unless the plan of a layer in per-head form keeps every rank in its head and in head order."""
     if layer.groups is None:
         if wanted.head_ranks is not None:
-            raise PlanError(f"{layer.name} is not in per-head form; the plan names ranks of its heads")
+            raise PlanError(f"{layer.name} is not in per-head form, but its plan gives ranks of heads: omit head_ranks")
         return
     given = wanted.head_ranks
     if given is None or len(given) != layer.groups.count or min(given) < 0 or sum(given) != wanted.rank:
         raise PlanError(
-            f"{layer.name} is in per-head form: its plan must name the ranks of its {layer.groups.count} heads, "
-            f"{wanted.rank} in all; it names {given}. Use plan_for_heads"
+            f"{layer.name} is in per-head form: its plan must give the ranks of its {layer.groups.count} heads, "
+            f"{wanted.rank} in total; it gives {given}. Use plan_for_heads"
         )
     if max(given) > layer.groups.capacity(layer.d_in, layer.d_out):
         raise PlanError(
             f"a head of {layer.name} can hold at most {layer.groups.capacity(layer.d_in, layer.d_out)} ranks; the plan "
             f"asks for {max(given)}"
         )
-    owners = [head for head, rank in enumerate(layer.head_ranks) for _ in range(rank)]
-    after = [head for head, rank in enumerate(given) for _ in range(rank)]
-    if any(origin >= 0 and owners[origin] != after[place] for place, origin in enumerate(wanted.origins)):
-        raise PlanError(f"{layer.name}: the plan moves a rank to another head")
+    heads_before = [head for head, rank in enumerate(layer.head_ranks) for _ in range(rank)]
+    heads_after = [head for head, rank in enumerate(given) for _ in range(rank)]
+    if any(origin >= 0 and heads_before[origin] != heads_after[place] for place, origin in enumerate(wanted.origins)):
+        raise PlanError(f"{layer.name}: the plan moves a rank to another head. Use plan_for_heads")

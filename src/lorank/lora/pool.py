@@ -1,16 +1,15 @@
-"""A form of fixed shape, for owners of parameters that cannot follow a resize: ranks move in a pool.
+"""Pools: stored parameters of fixed shape that hold a variable number of live ranks, for DeepSpeed's ZeRO.
 
-DeepSpeed copies parameters into flat buffers when its engine is made; their shapes are fixed from then on. So the
-model's two parameters of a layer get room for R ranks before that, and hold the r that are there, then zeros:
+DeepSpeed copies parameters into flat buffers when its engine is made, and their shapes are fixed from then on. So
+before that, the two stored parameters of each layer are padded to R ranks. They hold the r live ranks, then zeros:
 
     stored A = [A; 0]: (R, d_in)        stored B = [B, 0]: (d_out, R)        r ≤ R
 
-A rank whose row of A, column of B and moments are zero is dead: its gradients are exactly zero, and so is what a step
-adds, weight decay included. It costs its place in memory and in the product, and nothing else.
+A rank is dead if its row of A, its column of B and its moments are zero. The gradients of a dead rank are exactly zero,
+and so are its updates, including weight decay. It costs only memory and its part of the matrix product.
 
-Everything in this package sees the r live ranks: :class:`Pool` holds them apart, as parameters of their own that are
-resized like any others. Whoever trains the stored ones brings the two together
-(:mod:`lorank.training.parallel.deepspeed`).
+The rest of the package works with the r live ranks. :class:`Pool` holds them in separate parameters, which are resized
+like any others. :mod:`lorank.training.parallel.deepspeed` copies between the stored and the live parameters.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 POOLS = "lorank_pools"
-"""Where a PEFT layer keeps its pools, by adapter."""
+"""The attribute of a PEFT layer that holds its pools, by adapter."""
 
 
 class Pool:
-    """The live ranks of one layer, beside its stored parameters.
+    """The live ranks of one layer, separate from its stored parameters.
 
     Args:
-        A: (r, d_in), B: (d_out, r): what the layer has now; copied.
-        capacity: R.
+        A: (r, d_in), B: (d_out, r): the layer's present weights; they are copied.
+        capacity: R, the number of ranks that the stored parameters can hold. ≥ r.
 
     Attributes:
-        A, B: parameters that are not the model's.
+        A, B: the live weights. They are not among the model's parameters.
         capacity: R.
     """
 
@@ -48,6 +47,6 @@ def pool_of(module: LoraLayer, adapter: str) -> Any:
 
 
 def padded(tensor: Tensor, axis: int, size: int) -> Tensor:
-    """A copy of a matrix with zeros behind it, ``size`` long along ``axis``."""
-    missing = size - tensor.shape[axis]
-    return F.pad(tensor.detach(), (0, 0, 0, missing) if axis == 0 else (0, missing)).contiguous()
+    """A copy of a matrix, padded with zeros at the end of ``axis`` (0 or 1) to length ``size``."""
+    added = size - tensor.shape[axis]
+    return F.pad(tensor.detach(), (0, 0, 0, added) if axis == 0 else (0, added)).contiguous()

@@ -1,15 +1,16 @@
-"""Base layers in fewer bits: which can carry ranks that move, and what must not happen to them meanwhile.
+"""Quantised base layers: which are supported, and protection against silent errors of other libraries.
 
-    bitsandbytes nf4/fp4 and int8, torchao int8 weight-only, HQQ, GPTQ, quanto     yes
-    AWQ, AQLM, EETQ, INC, Transformer Engine      PEFT's layers ignore variants: a gate would change nothing, silently
-    torchao with quantised activations            rounding the input stops the gradient to every adapter before it
+    bitsandbytes nf4/fp4 and int8, torchao int8 weight-only, HQQ, GPTQ, quanto     supported
+    AWQ, AQLM, EETQ, INC, Transformer Engine      refused: PEFT's layers ignore variants, so a gate has no effect
+    torchao with quantised activations            refused: rounding the input blocks the gradient to all adapters below
 
-Three traps, each of which is silent in the libraries themselves:
+The libraries make three silent errors:
 
-- bitsandbytes repacks 4-bit weights for the CPU in their first forward in evaluation mode, and a repacked weight passes
-  no gradient on: after an evaluation the adapters before it learn nothing. :func:`prevent_repacking` switches that off.
-- PEFT's merge into torchao weights asks no variant, so that gates (and DoRA) would be left out.
-- PEFT's merge into quanto weights is lost: what is merged is the base model.
+- bitsandbytes repacks 4-bit weights for the CPU in their first forward in evaluation mode. A repacked weight passes no
+  gradient to its input, so after an evaluation the adapters below it learn nothing. :func:`prevent_repacking` turns
+  repacking off.
+- PEFT's merge into torchao weights ignores variants, so that gates (and DoRA) would be left out.
+- PEFT's merge into quanto weights is lost: the result is the base model without the adapter.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import nn
 
 from lorank.errors import AdapterError
 
-# PEFT's classes whose forward hands a LoraVariant its turn, so that a gate is seen.
+# PEFT's classes whose forward calls a LoraVariant, so that a gate has an effect.
 SUPPORTED = {
     "Linear": "",
     "Embedding": "",
@@ -32,7 +33,7 @@ SUPPORTED = {
     "HqqLoraLinear": "HQQ",
     "GPTQLoraLinear": "GPTQ",
 }
-# Those that ignore variants silently: a gate on them would change nothing, and every score would be zero.
+# PEFT's classes that silently ignore variants: a gate has no effect, and every score would be zero.
 IGNORE_VARIANTS = {
     "AwqLoraLinear": "AWQ",
     "AqlmLoraLinear": "AQLM",
@@ -40,28 +41,29 @@ IGNORE_VARIANTS = {
     "IncLoraLinear": "Intel Neural Compressor",
     "TeLinear": "Transformer Engine",
 }
-# bitsandbytes' attribute of a layer that may be repacked.
-REPACKS = "support_avx512bf16_for_cpu"
-INSTEAD = (
+# The attribute by which a bitsandbytes layer decides whether to repack.
+REPACKING_FLAG = "support_avx512bf16_for_cpu"
+ADVICE = (
     "Leave the module out with LoraConfig(exclude_modules=…), or load the base model unquantised, or with bitsandbytes "
     "(load_in_4bit, load_in_8bit), torchao's Int8WeightOnlyConfig, HQQ or GPTQ"
 )
 
 
 def check_base(name: str, module: LoraLayer) -> None:
-    """Whether the ranks of this layer can move.
+    """Raises AdapterError if the ranks of this layer cannot be changed.
 
     Args:
-        name: the module's full name, for the message.
+        name: the module's full name, for the error message.
         module: PEFT's LoRA layer.
 
     Raises:
-        AdapterError: its forward ignores gates, or its base layer passes no gradient on.
+        AdapterError: the layer's forward ignores gates, its base layer passes no gradient to its input, or PEFT cannot
+            train DoRA on it.
     """
     kind = type(module).__name__
     if kind not in SUPPORTED:
         known = f" ({IGNORE_VARIANTS[kind]})" if kind in IGNORE_VARIANTS else ""
-        raise AdapterError(f"{name} is a {kind}{known}, whose ranks cannot be gated or resized. {INSTEAD}")
+        raise AdapterError(f"{name} is a {kind}{known}, whose ranks cannot be gated or resized. {ADVICE}")
     base = module.get_base_layer()
     if kind == "Linear8bitLt" and any(module.use_dora.values()) and base.weight.device.type == "cpu":
         raise AdapterError(
@@ -70,29 +72,29 @@ def check_base(name: str, module: LoraLayer) -> None:
         )
     if kind == "TorchaoLoraLinear" and _quantises_activations(base.weight):
         raise AdapterError(
-            f"{name}: torchao quantises the activations too, and rounding passes no gradient to the adapters before: "
-            f"they would learn from the residual stream alone. {INSTEAD}"
+            f"{name}: torchao quantises the activations too. Rounding them passes no gradient to the adapters below, "
+            f"which would learn from the residual stream alone. {ADVICE}"
         )
 
 
 def prevent_repacking(model: nn.Module) -> RepackingPrevention:
-    """From now on, evaluating the model leaves its quantised weights trainable, and no merge loses an adapter.
+    """Keeps quantised weights trainable when the model is evaluated, and makes every merge that loses an adapter raise.
 
     Args:
         model: the PEFT model.
 
     Returns:
-        A handle. Its ``remove()`` lets bitsandbytes repack for inference again.
+        A handle. Its ``remove()`` lets bitsandbytes repack weights for inference again.
 
     Raises:
-        AdapterError: weights have been repacked already. Going back would round them.
+        AdapterError: weights have been repacked already. Undoing this would round them.
     """
     for name, module in model.named_modules():
         if is_repacked(module):
             raise AdapterError(
-                f"{name}: bitsandbytes has repacked the 4-bit weights for inference on the CPU, which passes no "
-                "gradient to the adapters before it. Load the base model again, and evaluate it only after "
-                "lorank.attach, or after the Trainer with its RankCallback was made"
+                f"{name}: bitsandbytes has repacked the 4-bit weights for inference on the CPU, so they pass no "
+                "gradient to the adapters below. Load the base model again, and evaluate it only after lorank.attach, "
+                "or after the Trainer with its RankCallback was made"
             )
         if isinstance(module, LoraLayer):
             guard_merge(module)
@@ -100,47 +102,47 @@ def prevent_repacking(model: nn.Module) -> RepackingPrevention:
 
 
 class RepackingPrevention:
-    """The 4-bit layers of a model, which are not repacked until :meth:`remove`."""
+    """Keeps bitsandbytes from repacking the 4-bit layers of a model, until :meth:`remove`."""
 
     def __init__(self, model: nn.Module) -> None:
-        # A C function's answer: 1, not True.
-        self._layers = [(m, m.__dict__[REPACKS]) for m in model.modules() if m.__dict__.get(REPACKS)]
+        # The flag is the result of a C function: 1, not True.
+        self._layers = [(m, m.__dict__[REPACKING_FLAG]) for m in model.modules() if m.__dict__.get(REPACKING_FLAG)]
         for layer, _ in self._layers:
-            layer.__dict__[REPACKS] = False
+            layer.__dict__[REPACKING_FLAG] = False
 
     def remove(self) -> None:
-        """Lets them be repacked."""
-        for layer, before in self._layers:
-            layer.__dict__[REPACKS] = before
+        """Allows repacking again."""
+        for layer, original in self._layers:
+            layer.__dict__[REPACKING_FLAG] = original
         self._layers = []
 
 
 def is_repacked(module: nn.Module) -> bool:
-    """Whether bitsandbytes has laid out the module's 4-bit weight for inference on the CPU."""
+    """Whether bitsandbytes has repacked the module's 4-bit weight for inference on the CPU."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def guard_merge(module: LoraLayer) -> None:
-    """Merging this layer raises where PEFT would leave something out silently (torchao, quanto)."""
+    """Makes ``merge`` of this layer raise where PEFT would silently drop a part of the adapter (torchao, quanto)."""
     if "merge" not in vars(module) and (type(module).__name__ == "TorchaoLoraLinear" or _is_quanto(module)):
-        module.merge = partial(_merge, module)  # of the instance; a copy of the model gets a guard of its own
+        module.merge = partial(_checked_merge, module)  # on the instance; each copy of a model is guarded separately
 
 
-def _merge(module: LoraLayer, *args: Any, **kwargs: Any) -> None:
+def _checked_merge(module: LoraLayer, *args: Any, **kwargs: Any) -> None:
     if _is_quanto(module):
         raise AdapterError(
-            "PEFT's merge into quanto's weights is lost: what it gives is the base model. Save the adapter, and merge "
-            "it into the unquantised base"
+            "PEFT's merge into quanto's weights is lost: the result is the base model without the adapter. Save the "
+            "adapter, and merge it into the unquantised base model"
         )
     for adapter, variant in module.lora_variant.items():
-        if hasattr(variant, "refusal"):  # a gate, heads
-            raise variant.refusal()
-        own = getattr(variant, "replaced", variant)  # what the fused forward stands for
-        if own is not None:
+        if hasattr(variant, "merge_error"):  # a gate, heads
+            raise variant.merge_error()
+        peft_variant = getattr(variant, "replaced", variant)  # PEFT's variant, which the fused forward replaces
+        if peft_variant is not None:
             raise AdapterError(
-                f"PEFT merges adapter {adapter!r} into torchao's weights without its {type(own).__name__}. Save the "
-                "adapter, and merge it into the unquantised base"
+                f"PEFT merges adapter {adapter!r} into torchao's weights without its {type(peft_variant).__name__}. "
+                "Save the adapter, and merge it into the unquantised base model"
             )
     type(module).merge(module, *args, **kwargs)
 

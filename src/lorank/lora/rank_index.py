@@ -1,4 +1,4 @@
-"""Whatever is kept per rank outside a layer (scores, moments of a gate) follows a resize."""
+"""Reindexes tensors with one entry per rank (scores, moments of gates) after a resize."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from lorank.lora.plan import LayerPlan, Plan
 
 
 def rank_origins(plan: Plan, ranks: Mapping[str, int]) -> Tensor:
-    """Where each rank comes from when a plan is carried out, for whoever keeps something per rank.
+    """The old index of each rank of all layers when a plan is carried out.
 
     Args:
-        ranks: the rank of each layer before.
+        plan: the change of ranks.
+        ranks: the rank of each layer before the change.
 
     Returns:
-        (R after,) int64, all layers in order: the rank's index among all ranks before, or −1 where it is new.
+        (R after,) int64, all layers in order: the index among all ranks before the change, or −1 for a new rank.
     """
     origins: list[int] = []
     first = 0
@@ -29,11 +30,13 @@ def rank_origins(plan: Plan, ranks: Mapping[str, int]) -> Tensor:
 
 
 def reindex_ranks(values: Tensor, origins: Tensor, axis: int = 0) -> Tensor:
-    """A copy of something kept per rank, after a resize: kept ranks keep theirs, new ones have zeros.
+    """A copy of ``values`` for the ranks after a resize: kept ranks keep their values, new ranks get zeros.
 
     Args:
-        values: the axis named ``axis`` counts the ranks before.
-        origins: (ranks after,) int64, where each one was before, or −1 (:func:`lorank.lora.rank_origins`).
+        values: of any shape; its axis ``axis`` has one entry per rank before the resize.
+        origins: (ranks after,) int64, the old index of each rank, or −1 for a new rank
+            (:func:`lorank.lora.rank_origins`).
+        axis: the rank axis of ``values``.
     """
     origins = origins.to(values.device)
     moved = values.new_zeros([*values.shape[:axis], len(origins), *values.shape[axis + 1 :]])

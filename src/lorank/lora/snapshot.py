@@ -1,4 +1,4 @@
-"""Layers as they are now, to come back to where a run cannot begin."""
+"""A snapshot of all layers, from which they are restored if a run cannot start."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.resize import replace_data
 
-_CONFIG = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
-_OF_MODULE = ("r", "lora_alpha", "scaling", "lora_variant")
+_CONFIG_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
+_LAYER_FIELDS = ("r", "lora_alpha", "scaling", "lora_variant")
 
 
 class LayersSnapshot:
-    """Weights, ranks and forms of all layers, their optimiser state, and PEFT's own fields that speak of them.
+    """Weights, ranks and forms of all layers, their optimiser state, and PEFT's fields about them.
 
     Args:
         layers: all LoRA layers of one adapter.
-        optimizer: the optimiser that holds their parameters. Its tensors are noted, not copied: a
-            resize makes new ones.
+        optimizer: the optimiser that holds their parameters. Its tensors are referenced, not copied, because a resize
+            makes new tensors.
     """
 
     def __init__(self, layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None:
         self._layers, self._optimizer = layers, optimizer
         self._gates = layers.gates
-        self._config = {name: getattr(layers.config, name) for name in _CONFIG}
+        self._config = {name: getattr(layers.config, name) for name in _CONFIG_FIELDS}
         self._weights = {
             name: [(weight.detach().clone(), weight.grad) for weight in (layer.A, layer.B)]
             for name, layer in layers.items()
@@ -36,11 +36,11 @@ class LayersSnapshot:
             for weight in (layer.A, layer.B)
             if weight in optimizer.state
         }
-        self._fields = {name: _fields(layer) for name, layer in layers.items()}
+        self._fields = {name: _read_fields(layer) for name, layer in layers.items()}
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Brings everything back."""
+        """Restores everything in place."""
         layers, state = self._layers, self._optimizer.state
         for name, layer in layers.items():
             for weight, (data, grad) in zip((layer.A, layer.B), self._weights[name], strict=True):
@@ -60,14 +60,14 @@ class LayersSnapshot:
                 else:
                     table[adapter] = value
             if not layer.is_embedding:
-                down, up = module.lora_A[adapter], module.lora_B[adapter]
-                down.out_features, down.in_features = layer.stored[0].shape
-                up.out_features, up.in_features = layer.stored[1].shape
+                lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
+                lora_A.out_features, lora_A.in_features = layer.stored[0].shape
+                lora_B.out_features, lora_B.in_features = layer.stored[1].shape
         layers.gates = self._gates
         for name, value in self._config.items():
             setattr(layers.config, name, value)
 
 
-def _fields(layer: AdapterLayer) -> dict[str, Any]:
-    """PEFT's entries for this adapter, None where there is none."""
-    return {name: getattr(layer.module, name).get(layer.adapter) for name in _OF_MODULE}
+def _read_fields(layer: AdapterLayer) -> dict[str, Any]:
+    """PEFT's entries for this layer and adapter; None for an entry that does not exist."""
+    return {name: getattr(layer.module, name).get(layer.adapter) for name in _LAYER_FIELDS}

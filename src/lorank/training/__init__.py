@@ -1,4 +1,4 @@
-"""Where allocation meets a training loop."""
+"""Rank allocation inside a training loop: a user's own loop, the transformers Trainer or TRL."""
 
 from lorank.training.attach import attach
 from lorank.training.callback import RankCallback

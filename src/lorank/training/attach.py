@@ -1,4 +1,4 @@
-"""Where allocation meets a training loop: any loop that calls ``optimizer.step()`` (:mod:`lorank.training.ranks`)."""
+"""Attaches rank allocation to any training loop that calls ``optimizer.step()`` (:mod:`lorank.training.ranks`)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def attach(
     fused: bool = True,
     grad_scaler: Any = None,
 ) -> Ranks:
-    """Lets ``allocator`` move the ranks of ``model``'s LoRA layers whenever ``optimizer`` steps.
+    """Lets ``allocator`` change the ranks of ``model``'s LoRA layers during training, in the steps of ``optimizer``.
 
         ranks = lorank.attach(model, optimizer, lorank.ALoRA(), validation_batch=batch, total_steps=1000)
         for batch in data:
@@ -44,31 +44,31 @@ def attach(
             optimizer.zero_grad()
 
     Args:
-        model: a ``PeftModel`` with a LoRA adapter, or ``DistributedDataParallel`` of one. Where several processes train
-            together, each of them calls this, with the same arguments.
-        optimizer: any ``torch.optim.Optimizer`` made from the model's parameters; accelerate's wrapper is seen through.
+        model: a ``PeftModel`` with a LoRA adapter, or ``DistributedDataParallel`` of one. If several processes train
+            together, each of them calls this function with the same arguments.
+        optimizer: any ``torch.optim.Optimizer`` made from the model's parameters, also inside accelerate's wrapper.
         allocator: the method, with its settings.
-        total_steps: optimiser steps of the whole run. ≥ 1.
-        steps_per_epoch: optimiser steps per epoch, for settings that count epochs; None: unknown (each method says
-            what it assumes then).
-        validation_batch: the batch that ranks are scored on: what the model takes, labels included. It should not be
-            training data; the ALoRA paper takes 32 samples.
-        loss_fn: your own loss, ``(model, batch) -> scalar tensor``; None: the model's.
-        adapter: name of the adapter; None: the active one.
-        seed: of everything that is drawn here.
+        total_steps: the number of optimiser steps of the whole run. ≥ 1.
+        steps_per_epoch: the number of optimiser steps per epoch, for settings that count epochs; None: unknown (the
+            documentation of each method says what it assumes then).
+        validation_batch: the batch on which ranks are scored: the model's arguments, including labels. It should not be
+            training data; the ALoRA paper uses 32 samples.
+        loss_fn: your own loss, ``(model, batch) -> scalar tensor``; None: the model's loss.
+        adapter: the name of the adapter; None: the active adapter.
+        seed: the seed of all random numbers that lorank draws.
         history_path: a JSONL file for the rank history, written by process 0; None: in memory only
             (``ranks.history``).
-        progress: whether scoring shows a progress bar; None: on a terminal; or a function, called with (evaluations
-            done, in all) instead.
-        fused: whether layers compute by lorank's own functions until the run ends, which are faster and keep less for
-            the backward pass (docs/performance.md). Same values up to rounding; with ``lora_dropout`` on a CPU,
-            modules that see the same input share a draw. False: PEFT's forward.
-        grad_scaler: the ``torch.amp.GradScaler`` of a float16 loop, which methods with learned gates need to know;
-            accelerate's optimiser brings it along. Steps that it skips count for nothing.
+        progress: whether scoring shows a progress bar; None: only on a terminal; or a function that is called with
+            (evaluations done, evaluations in total) instead.
+        fused: whether layers use lorank's fused forward until the run ends. It is faster and saves less for the
+            backward pass (docs/performance.md). The values are the same up to rounding. With ``lora_dropout`` on a CPU,
+            modules with the same input share one dropout draw. False: PEFT's forward.
+        grad_scaler: the ``torch.amp.GradScaler`` of a float16 loop, which methods with learned gates need;
+            accelerate's optimiser provides it. Steps that the scaler skips are not counted.
 
     Returns:
         The running object: ``ranks.history``, ``ranks.layers``, ``ranks.step``, ``ranks.detach()``. If the optimiser
-        has been loaded from a checkpoint of such a run, it goes on from there.
+        was loaded from a checkpoint of such a run, the run continues from there.
 
     Raises:
         AdapterError, OptimizerStateError, ScheduleError, ValidationBatchError, ResumeError, DisagreementError: see

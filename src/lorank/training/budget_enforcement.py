@@ -1,4 +1,4 @@
-"""Weights that came from elsewhere (the best checkpoint's) may be over the budget: what is too much goes."""
+"""Prunes loaded weights (e.g. those of the best checkpoint) that exceed the budget."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ logger = logging.getLogger("lorank")
 
 
 def prune_to_budget_(layers: AdapterLayers, limits: ResolvedBudget, optimizer: torch.optim.Optimizer) -> Allocation:
-    """Removes the ranks with the smallest updates, ‖A_i‖ ‖B_i‖ s, until the rest is within ``limits``; warns of it."""
+    """Removes the ranks with the smallest updates, ‖A_i‖ ‖B_i‖ s, until the rest fits ``limits``, and logs a warning.
+
+    Args:
+        layers: all LoRA layers.
+        limits: the budget.
+        optimizer: the optimiser that holds the parameters; its state is resized too.
+
+    Returns:
+        The allocation that was carried out, with the sizes of the updates as scores.
+    """
     before = layers.ranks
     sizes = {
         name: layer.A.detach().double().norm(dim=1) * layer.B.detach().double().norm(dim=0) * layer.scaling  # (r,)
@@ -23,8 +32,9 @@ def prune_to_budget_(layers: AdapterLayers, limits: ResolvedBudget, optimizer: t
     plan = {name: LayerPlan(kept[name]) for name, rank in before.items() if len(kept[name]) < rank}
     resize_(layers, plan, optimizer)
     logger.warning(
-        "the weights that were loaded last have %d ranks, more than the budget allows: those with the smallest "
-        "updates went, %d are left. Evaluate again, or choose the best among checkpoints within the budget",
+        "the weights that were loaded last have %d ranks, more than the budget allows: the ranks with the smallest "
+        "updates were removed, and %d are left. Evaluate again, or choose the best among the checkpoints within the "
+        "budget",
         sum(before.values()),
         layers.total_rank,
     )

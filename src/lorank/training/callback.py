@@ -1,4 +1,4 @@
-"""The transformers Trainer, and TRL's: a thin adapter over :mod:`lorank.training.ranks`."""
+"""The callback for transformers' Trainer and TRL's trainers: a thin layer over :mod:`lorank.training.ranks`."""
 
 from __future__ import annotations
 
@@ -35,27 +35,30 @@ class RankCallback(TrainerCallback):
 
         trainer = Trainer(..., callbacks=[lorank.RankCallback(lorank.ALoRA(), validation_batch=eval_rows)])
 
-    Checkpoints that the Trainer writes are plain PEFT adapters; ``resume_from_checkpoint`` continues exactly, and
-    ``load_best_model_at_end`` restores the best ranks with the best weights.
+    The Trainer's checkpoints are plain PEFT adapters. ``resume_from_checkpoint`` continues a run exactly.
+    ``load_best_model_at_end`` restores the best weights together with their ranks.
 
     Args:
         allocator: the method, with its settings.
-        validation_batch: what ranks are scored on: a batch (mapping of tensors, labels included); or rows of a data
-            set, which the Trainer's own collator makes a batch of; or a function that returns either, called when
-            training begins (``lambda: trainer.eval_dataset``). None: the first rows of the *training* set, with a
-            notice, if the method needs a batch at all.
-        samples: how many rows are taken where rows are given; None: as many as the allocator asks for, 32 unless it
-            says otherwise.
-        loss_fn: your own loss, ``(model, batch) -> scalar tensor``; None: the model's.
-        adapter: name of the adapter; None: the active one.
-        seed: of everything that is drawn here; None: the Trainer's.
-        history_path: where the rank history goes; None: ``rank_history.jsonl`` in the Trainer's output folder.
-        progress: whether scoring shows a progress bar; None: on a terminal, unless the Trainer's own is off; or a
-            function, called with (evaluations done, in all) instead.
+        validation_batch: the data on which ranks are scored: a batch (mapping of tensors, including labels); or rows of
+            a data set, from which the Trainer's own collator makes a batch; or a function that returns either and is
+            called when training begins (``lambda: trainer.eval_dataset``). None: the first rows of the *training* set,
+            with a warning in the log, if the method needs a batch.
+        samples: the number of rows to use if rows are given. ≥ 1. None: the number that the allocator prefers, 32 by
+            default.
+        loss_fn: your own loss, ``(model, batch) -> scalar tensor``; None: the model's loss.
+        adapter: the name of the adapter; None: the active adapter.
+        seed: the seed of all random numbers that lorank draws; None: the Trainer's seed.
+        history_path: the file of the rank history; None: ``rank_history.jsonl`` in the Trainer's output folder.
+        progress: whether scoring shows a progress bar; None: only on a terminal, unless the Trainer's progress bar is
+            off; or a function that is called with (evaluations done, evaluations in total) instead.
         fused: see :func:`lorank.attach`.
 
     Attributes:
-        ranks: the running :class:`~lorank.training.ranks.Ranks`, from the beginning of training on.
+        ranks: the running :class:`~lorank.training.ranks.Ranks`; None before training begins.
+
+    Raises:
+        ValidationBatchError: ``samples`` is less than 1.
     """
 
     def __init__(
@@ -86,28 +89,28 @@ class RankCallback(TrainerCallback):
         self._layers: AdapterLayers | None = None
         self._initial_ranks: dict[str, int] = {}
         self._within_budget = False
-        self._following: RemovableHandle | None = None  # while no optimiser is there, or no longer
+        self._resize_handle: RemovableHandle | None = None  # before and after training, without optimiser
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Before any checkpoint is loaded: from here on, loading one resizes the layers to it.
-        self._meet(kwargs["model"])
+        # The Trainer has not loaded a checkpoint yet. From here on, loading a checkpoint resizes the layers.
+        self._prepare_model(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        layers = self._meet(kwargs["model"])
+        layers = self._prepare_model(kwargs["model"])
         if self.ranks is not None:
             self.ranks.detach()
-            if not state.global_step:  # a second train() that resumes nothing is a run of its own
+            if not state.global_step:  # a second train() that does not resume is a new run
                 self._initial_ranks = layers.ranks
         if state.global_step and STATE_KEY not in param_groups_of(kwargs["optimizer"])[0]:
             raise ResumeError(
-                f"training goes on after step {state.global_step}, but the checkpoint's optimiser holds no rank state: "
-                "it was written without RankCallback (or with save_only_model). Start a new run, or resume from a "
-                "checkpoint of a run with this callback"
+                f"training resumes after step {state.global_step}, but the checkpoint's optimiser holds no rank state: "
+                "the checkpoint was written without RankCallback (or with save_only_model). Start a new run, or resume "
+                "from a checkpoint of a run with this callback"
             )
-        if self._following is not None:
-            self._following.remove()  # Ranks follows from here on, its optimiser too
+        if self._resize_handle is not None:
+            self._resize_handle.remove()  # Ranks registers its own hook, which also resizes the optimiser's state
         loader = kwargs["train_dataloader"]
         per_epoch = _length(loader)
         if per_epoch is not None:
@@ -118,7 +121,7 @@ class RankCallback(TrainerCallback):
             kwargs["optimizer"],
             self.allocator,
             TrainingInfo(state.max_steps, per_epoch, args.seed if self._seed is None else self._seed),
-            # A method that does not need one may still look at a batch that it is given.
+            # A method that does not need a batch may still use a batch that the user gives.
             validation_batch=self._validation_batch(loader)
             if self.allocator.needs_validation_batch or self._validation_data is not None
             else None,
@@ -135,12 +138,14 @@ class RankCallback(TrainerCallback):
         self._within_budget = limits is not None and limits.fits(self.ranks.layers.ranks)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # load_best_model_at_end must not bring back a checkpoint from before the budget was kept.
+        # load_best_model_at_end must not restore a checkpoint that exceeds the budget.
         if self.ranks is None or self.ranks.budget is None or self._within_budget:
             return
         self._within_budget = self.ranks.budget.fits(self.ranks.layers.ranks)
         if self._within_budget and state.best_metric is not None:
-            logger.info("step %d: the budget is kept; checkpoints from before no longer count as best", self.ranks.step)
+            logger.info(
+                "step %d: the ranks fit the budget; earlier checkpoints no longer count as the best", self.ranks.step
+            )
             state.best_metric = None
             state.best_model_checkpoint = None
 
@@ -153,18 +158,18 @@ class RankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.ranks is not None:
-            self.ranks.finish()  # an early stop, or a best checkpoint that was loaded
+            self.ranks.finish()  # after an early stop, or after the best checkpoint was loaded
             self.ranks.detach()
-            self._following = resize_on_load(self.ranks.layers)
+            self._resize_handle = resize_on_load(self.ranks.layers)
 
-    def _meet(self, model: nn.Module) -> AdapterLayers:
+    def _prepare_model(self, model: nn.Module) -> AdapterLayers:
         if self._layers is None or self._layers.model is not model:
-            if self._following is not None:
-                self._following.remove()
+            if self._resize_handle is not None:
+                self._resize_handle.remove()
             self._layers = find_layers(model, self._adapter)
-            prevent_repacking(model)  # for good: the Trainer may evaluate before, between and after its runs
+            prevent_repacking(model)  # never removed: the Trainer may evaluate before, between and after its runs
             self._initial_ranks = self._layers.ranks
-            self._following = resize_on_load(self._layers)
+            self._resize_handle = resize_on_load(self._layers)
         return self._layers
 
     def _validation_batch(self, loader: Any) -> Mapping[str, Any]:
@@ -175,8 +180,8 @@ class RankCallback(TrainerCallback):
             data = loader.dataset
             count = min(self._samples, len(data)) if isinstance(data, Sized) else self._samples
             logger.warning(
-                "%s scores ranks on the first %d rows of the training set, since RankCallback was given no "
-                "validation_batch. Held-out data judges ranks better: validation_batch=…",
+                "%s scores ranks on the first %d rows of the training set, because RankCallback was given no "
+                "validation_batch. Held-out data gives better scores: validation_batch=…",
                 type(self.allocator).__name__,
                 count,
             )
@@ -193,17 +198,17 @@ def _length(loader: Any) -> int | None:
 
 
 def _collate(rows: Any, samples: int, loader: Any) -> Mapping[str, Any]:
-    """The first rows as one batch, by the Trainer's own collator, with the columns that the Trainer kept."""
+    """Makes a batch of the first rows, with the Trainer's own collator and the columns that the Trainer uses."""
     try:
         chosen = [rows[i] for i in range(min(samples, len(rows)))]
     except (TypeError, KeyError, NotImplementedError) as error:
         raise ValidationBatchError(
             f"validation_batch: expected a batch of tensors or rows that can be indexed, got {type(rows).__name__}. "
-            "For a streamed data set, collect rows first: validation_batch=list(dataset.take(32))"
+            "For a streamed data set, collect the rows first: validation_batch=list(dataset.take(32))"
         ) from error
     if not chosen:
         raise ValidationBatchError(
-            "validation_batch: no rows were given to score ranks on; give at least one (paper: 32)"
+            "validation_batch: no rows were given, expected at least one to score ranks on (paper: 32)"
         )
     kept = getattr(loader.dataset, "column_names", None)
     if kept and isinstance(chosen[0], Mapping):

@@ -1,4 +1,4 @@
-"""What must hold before a run starts: each check raises an error that names the remedy."""
+"""Checks before a run starts. Each check raises an error that says what to do."""
 
 from __future__ import annotations
 
@@ -8,77 +8,82 @@ from lorank.errors import LorankError, OptimizerStateError, ScheduleError, Valid
 from lorank.lora import AdapterLayers, check_state
 from lorank.scoring import validation_loss
 from lorank.training.parallel.deepspeed import ZeroOptimizer
-from lorank.training.parallel.fsdp import HOW
+from lorank.training.parallel.fsdp import SHARD_BASE_ADVICE
 from lorank.training.run_state import RunState
 
 
 def check_run(run: RunState) -> None:
-    """The run's length and its optimiser.
+    """Checks the run's length and its optimiser.
 
     Raises:
-        ScheduleError: no step to take.
-        LorankError: parameters or optimiser state that are sharded over processes; ranks in a pool without DeepSpeed.
-        OptimizerStateError: an optimiser that does not hold the LoRA parameters.
+        ScheduleError: ``total_steps`` is less than 1.
+        LorankError: parameters or optimiser state are sharded over processes, or layers have a pool without DeepSpeed.
+        OptimizerStateError: the optimiser does not hold the LoRA parameters.
     """
     layers, optimizer = run.layers, run.optimizer
     if run.info.total_steps < 1:
-        raise ScheduleError(f"total_steps={run.info.total_steps}: expected the run's optimiser steps, at least 1")
+        raise ScheduleError(
+            f"total_steps={run.info.total_steps}: expected the number of optimiser steps of the run, at least 1"
+        )
     if any(layer.pool is not None for layer in layers.values()) and not isinstance(optimizer, ZeroOptimizer):
         raise LorankError(
-            "lorank.reserve_ gives parameters the fixed shape that DeepSpeed's ZeRO needs, and the optimiser is "
-            f"{type(optimizer).__name__}: hand in the one that deepspeed.initialize returned, or leave reserve_ out"
+            "lorank.reserve_ gives parameters the fixed shape that DeepSpeed's ZeRO needs, but the optimiser is "
+            f"{type(optimizer).__name__}: pass the optimiser that deepspeed.initialize returned, or leave out reserve_"
         )
-    _check_whole(layers, optimizer)
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    _check_not_sharded(layers, optimizer)
+    held_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
-        if id(layer.A) not in held or id(layer.B) not in held:
+        if id(layer.A) not in held_ids or id(layer.B) not in held_ids:
             raise OptimizerStateError(
                 f"the optimiser does not hold the LoRA parameters of {name}: make it after get_peft_model, from "
                 "the PEFT model's parameters, e.g. AdamW(p for p in model.parameters() if p.requires_grad)"
             )
 
 
-def _check_whole(layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None:
-    """Ranks can only move where each process has the whole adapter and its whole optimiser state.
+def _check_not_sharded(layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None:
+    """Checks that each process has the complete adapter and its complete optimiser state, as every resize needs.
 
     Raises:
-        LorankError: they are sharded.
+        LorankError: the adapter or its optimiser state is sharded.
     """
-    whole = (
-        f"A change of rank needs the whole adapter in every process, which costs little. {HOW} (docs/distributed.md)"
+    advice = (
+        "A change of rank needs the complete adapter in every process, which costs little memory. "
+        f"{SHARD_BASE_ADVICE} (docs/distributed.md)"
     )
     for name, layer in layers.items():
         if hasattr(layer.A, "placements") or hasattr(layer.B, "placements"):
-            raise LorankError(f"the LoRA weights of {name} are sharded over processes (DTensor). {whole}")
+            raise LorankError(f"the LoRA weights of {name} are sharded over processes (DTensor). {advice}")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in layers.model.modules()):
         raise LorankError(
-            f"the model is wrapped in FullyShardedDataParallel (FSDP1), which flattens its parameters. {whole}"
+            f"the model is wrapped in FullyShardedDataParallel (FSDP1), which flattens its parameters. {advice}"
         )
     if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
         raise LorankError(
-            "ZeroRedundancyOptimizer keeps each parameter's state in one process only, where it would not follow a "
-            "change of rank. An adapter's state is small: use the optimiser itself"
+            "ZeroRedundancyOptimizer keeps each parameter's state in one process only, where lorank cannot resize it. "
+            "An adapter's state is small: use the optimiser without ZeroRedundancyOptimizer"
         )
 
 
 def check_batch(run: RunState) -> None:
-    """The batch that ranks are scored on: one forward now, so that a mistake is not found out after an epoch.
+    """Checks the validation batch by one forward pass, so that a mistake shows before training and not after an epoch.
 
     Raises:
-        ValidationBatchError: there is none, or it cannot be scored on.
+        ValidationBatchError: the method needs a batch and none was given, or the batch gives no usable loss.
     """
     if not run.allocator.needs_validation_batch:
         return
     if run.validation_batch is None:
         raise ValidationBatchError(
-            f"{type(run.allocator).__name__} scores ranks on a fixed batch of held-out data and none was given: "
+            f"{type(run.allocator).__name__} scores ranks on a fixed batch of held-out data, and none was given: use "
             "attach(…, validation_batch=batch), where model(**batch) gives a loss (32 samples in the paper)"
         )
     validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, first_look=True)
 
 
 def check_optimizer_state(run: RunState) -> None:
-    """PyTorch loads a state of any shape, and a fused optimiser then steps with it silently, or crashes.
+    """Checks the shapes of the optimiser's state.
+
+    PyTorch loads a state of any shape. A fused optimiser then uses it silently, or crashes.
 
     Raises:
         OptimizerStateError: a state does not fit its parameter.

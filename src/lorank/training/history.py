@@ -1,7 +1,7 @@
-"""What happened to the ranks, one immutable record per allocation, one line of JSON each: the reports' only input.
+"""The rank history: one immutable record per allocation, saved as one line of JSON. Reports read nothing else.
 
-Each line is on the disk before training goes on. A process that is killed can leave a last line without its end; it is
-not read, and a run that goes on mends it.
+Each line is flushed to disk before training continues. A killed process can leave an incomplete last line. Readers
+ignore it, and a resumed run removes it.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from lorank.files import append_text, parse_json, write_text
 from lorank.lora import AdapterLayers
 
 MAX_LINE = 64_000_000
-"""Bytes in a line that is read; the largest models with thousands of ranks stay far below."""
+"""Maximum bytes in a line. The largest models with thousands of ranks need far less."""
 
 
 MAX_RANK = 1 << 24
-"""Above any rank and any width that a layer has: larger numbers come from a damaged file."""
+"""Larger than every rank and width of a layer. A larger number means that the file is damaged."""
 
 logger = logging.getLogger("lorank")
 
 
 class HistoryError(LorankError):
-    """A history file that cannot be read."""
+    """A history file cannot be read."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One allocation, or the beginning of a run (step 0, without scores).
+    """One allocation, or the start of a run (step 0, without scores).
 
     Args:
-        step: optimiser steps done when it happened.
+        step: the number of optimiser steps before the allocation. ≥ 0.
         method: the allocator's class name.
-        ranks: per module, its rank afterwards.
+        ranks: per module, its rank after the allocation.
         shapes: per module, (d_in, d_out).
-        pruned: per module that lost any, the indices of the ranks that went.
-        added: per module that received any, how many.
-        scores: per module, one score per rank before the change; empty where nothing was scored.
-        seconds: what the allocation took, scoring included.
-        details: the method's own numbers (loss, evaluations, engine, …); empty where nothing was allocated.
-        active: per module, how many of its ranks count, where a method switches ranks off before it removes them; empty
-            where all do.
+        pruned: per module that lost ranks, the indices of these ranks.
+        added: per module that received ranks, their number.
+        scores: per module, one score per rank before the change; empty if nothing was scored.
+        seconds: the duration of the allocation, including scoring.
+        details: the method's own values (loss, evaluations, engine, …); empty if nothing was allocated.
+        active: per module, the number of active ranks, for methods that switch ranks off before they remove them; empty
+            if all ranks are active.
     """
 
     step: int
@@ -67,7 +67,7 @@ class Record:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all A and B: Σ r (d_in + d_out)."""
+        """Number of elements of A and B over all modules: Σ r (d_in + d_out)."""
         return sum(rank * sum(self.shapes[name]) for name, rank in self.ranks.items())
 
     def to_json(self) -> str:
@@ -75,7 +75,7 @@ class Record:
 
     @classmethod
     def from_json(cls, line: str) -> Record:
-        """Raises HistoryError for anything that :meth:`to_json` did not write."""
+        """Parses a line. Raises HistoryError for a line that :meth:`to_json` cannot have written."""
         try:
             return cls(**_checked_fields(parse_json(line)))
         except (ValueError, OverflowError) as error:
@@ -83,11 +83,11 @@ class Record:
 
 
 class RankHistory(Sequence[Record]):
-    """Records in memory, and in a JSONL file if a path is given; each line is on disk before training goes on.
+    """The records of a run in memory, and in a JSONL file if a path is given.
 
     Args:
-        path: the file; made with its folder at the first record. One that is there already is moved aside when a new
-            run begins, and continued when a run is resumed.
+        path: the file. It is created, with its folder, at the first record. An existing file is renamed when a new run
+            begins, and continued when a run is resumed.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -105,24 +105,28 @@ class RankHistory(Sequence[Record]):
 
     @property
     def allocations(self) -> list[Record]:
-        """The records of allocations alone, without a run's beginning or going on."""
+        """The records of allocations only, without the records of starting and resuming a run."""
         return [record for record in self._records if not record.details.get("begins")]
 
     def begin(self, record: Record) -> None:
-        """A new run: moves an older file aside (``….1.jsonl``, ``….2.jsonl``, …) and writes the first record."""
+        """Starts a new run: renames an older file (``….1.jsonl``, ``….2.jsonl``, …) and writes the first record."""
         self._records.clear()
         if self.path is not None and self.path.exists():
             number = 1
-            while (aside := self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}")).exists():
+            while (old_path := self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}")).exists():
                 number += 1
-            self.path.rename(aside)
+            self.path.rename(old_path)
         self.append(record)
 
     def resume(self, step: int, fallback: Record) -> None:
-        """A run that goes on after ``step``: keeps the file's records up to it, and drops what came later.
+        """Resumes a run after ``step``: keeps the file's records up to this step and drops later ones.
 
         Args:
-            fallback: what to write where there is no file (a run resumed in another folder).
+            step: the number of optimiser steps done. ≥ 0.
+            fallback: the first record if there is no file (a run that is resumed in another folder).
+
+        Raises:
+            HistoryError: the file cannot be read.
         """
         if self.path is None or not self.path.exists():
             self._records.clear()
@@ -138,14 +142,14 @@ class RankHistory(Sequence[Record]):
 
 
 def read_history(path: str | Path) -> list[Record]:
-    """All records of a history file. A last line without its end (a process was killed while writing) is left out.
+    """Reads all records of a history file. An incomplete last line (of a process killed while writing) is ignored.
 
     Raises:
-        HistoryError: no such file, or a line that is not a record.
+        HistoryError: the file does not exist, or a line is not a record.
     """
     path = Path(path)
     if not path.is_file():
-        raise HistoryError(f"there is no rank history at {path}: name a run's rank_history.jsonl")
+        raise HistoryError(f"there is no rank history at {path}: give the rank_history.jsonl of a run")
     records: list[Record] = []
     try:
         with path.open("rb") as file:
@@ -169,11 +173,15 @@ def record_of(
     before: Mapping[str, int],
     seconds: float,
 ) -> Record:
-    """The record of an allocation that has been carried out.
+    """Makes the record of an allocation that has been carried out.
 
     Args:
-        before: the ranks before it.
-        seconds: what it took.
+        step: the number of optimiser steps done.
+        allocator: the method.
+        layers: the LoRA layers, after the allocation.
+        allocation: the allocation.
+        before: the rank of each module before the allocation.
+        seconds: its duration.
     """
     plan = allocation.plan
     pruned = {name: sorted(set(range(before[name])) - set(change.keep)) for name, change in plan.items()}
@@ -195,16 +203,18 @@ def record_of(
 
 
 def log_record(record: Record) -> None:
-    """An allocation's line in the log."""
-    moved = sum(map(len, record.pruned.values()))
-    logger.info("step %d: %d ranks moved, %d in %d modules", record.step, moved, record.total_rank, len(record.ranks))
+    """Logs a line about an allocation."""
+    pruned_count = sum(map(len, record.pruned.values()))
+    logger.info(
+        "step %d: %d ranks moved, %d in %d modules", record.step, pruned_count, record.total_rank, len(record.ranks)
+    )
 
 
 def _checked_fields(values: Any) -> dict[str, Any]:
-    """The fields of a :class:`~lorank.training.history.Record`, with what is unknown left out.
+    """The fields of a :class:`~lorank.training.history.Record`, checked. Unknown fields are left out.
 
     Raises:
-        ValueError: something is missing or is not what :meth:`Record.to_json` writes; names it.
+        ValueError: a field is missing or has the wrong type or range. The message names the field.
     """
     _require(isinstance(values, Mapping), "a mapping", values)
     for name in ("step", "method", "ranks"):
@@ -218,30 +228,30 @@ def _checked_fields(values: Any) -> dict[str, Any]:
             raise ValueError(f"{name}: {error}") from None
     differing = set(found["ranks"]) ^ set(found.get("shapes", {}))
     if differing:
-        raise ValueError(f"ranks and shapes are not of the same modules: {min(differing)[:80]!r}")
+        raise ValueError(f"ranks and shapes name different modules: {min(differing)[:80]!r} is only in one of them")
     return found
 
 
-def _count(value: Any) -> None:
+def _check_count(value: Any) -> None:
     _require(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_RANK, "a whole number", value)
 
 
-def _step(value: Any) -> None:
+def _check_step(value: Any) -> None:
     _require(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63, "a whole number", value)
 
 
-def _number(value: Any) -> None:
+def _check_number(value: Any) -> None:
     _require(isinstance(value, int | float) and not isinstance(value, bool), "a number", value)
 
 
-def _text(value: Any) -> None:
+def _check_text(value: Any) -> None:
     _require(isinstance(value, str), "text", value)
 
 
-def _shape(value: Any) -> None:
+def _check_shape(value: Any) -> None:
     _require(isinstance(value, list | tuple) and len(value) == 2, "(d_in, d_out)", value)
     for length in value:
-        _count(length)
+        _check_count(length)
 
 
 def _list_of(check: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -265,25 +275,25 @@ def _by_module(check: Callable[[Any], None]) -> Callable[[Any], None]:
     return each
 
 
-def _mapping(value: Any) -> None:
+def _check_mapping(value: Any) -> None:
     _require(isinstance(value, Mapping), "a mapping", value)
 
 
-def _require(right: bool, expected: str, value: Any) -> None:
-    if not right:
+def _require(condition: bool, expected: str, value: Any) -> None:
+    if not condition:
         shown = repr(value) if isinstance(value, str | float | bool | None) else type(value).__name__
         raise ValueError(f"expected {expected}, got {shown[:80]}")
 
 
 _CHECKS: Mapping[str, Callable[[Any], None]] = {
-    "step": _step,
-    "method": _text,
-    "ranks": _by_module(_count),
-    "shapes": _by_module(_shape),
-    "pruned": _by_module(_list_of(_count)),
-    "added": _by_module(_count),
-    "scores": _by_module(_list_of(_number)),
-    "seconds": _number,
-    "details": _mapping,
-    "active": _by_module(_count),
+    "step": _check_step,
+    "method": _check_text,
+    "ranks": _by_module(_check_count),
+    "shapes": _by_module(_check_shape),
+    "pruned": _by_module(_list_of(_check_count)),
+    "added": _by_module(_check_count),
+    "scores": _by_module(_list_of(_check_number)),
+    "seconds": _check_number,
+    "details": _check_mapping,
+    "active": _by_module(_check_count),
 }

@@ -1,4 +1,4 @@
-"""A progress bar for scoring, on a terminal only: it is gone when it is done."""
+"""A progress bar for scoring. It is shown on a terminal only, and removed when scoring is done."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Report = Callable[[int, int], None]
-"""Called with (evaluations done, in all)."""
+"""Called with (evaluations done, evaluations in total)."""
 
 
 @contextmanager
 def scoring_progress(label: str, shown: bool | Report | None = None) -> Iterator[Report | None]:
-    """Yields a function to call with (evaluations done, in all), or None where nothing is shown.
+    """Yields a function to call with (evaluations done, evaluations in total), or None if nothing is shown.
 
     Args:
-        shown: whether a bar is; None: where standard error is a terminal; a function: that one, and no bar.
+        label: the text beside the bar.
+        shown: whether to show a bar; None: only if standard error is a terminal; a function: it is yielded, and no bar
+            is shown.
     """
     if callable(shown):
         yield shown

@@ -1,13 +1,13 @@
-"""A run's ranks while it trains: the event loop.
+"""The event loop of a run: allocates ranks while the model trains.
 
-PyTorch's own step hooks do the work, so that allocation cannot be forgotten:
+Allocation runs in PyTorch's step hooks, so the training loop needs no further calls:
 
-    forward → backward → [before the step: the method looks at the gradients]
-            → the optimiser's step → [after it: the method's own step; due? score → decide → resize → history]
+    forward → backward → [before the step: the method reads the gradients]
+            → the optimiser's step → [after the step: the method's own step; due? score → decide → resize → history]
 
-Whatever else accompanies the run (processes, a gradient scaler, ``torch.compile``, the fused forward, …) is notified in
-between (:mod:`lorank.training.integrations.base`). What a run needs to go on exactly where it stopped travels inside
-the optimiser's ``state_dict`` (:mod:`lorank.training.checkpoint.rank_state`).
+The integrations of the run (processes, a gradient scaler, ``torch.compile``, the fused forward, …) are notified in
+between (:mod:`lorank.training.integrations.base`). The state for an exact resume is saved inside the optimiser's
+``state_dict`` (:mod:`lorank.training.checkpoint.rank_state`).
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ from lorank.training.run_state import RunState
 
 
 class Ranks:
-    """A run's ranks while it trains; made by :func:`~lorank.training.attach.attach`.
+    """A run of rank allocation, made by :func:`~lorank.training.attach.attach`.
 
     Attributes:
-        history: what was allocated, a :class:`~lorank.training.history.Record` each.
+        history: the allocations so far, one :class:`~lorank.training.history.Record` each.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Ranks:
                 GradScaling(optimizer, grad_scaler),
                 ProcessCoordinator(self._processes, lockstep=self._backend.lockstep),
                 NonfiniteChecks(),
-                FusedForward(wanted=fused, compiled=compiled),
+                FusedForward(enabled=fused, compiled=compiled),
                 NoAllocationWarning(),
             ]
         )
@@ -107,25 +107,25 @@ class Ranks:
         self._run = run
         self.history = history if history is not None else RankHistory()
         self._progress = progress
-        self._foreign = False  # weights were loaded that the state knows nothing about
-        self._stepping = True  # false in a step that the gradient scaler skips
+        self._weights_replaced = False  # whether weights were loaded since the last step, without a rank state
+        self._step_taken = True  # false for a step that the gradient scaler skips
         check_run(run)
         with ExitStack() as undo:
             self._integrations.on_start(run)
             undo.callback(self._integrations.on_end, run)
-            with ExitStack() as unchanged:
-                unchanged.callback(LayersSnapshot(layers, run.optimizer).restore_)
+            with ExitStack() as restore_on_error:
+                restore_on_error.callback(LayersSnapshot(layers, run.optimizer).restore_)
                 saved = run.optimizer.param_groups[0].get(STATE_KEY)
                 if saved is not None:
-                    unchanged.callback(run.optimizer.param_groups[0].__setitem__, STATE_KEY, saved)
-                self._begin(saved)
-                unchanged.pop_all()
+                    restore_on_error.callback(run.optimizer.param_groups[0].__setitem__, STATE_KEY, saved)
+                self._start(saved)
+                restore_on_error.pop_all()
             for handle in (
                 run.optimizer.register_step_pre_hook(self._before_step),
                 run.optimizer.register_step_post_hook(self._after_step),
-                run.optimizer.register_state_dict_post_hook(self._put_state),
-                run.optimizer.register_load_state_dict_post_hook(lambda _: self._absorb_loaded_state()),
-                resize_on_load(layers, run.optimizer, self._note_foreign_weights),
+                run.optimizer.register_state_dict_post_hook(self._add_rank_state),
+                run.optimizer.register_load_state_dict_post_hook(lambda _: self._apply_loaded_state()),
+                resize_on_load(layers, run.optimizer, self._on_weights_replaced),
             ):
                 undo.callback(handle.remove)
             self._attached = undo.pop_all()
@@ -137,7 +137,7 @@ class Ranks:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimiser whose steps count."""
+        """The torch optimiser whose steps are counted."""
         return self._run.optimizer
 
     @property
@@ -147,41 +147,41 @@ class Ranks:
 
     @property
     def info(self) -> TrainingInfo:
-        """Length, seed and initial ranks of the run."""
+        """The length, seed and initial ranks of the run."""
         return self._run.info
 
     @property
     def step(self) -> int:
-        """Optimiser steps done."""
+        """The number of optimiser steps done."""
         return self._run.step
 
     @property
     def state(self) -> State:
-        """What the method remembers, by name."""
+        """The method's state, tensors by name."""
         return self._run.memory
 
     @property
     def budget(self) -> ResolvedBudget | None:
-        """What the ranks fit at the end of the run, or None."""
+        """The budget that the ranks must fit at the end of the run, or None."""
         return self._run.budget
 
     def detach(self) -> None:
-        """Ends allocation: every hook is removed. Ranks stay as they are. Warns if no allocation ever happened."""
+        """Ends allocation and removes every hook. Ranks do not change. Logs a warning if there was no allocation."""
         self._attached.close()
 
     def finish(self) -> None:
-        """Ends the method: its last decision is carried out, gates are folded into B, the adapter is plain LoRA.
+        """Ends the method: carries out its last decision, folds gates into B, and turns the adapter into plain LoRA.
 
-        Happens by itself after the last of ``total_steps``, and at the end of a Trainer's run; a loop that stops
-        before calls it. Where weights were loaded since the last step (the best checkpoint's), those stay, and only
-        what is over the budget is pruned, with a warning.
+        This happens automatically after the last of ``total_steps``, and at the end of a Trainer's run. A loop that
+        stops earlier must call it. If weights were loaded since the last step (those of the best checkpoint), these
+        weights are kept. Only ranks that exceed the budget are pruned, with a warning in the log.
         """
         run = self._run
-        if run.finished and not self._foreign:
+        if run.finished and not self._weights_replaced:
             return
         self._integrations.before_read(run)
         context = run.context()
-        if not run.finished and not self._foreign:
+        if not run.finished and not self._weights_replaced:
             allocation = run.allocator.finish(context, run.memory)
             self._integrations.on_decision(run, allocation)
             if allocation is not None:
@@ -197,32 +197,39 @@ class Ranks:
         self._integrations.after_allocation(run)
 
     def save_adapter(self, directory: str | Path) -> None:
-        """Saves the adapter as it is now, in plain PEFT form: :func:`lorank.save_adapter`, with several processes too.
+        """Saves the present adapter in plain PEFT form, like :func:`lorank.save_adapter`, also with several processes.
 
-        All processes call it, process 0 writes, and all return when the files are there.
+        All processes must call this method. Process 0 writes, and all return when the files are complete.
 
         Args:
-            directory: where to; an adapter that is there already is replaced.
+            directory: the destination. An adapter in this folder is replaced.
+
+        Raises:
+            AdapterError, WriteError: see :func:`lorank.save_adapter`.
         """
-        with self._backend.whole():
+        with self._backend.gathered():
             if is_first_process():
                 save_adapter(self.layers, directory)
-        self._processes.wait()
+        self._processes.barrier()
 
     def state_dict(self) -> dict[str, Any]:
-        """What an exact resume needs besides weights and optimiser. Plain types and tensors.
+        """The state for an exact resume, in addition to weights and optimiser. Plain types and tensors.
 
-        The optimiser's own ``state_dict`` carries it too, so most loops never call this.
+        The optimiser's own ``state_dict`` contains this state, so most loops never call this method.
         """
         return rank_state(self._run)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where ``state`` was taken: ranks take their shapes, steps their count.
+        """Continues from ``state``: restores the ranks, the step count and the method's state.
 
-        Load it before or after the model's weights; the optimiser's state must be of the same moment.
+        Call it before or after loading the model's weights. The optimiser's state must be from the same step.
+
+        Args:
+            state: the result of :meth:`state_dict`.
 
         Raises:
-            ResumeError: it is damaged, or of another method, other settings, another seed, base model or adapter.
+            ResumeError: the state is damaged, or is of another method, setting, seed, base model or adapter.
+            OptimizerStateError: the optimiser's state does not fit the restored ranks.
         """
         run = self._run
         check_resumable(state, run)
@@ -230,12 +237,12 @@ class Ranks:
         self._integrations.before_read(run)
         check_optimizer_state(run)
         restore_progress_(run, state)
-        self._foreign = False
-        self.history.resume(run.step, self._beginning())
+        self._weights_replaced = False
+        self.history.resume(run.step, self._initial_record())
         self._integrations.after_resize(run)
 
-    def _begin(self, saved: Mapping[str, Any] | None) -> None:
-        """Brings the layers into the form and to the ranks that the method begins with, or goes on with."""
+    def _start(self, saved: Mapping[str, Any] | None) -> None:
+        """Gives the layers the form and the ranks with which the method begins, or with which a saved run continues."""
         run = self._run
         layers, allocator, optimizer = run.layers, run.allocator, run.optimizer
         if saved is None:
@@ -246,64 +253,66 @@ class Ranks:
             check_resumable(saved, run)
             restore_layers_(run, saved)
         elif groups := allocator.heads_of(layers):
-            split_into_heads_(layers, groups, optimizer, seed=run.seed - 1)  # other draws than the initial plan's
+            split_into_heads_(
+                layers, groups, optimizer, seed=run.seed - 1
+            )  # another seed than that of the initial plan
         run.budget = allocator.resolve_budget(layers, run.info)
         if saved is None:
             check_optimizer_state(run)
             resize_(layers, allocator.initial_plan(layers, run.info), optimizer, seed=run.seed)
-        # A finished run's weights are final: a method must not begin with them anew.
+        # The weights of a finished run are final: the method must not start again.
         run.memory = {} if saved and saved["finished"] else allocator.start(layers, run.info)
-        self._absorb_loaded_state()
+        self._apply_loaded_state()
         if saved is None:
-            self.history.begin(self._beginning())
+            self.history.begin(self._initial_record())
             self._integrations.after_resize(run)
         self._integrations.after_allocation(run)
 
-    # The optimiser's hooks, in the order in which they run.
+    # The hooks of the optimiser, in the order in which they run.
 
     def _before_step(self, *_: Any) -> None:
         run = self._run
-        if STATE_KEY in run.optimizer.param_groups[0]:  # an optimiser whose load_state_dict runs no hooks
-            self._absorb_loaded_state()
+        if STATE_KEY in run.optimizer.param_groups[0]:  # the optimiser's load_state_dict ran no hooks
+            self._apply_loaded_state()
         try:
             self._integrations.before_step(run)
         except StepSkipped:
-            self._stepping = False
+            self._step_taken = False
             return
-        self._stepping = True
+        self._step_taken = True
         if not run.finished:
             run.allocator.before_step(run.context(), run.memory)
 
     def _after_step(self, *_: Any) -> None:
         run = self._run
-        if self._stepping:
+        if self._step_taken:
             run.step += 1
-            self._foreign = False
+            self._weights_replaced = False
             if not run.finished:
                 run.allocator.after_step(run.context(), run.memory)
         if run.layers.gates is not None:
             run.layers.gates.clear_grad()
-        if self._stepping:
+        if self._step_taken:
             if run.allocator.due(run.step, run.info) and not run.finished:
                 self._allocate()
             if run.step == run.info.total_steps:
                 self.finish()
         self._integrations.after_step(run)
 
-    def _put_state(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    def _add_rank_state(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         state_dict["param_groups"][0][STATE_KEY] = self.state_dict()
 
-    def _absorb_loaded_state(self) -> None:
+    def _apply_loaded_state(self) -> None:
         group = self._run.optimizer.param_groups[0]
         if STATE_KEY not in group:
             check_optimizer_state(self._run)
             return
         self.load_state_dict(group[STATE_KEY])
-        del group[STATE_KEY]  # not before: a state that is refused is still there for who mends what is wrong
+        del group[STATE_KEY]  # only now: a state that is refused stays in the optimiser
 
-    def _note_foreign_weights(self) -> None:
-        self._foreign = True
-        self._integrations.after_resize(self._run)  # they may have come with other ranks
+    def _on_weights_replaced(self) -> None:
+        self._weights_replaced = True
+        self._integrations.after_resize(self._run)  # the loaded weights may have other ranks
 
     def _allocate(self) -> None:
         run = self._run
@@ -337,7 +346,7 @@ class Ranks:
     def _context(self) -> Context:
         return self._run.context()
 
-    def _beginning(self) -> Record:
+    def _initial_record(self) -> Record:
         return self._record(Allocation({}, details={"begins": True}), {}, 0.0)
 
     def _record(self, allocation: Allocation, before: Mapping[str, int], seconds: float) -> Record:

@@ -1,4 +1,4 @@
-"""What a run is made of, and how far it has come: the one object that every part of the training loop is handed."""
+"""The state of a run: its parts and its progress. Every part of the training code receives this object."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from lorank.scoring.loss import LossFn
 
 @dataclass(eq=False)
 class RunState:
-    """A run.
+    """The parts and the progress of a run.
 
     Args:
         layers: the LoRA layers.
-        model: the model as the training loop calls it: ``layers.model``, or what DDP, DeepSpeed or ``torch.compile``
-            made of it.
-        optimizer: the torch optimiser whose steps count.
+        model: the model as the training loop calls it: ``layers.model``, or its wrapper by DDP, DeepSpeed or
+            ``torch.compile``.
+        optimizer: the torch optimiser whose steps are counted.
         allocator: the method.
-        info: length, seed and initial ranks.
-        validation_batch: what ranks are scored on, or None.
-        loss_fn: the user's own loss ``(model, batch) -> scalar``, or None for the model's.
+        info: the length, seed and initial ranks of the run.
+        validation_batch: the batch on which ranks are scored, or None.
+        loss_fn: the user's own loss ``(model, batch) -> scalar``, or None for the model's loss.
         share: this process's share of scoring; None: all of it.
 
     Attributes:
-        memory: what the method remembers, by name (:data:`lorank.allocators.State`).
-        budget: what the ranks must fit at the end, or None.
-        step: optimiser steps done.
-        allocations: allocations carried out.
+        memory: the method's state, tensors by name (:data:`lorank.allocators.State`).
+        budget: the budget that the ranks must fit at the end of the run, or None.
+        step: the number of optimiser steps done.
+        allocations: the number of allocations carried out.
         finished: whether the last decision has been carried out, so that the adapter is plain LoRA.
-        base: values by which the base model is known again (:mod:`lorank.training.checkpoint.base_fingerprint`).
+        base: a fingerprint of the base model (:mod:`lorank.training.checkpoint.base_fingerprint`).
     """
 
     layers: AdapterLayers
@@ -56,11 +56,11 @@ class RunState:
 
     @property
     def seed(self) -> int:
-        """Another one for each allocation, so that a rank that returns is not the one that went."""
+        """A different seed for each step, so that a new rank does not repeat the values of a rank that was removed."""
         return self.info.seed * 1_000_003 + self.step
 
     def context(self) -> Context:
-        """What the method may look at, as it is now."""
+        """The present values of everything that the method may read."""
         group = self.optimizer.param_groups[0]
         lr = float(group.get("lr") or 0.0)
         return Context(
@@ -71,7 +71,7 @@ class RunState:
             self.validation_batch,
             self.loss_fn,
             lr=lr,
-            # what the schedule multiplies: its peak
+            # the learning rate that the schedule multiplies
             peak_lr=float(group.get("initial_lr") or self.optimizer.defaults.get("lr") or lr),
             share=self.share,
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorank.lora.kernels import sparse_matmul
 from lorank.lora.kernels.dora import fused_dora, row_norms
 from lorank.lora.kernels.lora import fused_lora
-from lorank.lora.kernels.sparse_dropout import Dropout, Dropped
+from lorank.lora.kernels.sparse_dropout import Dropout, DroppedInput
 from lorank.lora.variants.dora import row_norms as formed_norms
 
 D_IN, D_OUT, RANK, S = 6, 5, 3, 1.7
@@ -39,17 +39,17 @@ def operands(*shape: int, dtype: torch.dtype = torch.float64) -> dict[str, Tenso
     }
 
 
-def dropping(x: Tensor, p: float) -> Dropped | None:
+def dropping(x: Tensor, p: float) -> DroppedInput | None:
     torch.manual_seed(3)
     return Dropout()(x, p) if p else None
 
 
-def kept(x: Tensor, dropped: Dropped | None) -> Tensor:
+def kept(x: Tensor, dropped: DroppedInput | None) -> Tensor:
     """x after dropout, in plain autograd."""
     if dropped is None:
         return x
     mask = torch.ones(x.numel(), dtype=x.dtype)
-    mask[dropped.places] = 0
+    mask[dropped.positions] = 0
     return x * mask.view(x.shape) / dropped.keep
 
 
@@ -68,9 +68,9 @@ CASES = list(itertools.product(SHAPES, [0.0, 0.4], [False, True]))
 
 
 @pytest.mark.parametrize(("shape", "p", "gated"), CASES)
-@pytest.mark.parametrize("taken", [False, True])
-@pytest.mark.parametrize("into", [False, True])
-def test_lora_equals_the_plain_formula(shape: Any, p: float, gated: bool, taken: bool, into: bool) -> None:
+@pytest.mark.parametrize("fuse_base", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_lora_equals_the_plain_formula(shape: Any, p: float, gated: bool, fuse_base: bool, overwrite: bool) -> None:
     o = operands(*shape)
     x, A, B, W = o["x"], o["A"], o["B"], o["W"]
     gate = o["gate"] if gated else None
@@ -78,18 +78,18 @@ def test_lora_equals_the_plain_formula(shape: Any, p: float, gated: bool, taken:
     update = F.linear(kept(x, dropped), A) * (1 if gate is None else gate) @ B.T * S
     expected = F.linear(x, W, o["bias"]) + update
     result = F.linear(x, W, o["bias"])
-    actual = fused_lora(result, x, A, B, gate, S, W=W if taken else None, dropped=dropped, into=into)
+    actual = fused_lora(result, x, A, B, gate, S, W=W if fuse_base else None, dropped=dropped, overwrite=overwrite)
     same(actual, expected, [x, A, B, *([o["gate"]] if gated else [])])
 
 
 @pytest.mark.parametrize(("shape", "p", "gated"), CASES)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("into", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_dora_equals_the_plain_formula(
-    shape: Any, p: float, gated: bool, biased: bool, into: bool, sparse: bool, monkeypatch: pytest.MonkeyPatch
+    shape: Any, p: float, gated: bool, biased: bool, overwrite: bool, sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparse_matmul, "DENSEST", 0.5 if sparse else 0.0)
+    monkeypatch.setattr(sparse_matmul, "MAX_SPARSE_P", 0.5 if sparse else 0.0)
     o = operands(*shape)
     x, A, B, W, magnitude = o["x"], o["A"], o["B"], o["W"], o["magnitude"]
     gate = o["gate"] if gated else None
@@ -104,7 +104,7 @@ def test_dora_equals_the_plain_formula(
     found = row_norms(W, W.square().sum(1), A, B, S, gate)
     torch.testing.assert_close(found, norm, rtol=1e-12, atol=1e-12)
     result = F.linear(x, W, bias)
-    actual = fused_dora(result, x, A, B, gate, S, magnitude, W, bias, found, dropped=dropped, into=into)
+    actual = fused_dora(result, x, A, B, gate, S, magnitude, W, bias, found, dropped=dropped, overwrite=overwrite)
     same(actual, expected, [x, A, B, magnitude, *([o["gate"]] if gated else [])])
 
 
@@ -117,7 +117,11 @@ def test_gradcheck(p: float, dora: bool) -> None:
 
     def forward(x: Tensor, A: Tensor, B: Tensor, gate: Tensor, magnitude: Tensor) -> Tensor:
         # What was dropped is drawn once; its values follow x.
-        now = None if dropped is None else Dropped((kept(x, dropped) * dropped.keep).detach(), dropped.places, 1 - p)
+        now = (
+            None
+            if dropped is None
+            else DroppedInput((kept(x, dropped) * dropped.keep).detach(), dropped.positions, 1 - p)
+        )
         result = F.linear(x, o["W"], o["bias"])
         if dora:
             return fused_dora(result, x, A, B, gate, S, magnitude, o["W"], o["bias"], norm, dropped=now)
@@ -136,9 +140,9 @@ def test_an_input_in_any_layout(dora: bool) -> None:
     norm = row_norms(W, W.square().sum(1), A, B, S, gate)
     result = F.linear(turned, W)
     if dora:
-        actual = fused_dora(result, turned, A, B, gate, S, magnitude, W, None, norm, into=True)
+        actual = fused_dora(result, turned, A, B, gate, S, magnitude, W, None, norm, overwrite=True)
     else:
-        actual = fused_lora(result, turned, A, B, gate, S, W=W, into=True)
+        actual = fused_lora(result, turned, A, B, gate, S, W=W, overwrite=True)
     expected = F.linear(turned, W) + F.linear(turned, A) * gate @ B.T * S
     expected = expected * (magnitude / norm) if dora else expected
     same(actual.transpose(0, 1), expected.transpose(0, 1), [x, A, B, gate])
@@ -172,14 +176,14 @@ def test_what_is_saved_is_x_and_z_alone(p: float) -> None:
     """Beside the parameters: n · (d_in + r) numbers, and where the zeros are."""
     o = operands(7)
     dropped = dropping(o["x"], p)
-    places = 0 if dropped is None else dropped.places.untyped_storage().nbytes() // 8
+    positions = 0 if dropped is None else dropped.positions.untyped_storage().nbytes() // 8
 
     def output() -> Tensor:
         result = F.linear(o["x"], o["W"])
         return fused_lora(result, o["x"], o["A"], o["B"], o["gate"], S, W=o["W"], dropped=dropped)
 
     parameters = [o[name] for name in ("A", "B", "gate", "W")]
-    assert saved_numbers(output, parameters) == 7 * (D_IN + RANK) + places
+    assert saved_numbers(output, parameters) == 7 * (D_IN + RANK) + positions
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
@@ -188,7 +192,7 @@ def test_autocast_computes_in_the_lower_precision(p: float) -> None:
     x, A, B, gate = (o[name] for name in ("x", "A", "B", "gate"))
     dropped = dropping(x, p)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = fused_lora(F.linear(x, o["W"]), x, A, B, gate, S, W=o["W"], dropped=dropped, into=True)
+        actual = fused_lora(F.linear(x, o["W"]), x, A, B, gate, S, W=o["W"], dropped=dropped, overwrite=True)
         expected = F.linear(x, o["W"]) + F.linear(F.linear(kept(x, dropped), A) * gate, B) * S
     assert actual.dtype == torch.bfloat16
     torch.testing.assert_close(actual.float(), expected.float(), rtol=0.05, atol=0.2)
@@ -205,7 +209,7 @@ def test_writing_over_a_value_that_is_still_needed_is_noticed() -> None:
     o = operands(4)
     base = torch.tanh(F.linear(o["x"], o["W"]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        fused_lora(base, o["x"], o["A"], o["B"], o["gate"], S, into=True).sum().backward()
+        fused_lora(base, o["x"], o["A"], o["B"], o["gate"], S, overwrite=True).sum().backward()
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -217,7 +221,7 @@ def test_the_output_may_be_changed_in_place(dora: bool) -> None:
 
     def forward() -> Tensor:
         if dora:
-            return fused_dora(F.linear(x, W), x, A, B, None, S, magnitude, W, None, norm, into=True)
-        return fused_lora(F.linear(x, W), x, A, B, None, S, W=W, into=True)
+            return fused_dora(F.linear(x, W), x, A, B, None, S, magnitude, W, None, norm, overwrite=True)
+        return fused_lora(F.linear(x, W), x, A, B, None, S, W=W, overwrite=True)
 
     same(forward().add_(x[:, :D_OUT]), forward() + x[:, :D_OUT], [x, A, B])

@@ -30,7 +30,7 @@ def test_products_agree(sizes: tuple[int, int, int], turned: bool) -> None:
 
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6)])
-def test_a_frozen_map_keeps_its_values_and_gradients(shape: tuple[int, ...]) -> None:
+def test_a_frozen_linear_keeps_its_values_and_gradients(shape: tuple[int, ...]) -> None:
     base = nn.Linear(6, 5).requires_grad_(False)
     quick = copy.deepcopy(base)
     enable_onednn_(quick)
@@ -46,7 +46,7 @@ def test_a_frozen_map_keeps_its_values_and_gradients(shape: tuple[int, ...]) -> 
 
 
 @pytest.mark.usefixtures("onednn")
-def test_a_map_that_is_trained_after_all_is_the_usual_one() -> None:
+def test_a_trained_frozen_linear_uses_the_default_product() -> None:
     layer = nn.Linear(6, 5)
     enable_onednn_(layer)
     layer(torch.randn(3, 6)).sum().backward()
@@ -67,7 +67,7 @@ def test_other_precisions_are_left_alone() -> None:
 
 
 @pytest.mark.usefixtures("onednn")
-def test_a_quick_map_is_saved_and_copied_whole() -> None:
+def test_a_frozen_linear_is_saved_and_copied() -> None:
     layer = nn.Linear(6, 5).requires_grad_(False)
     enable_onednn_(layer)
     stream = io.BytesIO()

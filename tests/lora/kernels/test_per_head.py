@@ -41,15 +41,15 @@ heads = st.builds(
 
 
 @settings(max_examples=60, deadline=None)
-@given(heads=heads, gated=st.booleans(), into=st.booleans(), seed=st.integers(0, 99))
-def test_equals_the_dense_twin(heads: tuple[HeadGroups, list[int]], gated: bool, into: bool, seed: int) -> None:
+@given(heads=heads, gated=st.booleans(), overwrite=st.booleans(), seed=st.integers(0, 99))
+def test_equals_the_dense_twin(heads: tuple[HeadGroups, list[int]], gated: bool, overwrite: bool, seed: int) -> None:
     groups, ranks = heads
     *tensors, gate = operands(groups, ranks, seed=seed)
     gate = gate if gated else torch.ones_like(gate).requires_grad_()
     expected = per_head_dense(*tensors, gate, 1.7, groups, ranks)
     base, *others = tensors
-    # ``into`` writes over the frozen map's output, which is never a leaf.
-    actual = per_head(base * 1.0, *others, gate if gated else None, 1.7, groups, ranks, into=into)
+    # ``overwrite`` writes over the frozen map's output, which is never a leaf.
+    actual = per_head(base * 1.0, *others, gate if gated else None, 1.7, groups, ranks, overwrite=overwrite)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(expected)
     inputs = [*tensors, *([gate] if gated else [])]
@@ -60,9 +60,11 @@ def test_equals_the_dense_twin(heads: tuple[HeadGroups, list[int]], gated: bool,
 
 
 @settings(max_examples=60, deadline=None)
-@given(heads=heads, p=st.sampled_from([0.0, 0.4]), taken=st.booleans(), gated=st.booleans(), seed=st.integers(0, 99))
-def test_with_dropout_and_the_frozen_map_s_gradient(
-    heads: tuple[HeadGroups, list[int]], p: float, taken: bool, gated: bool, seed: int
+@given(
+    heads=heads, p=st.sampled_from([0.0, 0.4]), fuse_base=st.booleans(), gated=st.booleans(), seed=st.integers(0, 99)
+)
+def test_with_dropout_and_the_base_layers_gradient(
+    heads: tuple[HeadGroups, list[int]], p: float, fuse_base: bool, gated: bool, seed: int
 ) -> None:
     """What is dropped is dropped for the heads alone; x's gradient through W is there, whoever computes it."""
     groups, ranks = heads
@@ -73,12 +75,12 @@ def test_with_dropout_and_the_frozen_map_s_gradient(
     dropped = Dropout()(x, p) if p else None
     mask = torch.ones(x.numel(), dtype=x.dtype)
     if dropped is not None:
-        mask[dropped.places] = 0
+        mask[dropped.positions] = 0
     kept = x * mask.view(x.shape) / (1 - p)
     used = gate if gated else None
     expected = per_head_dense(F.linear(x, W), kept, A, B, used, 1.7, groups, ranks)
     actual = per_head(
-        F.linear(x, W), x, A, B, used, 1.7, groups, ranks, W=W if taken else None, dropped=dropped, into=True
+        F.linear(x, W), x, A, B, used, 1.7, groups, ranks, W=W if fuse_base else None, dropped=dropped, overwrite=True
     )
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(expected)
@@ -161,7 +163,7 @@ def test_writing_over_a_value_that_is_still_needed_is_noticed() -> None:
     groups, ranks = HeadGroups("rows", 2, 2), [1, 1]
     result, x, A, B, gate = operands(groups, ranks)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        per_head(torch.tanh(result), x, A, B, gate, 1.0, groups, ranks, into=True).sum().backward()
+        per_head(torch.tanh(result), x, A, B, gate, 1.0, groups, ranks, overwrite=True).sum().backward()
 
 
 def test_a_second_derivative_is_refused() -> None:

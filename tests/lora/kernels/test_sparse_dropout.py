@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 
-from lorank.lora.kernels.sparse_dropout import Dropout, draw_places
+from lorank.lora.kernels.sparse_dropout import Dropout, draw_dropped_positions
 
 CPU = torch.device("cpu")
 
@@ -19,9 +19,9 @@ def test_every_number_is_dropped_with_probability_p_independently(p: float) -> N
     width, draws = 40, 5000
     hits = torch.zeros(draws, width)
     for row in range(draws):
-        places = draw_places(width, p, CPU)
-        assert (places.diff() > 0).all()
-        hits[row, places] = 1
+        positions = draw_dropped_positions(width, p, CPU)
+        assert (positions.diff() > 0).all()
+        hits[row, positions] = 1
     noise = (p * (1 - p) / draws) ** 0.5
     assert ((hits.mean(0) - p).abs() < 5 * noise).all()  # each place alike, the first and the last too
     assert abs(hits.mean().item() - p) < 5 * noise / width**0.5
@@ -32,7 +32,7 @@ def test_every_number_is_dropped_with_probability_p_independently(p: float) -> N
 def test_the_same_seed_draws_the_same_and_another_seed_does_not() -> None:
     def draw(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        return draw_places(1000, 0.1, CPU)
+        return draw_dropped_positions(1000, 0.1, CPU)
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
@@ -42,9 +42,9 @@ def test_what_was_dropped_is_zero_and_the_rest_is_untouched() -> None:
     x = torch.randn(3, 4, 5).transpose(0, 1)
     dropped = Dropout()(x, 0.3)
     expected = x.reshape(-1, 5).clone()
-    expected.view(-1)[dropped.places] = 0
+    expected.view(-1)[dropped.positions] = 0
     assert dropped.keep == 0.7
-    assert len(dropped.places)
+    assert len(dropped.positions)
     assert torch.equal(dropped.x, expected)
 
 
@@ -62,13 +62,13 @@ def test_the_same_input_shares_a_draw_and_nothing_else_does() -> None:
     assert Dropout(shared=False)(x, 0.2) is not Dropout(shared=False)(x, 0.2)
 
 
-def test_every_module_draws_for_itself_where_nothing_is_shared() -> None:
+def test_without_sharing_every_module_makes_its_own_draw() -> None:
     dropout = Dropout(shared=False)
     x = torch.randn(20, 10)
     assert not torch.equal(dropout(x, 0.2).x, dropout(x, 0.2).x)
 
 
-def test_a_forward_that_is_computed_again_draws_as_it_first_did() -> None:
+def test_a_recomputed_forward_makes_the_same_draws() -> None:
     """Gradient checkpointing sets the generator back. The same input may still be the last that was seen."""
     dropout = Dropout()
     x = torch.randn(20, 10)
@@ -80,7 +80,7 @@ def test_a_forward_that_is_computed_again_draws_as_it_first_did() -> None:
     assert torch.equal(after, after_again)
 
 
-def test_nothing_is_kept_of_an_input_that_is_gone() -> None:
+def test_the_draw_of_a_freed_input_is_freed() -> None:
     dropout = Dropout()
     x = torch.randn(20, 10)
     dropout(x, 0.2)
@@ -98,4 +98,4 @@ def test_a_copy_is_made_without_the_last_draw() -> None:
 def test_an_inference_tensor_is_dropped_too() -> None:
     with torch.inference_mode():
         x = torch.randn(20, 10)
-        assert len(Dropout()(x, 0.2).places)
+        assert len(Dropout()(x, 0.2).positions)

@@ -35,7 +35,7 @@ def logits(model, batch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gates_of_one_are_peft_s_own_forward_and_backward(name) -> None:
+def test_gates_of_one_equal_peft_forward_and_backward(name) -> None:
     make, batch, settings = MODELS[name]
     model, layers = dora(make, **settings)
     model.eval()
@@ -58,7 +58,7 @@ def test_gates_of_one_are_peft_s_own_forward_and_backward(name) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_gate_equals_its_folding_also_in_the_norm(name) -> None:
+def test_a_gate_equals_the_folded_gate_also_in_the_norm(name) -> None:
     make, batch, settings = MODELS[name]
     model, layers = dora(make, **settings)
     model.eval()
@@ -124,7 +124,7 @@ def test_a_resized_adapter_reloads_with_its_magnitudes(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded, token_batch()), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_last_rank_stays() -> None:
+def test_the_last_rank_cannot_be_removed() -> None:
     _, layers = dora(tiny_llama)
     name = next(iter(layers))
     assert layers[name].min_rank == 1

@@ -63,7 +63,7 @@ def same(ours: list[Tensor], theirs: list[Tensor], rtol: float = 1e-9) -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_is_peft_s_own(name: str, dora: bool) -> None:
+def test_a_fused_model_equals_peft(name: str, dora: bool) -> None:
     model, batch = model_of(name, use_dora=dora)
     model.eval()
     expected = gradients(model, batch)
@@ -73,7 +73,7 @@ def test_a_model_is_peft_s_own(name: str, dora: bool) -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_gates_are_the_reference_s(dora: bool, per_sample: bool) -> None:
+def test_gates_equal_the_reference(dora: bool, per_sample: bool) -> None:
     model, batch = model_of("llama", use_dora=dora)
     layers = find_layers(model)
     samples = (len(batch["input_ids"]),) if per_sample else ()
@@ -107,7 +107,7 @@ def test_dropout_is_drawn_once_for_q_k_and_v_or_for_each(
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_dropout_is_peft_s_on_average(dora: bool) -> None:
+def test_dropout_equals_peft_on_average(dora: bool) -> None:
     """PEFT's own forward is without dropout in evaluation; in training, both have the same mean."""
     torch.manual_seed(0)
     model, _ = model_of("llama", use_dora=dora, lora_dropout=0.1, target_modules=["down_proj"])
@@ -145,7 +145,7 @@ def test_gradient_checkpointing_draws_the_same_dropout_again(reentrant: bool) ->
     same(trained(), expected)
 
 
-def test_an_output_that_a_hook_was_shown_is_not_written_over() -> None:
+def test_an_output_that_a_hook_received_is_not_overwritten() -> None:
     model, batch = model_of("llama")
     base = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
     shown: list[tuple[Tensor, Tensor]] = []
@@ -190,7 +190,7 @@ def test_two_adapters_at_once() -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("safe", [False, True])
-def test_merging_is_peft_s_own(dora: bool, safe: bool) -> None:
+def test_merging_equals_peft(dora: bool, safe: bool) -> None:
     model, batch = model_of("llama", use_dora=dora)
     model.eval()
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_merging_is_peft_s_own(dora: bool, safe: bool) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_autocast_is_close_to_peft_s(dora: bool) -> None:
+def test_autocast_is_close_to_peft(dora: bool) -> None:
     model, batch = model_of("llama", use_dora=dora)
     model.float()
 

@@ -27,7 +27,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def test_checkpoints_are_sealed_and_the_last_one_is_taken(run: Path) -> None:
+def test_checkpoints_are_sealed_and_the_last_one_is_used(run: Path) -> None:
     assert [path.name for path in checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
     assert all((path / SEAL).is_file() and find_problem(path) is None for path in checkpoints(run))
     assert lorank.last_checkpoint(run) == str(run / "checkpoint-4")
@@ -38,7 +38,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-def test_half_of_a_checkpoint_is_passed_over(run: Path, sealed: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_incomplete_checkpoint_is_skipped(run: Path, sealed: bool, caplog: pytest.LogCaptureFixture) -> None:
     """Each file in turn is missing, or cut in half."""
     last, tried = run / "checkpoint-4", 0
     if not sealed:
@@ -57,7 +57,7 @@ def test_half_of_a_checkpoint_is_passed_over(run: Path, sealed: bool, caplog: py
             (last / name).write_bytes(whole)
             tried += 1
     assert tried > 10
-    assert "is not whole" in caplog.text
+    assert "is not complete" in caplog.text
 
 
 def test_a_changed_byte_breaks_the_seal(run: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_changed_byte_breaks_the_seal(run: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert find_problem(path.parent) == "optimizer.pt is not what was written"
+    assert find_problem(path.parent) == "optimizer.pt has changed since it was written"
 
 
 def test_a_seal_names_only_files_in_its_folder(run: Path) -> None:
@@ -83,11 +83,11 @@ def test_a_file_of_another_process_may_come_after_the_seal(run: Path) -> None:
     assert find_problem(path) is None
 
 
-def test_what_is_not_whole_is_removed_with_a_message(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_incomplete_checkpoints_are_removed_with_a_warning(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run / "checkpoint-4" / "optimizer.pt").unlink()
     remove_broken(run)
     assert [path.name for path in checkpoints(run)] == ["checkpoint-2"]
-    assert "checkpoint-4 was not written to its end (optimizer.pt is missing): it is removed" in caplog.text
+    assert "checkpoint-4 is not complete (optimizer.pt is missing): it is removed" in caplog.text
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_every_hook_goes_through_the_list_in_order_and_the_end_in_reverse() -> N
         assert notes == [f"{name}.{hook}" for name in names]
 
 
-def test_where_one_cannot_start_those_before_it_are_ended_and_those_after_it_never_start() -> None:
+def test_if_one_cannot_start_those_before_it_are_ended_and_those_after_it_never_start() -> None:
     notes: list[str] = []
     members = [Noting("first", notes), Noting("second", notes, fails_in="on_start"), Noting("third", notes)]
     together = Integrations(members)
@@ -77,7 +77,7 @@ def test_where_one_cannot_start_those_before_it_are_ended_and_those_after_it_nev
     assert len(notes) == 3
 
 
-def test_where_one_cannot_end_the_others_still_do() -> None:
+def test_if_one_cannot_end_the_others_still_do() -> None:
     notes: list[str] = []
     run = a_run()
     together = Integrations([Noting("first", notes), Noting("second", notes, fails_in="on_end")])
@@ -102,7 +102,7 @@ def test_the_hooks_run_in_the_order_that_the_protocol_names() -> None:
     assert [note.removeprefix("it.") for note in notes] == list(HOOKS[1:-1])
 
 
-def test_a_step_that_is_skipped_is_no_step() -> None:
+def test_a_skipped_step_is_not_counted() -> None:
     class Skipping(Integration):
         def before_step(self, run: RunState) -> None:
             raise StepSkipped

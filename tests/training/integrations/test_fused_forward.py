@@ -66,7 +66,7 @@ def run(method: Method, *, fused: bool, **lora: Any) -> tuple[lorank.Ranks, list
 @pytest.mark.parametrize(
     ("name", "dora"), [*((name, False) for name in METHODS), ("alora", True), ("adalora", True), ("ard", True)]
 )
-def test_a_fused_run_is_the_plain_one(name: str, dora: bool) -> None:
+def test_a_fused_run_equals_the_plain_run(name: str, dora: bool) -> None:
     """float64, whole tensors: losses, weights, moments, gates, over every reallocation."""
     (ours, our), (theirs, their) = (run(METHODS[name], fused=fused, use_dora=dora) for fused in (True, False))
     assert [record.ranks for record in ours.history] == [record.ranks for record in theirs.history]
@@ -75,7 +75,7 @@ def test_a_fused_run_is_the_plain_one(name: str, dora: bool) -> None:
     assert not fused_layers(ours.layers)
 
 
-def test_heads_share_the_fused_layers_dropout_while_the_run_lasts() -> None:
+def test_heads_share_the_fused_layers_dropout_during_the_run() -> None:
     """Two blocks of q, k, v, o (heads), gate, up, down: a draw for (q, k, v) and one for (gate, up)."""
     model = adapted(tiny_llama(), random_B=False, lora_dropout=0.5)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -118,7 +118,7 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_copies_and_files_of_a_fused_model_are_whole(dora: bool, tmp_path: Path) -> None:
+def test_copies_and_files_of_a_fused_model_are_complete(dora: bool, tmp_path: Path) -> None:
     model, _, ranks = llama_run(lorank.SoRA(), lora={"use_dora": dora, "lora_dropout": 0.1})
     model(**token_batch()).loss.backward()
     ranks.layers.gates.values.mul_(0.7)
@@ -166,7 +166,7 @@ def test_merging_while_fused(dora: bool) -> None:
     ],
     ids=["LoRA", "DoRA", "dropout", "heads"],
 )
-def test_frozen_maps_take_the_faster_product_while_the_run_lasts(method: str, lora: dict[str, Any]) -> None:
+def test_frozen_base_layers_use_the_faster_product_during_the_run(method: str, lora: dict[str, Any]) -> None:
     def kinds(layers: lorank.AdapterLayers) -> set[type]:
         return {type(layer.module.get_base_layer()) for layer in layers.values()}
 
@@ -185,7 +185,7 @@ def test_frozen_maps_take_the_faster_product_while_the_run_lasts(method: str, lo
 
 
 @pytest.mark.parametrize("end", ["finish", "detach"])
-def test_the_end_leaves_stock_layers(end: str) -> None:
+def test_the_end_restores_stock_layers(end: str) -> None:
     model, _, ranks = llama_run(lorank.StaticLoRA())
     assert fused_layers(ranks.layers) == 14
     before = logits(model)
@@ -221,14 +221,14 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
     logging.getLogger("lorank").removeHandler(caplog.handler)
 
 
-def test_what_cannot_be_fused_is_said(said: pytest.LogCaptureFixture) -> None:
+def test_layers_that_cannot_be_fused_are_logged(said: pytest.LogCaptureFixture) -> None:
     _, _, ranks = llama_run(lorank.StaticLoRA(), model=adapted(tiny_bert(), lora_bias=True))
     assert fused_layers(ranks.layers) == 0
-    assert f"serves 0 of {len(ranks.layers)} modules" in said.text
+    assert f"0 of {len(ranks.layers)} modules use the fused forward" in said.text
     assert f"{len(ranks.layers)} for lora_bias" in said.text
 
 
-def test_an_embedding_has_no_product_to_fuse_and_nothing_is_said(said: pytest.LogCaptureFixture) -> None:
+def test_an_embedding_is_skipped_without_a_log_line(said: pytest.LogCaptureFixture) -> None:
     model, _, ranks = llama_run(lorank.StaticLoRA(), lora={"target_modules": ["q_proj", "embed_tokens"]})
     model(**token_batch()).loss.backward()
     assert fused_layers(ranks.layers) == 2
@@ -243,9 +243,9 @@ def test_other_layers_are_fused_beside_one_that_cannot_be(said: pytest.LogCaptur
     second.module.lora_dropout["default"] = torch.nn.AlphaDropout(0.1)
     third.module.get_base_layer().register_full_backward_hook(lambda *_: None)
     _, _, ranks = llama_run(lorank.StaticLoRA(), model=model)
-    assert "serves 11 of 14" in said.text
+    assert "11 of 14 modules use the fused forward" in said.text
     assert "2 for DoRA on a base layer that is" in said.text
-    assert "1 for a dropout of another kind (AlphaDropout)" in said.text
+    assert "1 for an unsupported dropout (AlphaDropout)" in said.text
     assert fused_layers(ranks.layers) == 11
 
 

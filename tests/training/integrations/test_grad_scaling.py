@@ -124,7 +124,7 @@ def test_under_autocast(method: Method, dtype: torch.dtype) -> None:
         assert ranks.budget.fits(ranks.layers.ranks)
 
 
-def test_float16_without_a_known_scaler_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_float16_without_a_known_scaler_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     method = METHODS["sora"]
     model = adapted(tiny_llama(), random_B=False, **method.lora).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

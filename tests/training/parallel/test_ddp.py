@@ -33,7 +33,7 @@ FOUR = [Case("alora"), Case("ard-heads", "fsdp2")]
 REFUSED = {
     "without DDP": (Case("alora", wrap="none"), "adapter after step 2"),
     "DDP keeps its old reducer": (Case("alora", changes={"old_reducer": True}), "adapter after step 4"),
-    "another batch": (Case("alora", changes={"uneven": 1}), "validation batch: input_ids in process 1"),
+    "another batch": (Case("alora", changes={"uneven": 1}), "validation batch: input_ids differs between process 1"),
     "another seed": (Case("alora", changes={"seed": 1}), "process 0 has 'seed: 7', process 1 has 'seed: 8'"),
 }
 HALF = STEPS // 2
@@ -108,7 +108,7 @@ def test_so_do_four_processes(folder: Path, alone: Callable[..., Seen]) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_processes_that_differ_stop_and_say_in_what(name: str, seen: dict[str, list[Seen]]) -> None:
+def test_processes_that_differ_stop_and_name_the_difference(name: str, seen: dict[str, list[Seen]]) -> None:
     messages = [one.error for one in seen[name]]
     assert messages[0] == messages[1]
     assert messages[0].startswith("DisagreementError: the processes do not have the same")

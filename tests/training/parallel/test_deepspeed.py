@@ -95,7 +95,7 @@ def test_what_is_saved_is_plain_peft_of_the_ranks_at_the_end(seen: dict[str, lis
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_is_refused(name: str, seen: dict[str, list[Seen]]) -> None:
+def test_unsupported_runs_are_refused(name: str, seen: dict[str, list[Seen]]) -> None:
     for one in seen[name]:
         assert REFUSED[name][1] in one.error
         assert not one.losses

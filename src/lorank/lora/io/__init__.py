@@ -1,1 +1,1 @@
-"""Adapters from and to files, and weights into a live model."""
+"""Saves adapters to files, loads them, and loads weights into a live model."""

@@ -1,4 +1,4 @@
-"""An adapter from a folder onto its base model, whoever trained it, and only if the two belong together."""
+"""Loads an adapter from a folder onto its base model, and refuses an adapter that was trained on another model."""
 
 from __future__ import annotations
 
@@ -14,54 +14,55 @@ from lorank.lora.io.adapter_validation import CONFIG, check_weights, read_config
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
-    """The settings of a plain PEFT LoRA adapter.
+    """Reads the settings of a plain PEFT LoRA adapter.
 
     Raises:
-        AdapterError: the folder is not there, holds no adapter (a merged model has none), or one of another kind.
+        AdapterError: the folder does not exist, holds no adapter (a merged model has none), or an adapter other than
+            LoRA.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise AdapterError(f"{folder}: there is no such folder. Name the folder of an adapter ({CONFIG} is in it)")
+        raise AdapterError(f"{folder}: there is no such folder. Give the folder of an adapter, which contains {CONFIG}")
     path = folder / CONFIG
     if not path.is_file():
         merged = (folder / "config.json").is_file()
-        why = "is a whole model; if an adapter was merged into it, its ranks are gone" if merged else "has no " + CONFIG
-        raise AdapterError(f"{folder} {why}. Name the folder that model.save_pretrained of the PEFT model wrote")
+        why = "is a whole model; if an adapter was merged into it, its ranks are lost" if merged else "has no " + CONFIG
+        raise AdapterError(f"{folder} {why}. Give the folder that model.save_pretrained of the PEFT model wrote")
     return read_config(path)
 
 
 def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
-    """``base`` with the adapter in ``folder``, frozen, in evaluation mode.
+    """Loads the adapter in ``folder`` onto ``base`` and returns the PEFT model, frozen and in evaluation mode.
 
     Args:
-        base: the model that the adapter was trained on; changed in place.
-        folder: what ``save_pretrained`` of a PEFT model wrote; left as it is.
+        base: the model that the adapter was trained on; it is changed in place.
+        folder: a folder that ``save_pretrained`` of a PEFT model wrote; it is not changed.
 
     Raises:
-        AdapterError: the folder holds no LoRA adapter, its weights cannot be read, or they belong to another model:
-            modules or shapes differ.
+        AdapterError: the folder holds no LoRA adapter, its weights cannot be read, or its modules or shapes do not
+            fit ``base``.
     """
     config = read_adapter_config(folder)
-    other = (
+    does_not_fit = (
         f"The adapter in {folder} does not fit this model. It was trained on "
-        f"{config.get('base_model_name_or_path')!r}; give that model"
+        f"{config.get('base_model_name_or_path')!r}; load it onto that model"
     )
     check_weights(Path(folder), config)
     try:
         saved = load_peft_weights(str(folder), device="cpu")
         model = PeftModel.from_pretrained(base, str(folder))
-    except Exception as error:  # whatever PEFT makes of settings that are right one by one and not together
-        raise AdapterError(f"{other}. {_first_line(error)}") from error
+    except Exception as error:  # settings that are valid one by one may be invalid together, with any error in PEFT
+        raise AdapterError(f"{does_not_fit}. {_first_line(error)}") from error
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
-    # PEFT loads what fits and leaves out the rest, with a warning at most
+    # PEFT loads the weights that fit and ignores the others, with a warning at most.
     differing = sorted(key for key in saved.keys() ^ live.keys() if "lora_" in key)
     if differing:
         where = "file" if differing[0] in saved else "model"
-        raise AdapterError(f"{other}. {len(differing)} weights differ; {differing[0]} is only in the {where}")
+        raise AdapterError(f"{does_not_fit}. {len(differing)} weights differ; {differing[0]} is only in the {where}")
     return model.eval()  # type: ignore[no-any-return]  # PEFT is untyped
 
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # PyTorch's first line only says that something went wrong; the second one says what
+    # The first line of PyTorch's message only says that an error occurred; the second line names the error.
     return " ".join(lines[:2])[:300] if lines else type(error).__name__

@@ -1,13 +1,13 @@
-"""Weights of other ranks may be loaded into a live model: the layers take the ranks of what arrives.
+"""Resizes live layers when weights of other ranks are loaded into them.
 
-PEFT and the Trainer load a checkpoint by ``load_state_dict``, which fails on other shapes. A hook that runs just before
-resizes the live layers first, whoever does the loading: a resumed run, ``load_best_model_at_end``,
-``model.load_adapter``. A module that the weights leave out was at rank 0 when they were saved.
+PEFT and the Trainer load a checkpoint with ``load_state_dict``, which fails on other shapes. A hook before it resizes
+the live layers first. The hook serves every way of loading: a resumed run, ``load_best_model_at_end`` and
+``model.load_adapter``. A module that is missing in the weights had rank 0 when they were saved.
 
-A layer in per-head form takes its blocks out of the plain LoRA that a file holds.
+A layer in per-head form takes its blocks from the plain LoRA in the file.
 
-Files hold B with the gate folded in. Where that is what the live layers have, their B and gates stay as they are, to
-the last bit; other weights come with gates of one.
+Files hold B with the gate folded in. If the loaded B equals the live B with the live gate folded in, the live B and
+gate stay bitwise the same. Otherwise all gates are set to one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.plan import plan_for_heads, plan_for_rank
 from lorank.lora.pool import Pool, padded
 from lorank.lora.resize import resize_
-from lorank.lora.variants.gated import folded
+from lorank.lora.variants.gated import fold_gate
 from lorank.lora.variants.per_head import HeadLora, head_ranks_of
 
 
@@ -34,35 +34,35 @@ def resize_on_load(
     optimizer: torch.optim.Optimizer | None = None,
     on_new_weights: Callable[[], None] | None = None,
 ) -> RemovableHandle:
-    """From now on, loading weights resizes the layers to the ranks of those weights.
+    """Registers a hook that resizes the layers to the ranks of the weights that are loaded into the model.
 
     Args:
         layers: all LoRA layers of one adapter.
-        optimizer: the optimiser whose state follows, or None if there is none yet.
-        on_new_weights: called when the weights that are loaded are not, to the last bit, those of gated live layers.
+        optimizer: the optimiser whose state is resized too, or None if there is no optimiser yet.
+        on_new_weights: called after loading weights that are not bitwise the weights of the live, gated layers.
 
     Returns:
-        A handle; its ``remove()`` ends this.
+        A handle; its ``remove()`` removes the hook.
     """
 
-    def before_load(module: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, *unused: Any) -> None:
+    def before_load(module: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, *_: Any) -> None:
         keys = {name: _keys(f"{prefix}{layers.prefix}{name}.", layer) for name, layer in layers.items()}
         for name, layer in layers.items():
             if not layer.rank:
-                # PEFT inserts the adapter's name where the model shows a weight; here it showed none.
-                for key, bare in zip(keys[name], _bare_keys(f"{prefix}{layers.prefix}{name}.", layer), strict=True):
-                    if bare in state_dict:
-                        state_dict[key] = state_dict.pop(bare)
+                # PEFT adds the adapter's name to keys that are in the model's state dict. This layer had none.
+                for key, file_key in zip(keys[name], _file_keys(f"{prefix}{layers.prefix}{name}.", layer), strict=True):
+                    if file_key in state_dict:
+                        state_dict[key] = state_dict.pop(file_key)
         found = {name: state_dict[key_A] for name, (key_A, _) in keys.items() if key_A in state_dict}
         ranks = {name: len(A) for name, A in found.items() if A.dim() == 2}
         if not ranks:
-            return  # these weights are about something else, or each process has its part of them (ZeRO-3)
+            return  # weights without this adapter, or with parts of it only (ZeRO-3)
         heads = {
             name: _head_ranks(layer, *(state_dict.get(key) for key in keys[name]))
             for name, layer in layers.items()
             if layer.groups is not None
         }
-        kept = _keep_gated(layers, keys, state_dict)
+        live_gates_kept = _keep_live_gates(layers, keys, state_dict)
         plan = {
             name: plan_for_heads(layer.head_ranks, heads[name])
             if name in heads
@@ -71,67 +71,70 @@ def resize_on_load(
         }
         resize_(layers, plan, optimizer)
         for name, head_ranks in heads.items():
-            _take_apart(layers[name], head_ranks, keys[name], state_dict)
-        if layers.gates is not None and not kept:
+            _split_state_dict(layers[name], head_ranks, keys[name], state_dict)
+        if layers.gates is not None and not live_gates_kept:
             layers.gates.values.fill_(1)
             layers.gates.clear_grad()
-        if not kept and on_new_weights is not None:
+        if not live_gates_kept and on_new_weights is not None:
             on_new_weights()
         for name, layer in layers.items():
-            if not layer.rank:  # nothing was saved for it, and nothing is missing
+            if not layer.rank:  # a module of rank 0 is not in a file; its keys must not count as missing
                 for key, parameter in zip(keys[name], (layer.A, layer.B), strict=True):
                     state_dict.setdefault(key, parameter.detach())
             if layer.pool is not None:
                 _fill_pool(layer, layer.pool, keys[name], state_dict)
 
-    # On the whole model, not on the layers: a layer is not even shown that the weights say nothing about it.
+    # The hook is on the model, not on each layer: a layer's hook does not learn that its weights are missing.
     return layers.model.register_load_state_dict_pre_hook(before_load)  # type: ignore[no-untyped-call,no-any-return]  # untyped in torch
 
 
-def _keep_gated(
+def _keep_live_gates(
     layers: AdapterLayers, keys: Mapping[str, tuple[str, str]], state_dict: MutableMapping[str, Tensor]
 ) -> bool:
-    """Whether the weights are the live ones, folded; if so, ``state_dict`` gets the live, unfolded ones instead."""
+    """Whether the loaded weights are the live weights with the gates folded into B.
+
+    If so, B in ``state_dict`` is replaced by the live B without the gate.
+    """
     if layers.gates is None:
         return False
-    mine = {}
+    live_B = {}
     for name, layer in layers.items():
         incoming = state_dict.get(keys[name][1])
         if not layer.rank and incoming is None:
             continue
         if incoming is None or layer.gate is None or incoming.shape != (layer.d_out, layer.rank):
             return False
-        if not torch.equal(incoming.to(layer.B), _shown(layer, folded(layer.B, layer.gate))):
+        if not torch.equal(incoming.to(layer.B), _in_file_layout(layer, fold_gate(layer.B, layer.gate))):
             return False
-        mine[keys[name][1]] = _shown(layer, layer.B.detach())
-    state_dict.update(mine)
+        live_B[keys[name][1]] = _in_file_layout(layer, layer.B.detach())
+    state_dict.update(live_B)
     return True
 
 
-def _shown(layer: AdapterLayer, B: Tensor) -> Tensor:
-    """B as a file has it: (d_out, r)."""
+def _in_file_layout(layer: AdapterLayer, B: Tensor) -> Tensor:
+    """B in the layout of a file: (d_out, r)."""
     return B if layer.groups is None else dense_B(B, layer.groups, layer.head_ranks)
 
 
 def _head_ranks(layer: AdapterLayer, A: Tensor | None, B: Tensor | None) -> tuple[int, ...]:
-    """The ranks of each head in weights that are about to be loaded into a layer in per-head form."""
+    """The ranks of each head in weights that will be loaded into a layer in per-head form."""
     assert layer.groups is not None
     if A is None or B is None:
-        return (0,) * layer.groups.count  # left out of the file: it was at rank 0
+        return (0,) * layer.groups.count  # not in the file: the module had rank 0
     found = head_ranks_of(A, B, layer.groups, layer.head_ranks)
     if found is None:
         raise AdapterError(
-            f"{layer.name} trains a LoRA per head ({layer.groups.count} heads of {layer.groups.size}), and the weights "
-            "that are loaded into it are not of that form: load a checkpoint of this run, or end it first "
-            "(ranks.finish())"
+            f"{layer.name} trains a LoRA per head ({layer.groups.count} heads of width {layer.groups.size}), and the "
+            "weights that are loaded into it do not have this form: load a checkpoint of this run, or end the run "
+            "first (ranks.finish())"
         )
     return found
 
 
-def _take_apart(
+def _split_state_dict(
     layer: AdapterLayer, ranks: tuple[int, ...], keys: tuple[str, str], state_dict: MutableMapping[str, Tensor]
 ) -> None:
-    """Replaces the plain LoRA in ``state_dict`` by its blocks, as the live layer has them."""
+    """Replaces the plain LoRA in ``state_dict`` by the blocks of the heads, for the live layer."""
     assert layer.groups is not None
     layer.set_heads(layer.groups, ranks)
     key_A, key_B = keys
@@ -142,7 +145,7 @@ def _take_apart(
 
 @torch.no_grad()
 def _fill_pool(layer: AdapterLayer, pool: Pool, keys: tuple[str, str], state_dict: MutableMapping[str, Tensor]) -> None:
-    """The pool has what arrives, and the stored parameters will have it with zeros behind."""
+    """Copies the loaded weights to the pool, and pads those in ``state_dict`` for the stored parameters."""
     for key, own, axis in zip(keys, (layer.A, layer.B), (0, 1), strict=True):
         own.copy_(state_dict[key])
         state_dict[key] = padded(state_dict[key], axis, pool.capacity)
@@ -154,8 +157,8 @@ def _keys(prefix: str, layer: AdapterLayer) -> tuple[str, str]:
     return f"{prefix}lora_A.{layer.adapter}.weight", f"{prefix}lora_B.{layer.adapter}.weight"
 
 
-def _bare_keys(prefix: str, layer: AdapterLayer) -> tuple[str, str]:
-    """As in a file: without the adapter's name."""
+def _file_keys(prefix: str, layer: AdapterLayer) -> tuple[str, str]:
+    """The keys in a file, without the adapter's name."""
     if layer.is_embedding:
         return f"{prefix}lora_embedding_A", f"{prefix}lora_embedding_B"
     return f"{prefix}lora_A.weight", f"{prefix}lora_B.weight"

@@ -1,4 +1,4 @@
-"""What leaves the process: an ordinary PEFT adapter, gates folded, complete or not there at all."""
+"""Saves the adapter as an ordinary PEFT adapter: gates folded into B, and written atomically."""
 
 from __future__ import annotations
 
@@ -14,59 +14,63 @@ from lorank.errors import AdapterError
 from lorank.files import WriteError, replacing_folder
 from lorank.lora.io.adapter_validation import CONFIG
 from lorank.lora.layer import AdapterLayers
-from lorank.lora.variants.gated import folded
+from lorank.lora.variants.gated import fold_gate
 
 
 def fold_gates_(layers: AdapterLayers) -> None:
-    """B ← B diag(g) in every gated layer, and the gates are gone: same function, plain PEFT weights."""
+    """Folds the gates into B, B ← B diag(g), and removes them: same outputs, plain PEFT weights."""
     for layer in layers.values():
         if layer.gate is not None:
             with torch.no_grad():
-                layer.B.copy_(folded(layer.B, layer.gate))
+                layer.B.copy_(fold_gate(layer.B, layer.gate))
     layers.drop_gates()
 
 
 def save_adapter(layers: AdapterLayers, directory: str | Path) -> Path:
-    """Saves a plain PEFT adapter that loads without lorank: same function, gates folded, no module at rank 0.
+    """Saves a plain PEFT adapter that loads without lorank: same outputs, gates folded into B, no module of rank 0.
 
-    Written beside the destination under a temporary name, brought to the disk and renamed, so that a reader never
-    sees half of it, whenever the process or the machine stops (:mod:`lorank.files`). The live model keeps its gates.
+    The folder is written under a temporary name, flushed to disk and renamed. So a reader never finds an incomplete
+    adapter, even if the process or the machine stops (:mod:`lorank.files`). The live model keeps its gates.
 
     Args:
         layers: all LoRA layers of the adapter.
-        directory: where to; an adapter that is there already is replaced.
+        directory: the destination. An adapter in this folder is replaced.
+
+    Returns:
+        ``directory`` as a path.
 
     Raises:
-        AdapterError: ``directory`` is a file, or holds something that is not an adapter.
-        WriteError: no space, no permission; an adapter that was there before still is.
+        AdapterError: ``directory`` is a file, or a folder that holds something else than an adapter; or the adapter's
+            name is not a valid folder name.
+        WriteError: no space, no permission. An adapter in this folder is unchanged.
     """
     target, name = Path(directory), layers.adapter
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or _holds_adapter(target))):
-        raise AdapterError(f"{target} exists and is not an adapter's folder: name a new folder, or remove it first")
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or _contains_adapter(target))):
+        raise AdapterError(f"{target} exists and is not an adapter's folder: give a new folder, or remove this first")
     if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
-        raise AdapterError(f"the adapter is named {name!r}, and PEFT saves it under that name: use one without slashes")
-    with replacing_folder(target) as scratch:
+        raise AdapterError(f"PEFT saves an adapter under its name, here {name!r}: use a name without slashes")
+    with replacing_folder(target) as temporary:
         try:
-            layers.model.save_pretrained(str(scratch), **_only(layers))  # type: ignore[operator]  # PEFT
-        except SafetensorError as error:  # which is how safetensors says that the disk is full
-            raise WriteError(f"{target} cannot be written: {error}. What was complete before is still there") from error
-        named = scratch / name  # where PEFT puts any adapter but the one called "default"
-        if _holds_adapter(named):
+            layers.model.save_pretrained(str(temporary), **_selected_adapter(layers))  # type: ignore[operator]  # PEFT
+        except SafetensorError as error:  # safetensors raises this if the disk is full
+            raise WriteError(f"{target} cannot be written: {error}. The old content is unchanged") from error
+        named = temporary / name  # PEFT's subfolder for every adapter with another name than "default"
+        if _contains_adapter(named):
             for path in named.iterdir():
-                path.rename(scratch / path.name)
+                path.rename(temporary / path.name)
             named.rmdir()
     return target
 
 
-def _only(layers: AdapterLayers) -> dict[str, Any]:
-    """PeftModel can save one of several adapters; a transformers model with an added adapter saves the active one."""
+def _selected_adapter(layers: AdapterLayers) -> dict[str, Any]:
+    """Arguments that select the adapter to save. A transformers model always saves its active adapter."""
     return {"selected_adapters": [layers.adapter]} if hasattr(layers.model, "base_model_torch_dtype") else {}
 
 
-def _holds_adapter(directory: Path) -> bool:
+def _contains_adapter(directory: Path) -> bool:
     return (directory / CONFIG).is_file()
 
 
 def make_peft_model(model: nn.Module, **lora_config: Any) -> nn.Module:
-    """``get_peft_model(model, LoraConfig(**lora_config))``, for the rooms that do not know PEFT."""
+    """``get_peft_model(model, LoraConfig(**lora_config))``, for folders that do not import PEFT."""
     return get_peft_model(model, LoraConfig(**lora_config))  # type: ignore[no-any-return]  # PEFT is untyped

@@ -1,1 +1,1 @@
-"""The forward and backward of a LoRA as autograd functions, and the products they are made of."""
+"""The forward and backward pass of a LoRA layer as autograd functions, and the matrix products that they use."""

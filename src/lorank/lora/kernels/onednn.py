@@ -1,13 +1,14 @@
-"""Matrix products on a CPU, by whichever library is the faster there: MKL, which PyTorch calls, or oneDNN.
+"""Matrix products on a CPU by the faster of two libraries: oneDNN, or MKL, which PyTorch uses by default.
 
-On AMD processors oneDNN's product in float32 is about twice as fast as MKL's. PyTorch ships oneDNN, but calls it for
-float32 only through an operator of its compiler (``mkldnn._linear_pointwise``, private). So it is looked for, tried
-and timed once per process; where it is missing, differs or gains little, everything is
-:func:`torch.nn.functional.linear`.
-The environment variable ``LORANK_ONEDNN`` decides instead of the clock: 1 (where it works) or 0 (never). A run that is
-resumed on another kind of processor, where the clock may decide otherwise, is exact to rounding.
+On AMD processors oneDNN's float32 product is about twice as fast as MKL's. PyTorch contains oneDNN, but calls it for
+float32 only through a private operator of its compiler (``mkldnn._linear_pointwise``). So this operator is looked up,
+tested and timed once per process. If it is missing, gives other results or is hardly faster,
+:func:`torch.nn.functional.linear` is used.
 
-Both compute in float32 and sum in another order: results agree to rounding. Nothing else changes.
+The environment variable ``LORANK_ONEDNN`` replaces the timing: 1 (use oneDNN where it works) or 0 (never). A run that
+is resumed on another kind of processor, where the timing may choose the other library, is exact up to rounding.
+
+Both libraries compute in float32 and sum in different orders, so their results agree up to rounding.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from torch.autograd.function import once_differentiable
 
 from lorank.errors import LorankError
 
-# The least gain that counts: well away from 1, so that a process that is started again decides alike.
-_GAIN = 1.3
-# oneDNN compiles a kernel per shape, about 0.5 ms, which products of fewer multiplications take long to win back where
-# batches vary in length.
-_SMALLEST = 4_000_000
+# The minimum speedup. It is well above 1, so that a restarted process makes the same choice.
+_MIN_SPEEDUP = 1.3
+# oneDNN compiles a kernel per shape, which takes about 0.5 ms. Smaller products save too little time to make up for
+# this if the length of batches varies.
+_MIN_MULTIPLICATIONS = 4_000_000
 
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias, outside any graph. x: (n, d_in), W: (d_out, d_in), both of any strides; bias: (d_out,)."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and len(x) * W.numel() >= _SMALLEST:
+    """x Wᵀ + bias, without autograd. x: (n, d_in), W: (d_out, d_in), both of any strides; bias: (d_out,)."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and len(x) * W.numel() >= _MIN_MULTIPLICATIONS:
         fast = onednn_linear()
         if fast is not None:
             return fast(x, W, bias)
@@ -44,15 +45,15 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def onednn_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    """oneDNN's x Wᵀ + bias in float32 on this CPU, or None where it is missing or gains less than 30 %.
+    """oneDNN's x Wᵀ + bias in float32 on this CPU, or None if it is missing, wrong or less than 30 % faster.
 
     Raises:
         LorankError: ``LORANK_ONEDNN`` is neither 0 nor 1.
     """
-    wish = os.environ.get("LORANK_ONEDNN", "")
-    if wish not in ("", "0", "1"):
-        raise LorankError(f"LORANK_ONEDNN={wish!r}: expected 1 (use oneDNN's products), 0 (never), or nothing")
-    if wish == "0" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # untyped in torch
+    setting = os.environ.get("LORANK_ONEDNN", "")
+    if setting not in ("", "0", "1"):
+        raise LorankError(f"LORANK_ONEDNN={setting!r}: expected 1 (use oneDNN's products), 0 (never), or nothing")
+    if setting == "0" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # untyped in torch
         return None
 
     def fast(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,24 +65,24 @@ def onednn_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
         x, W = (torch.randn(shape, generator=generator) for shape in ((256, 512), (512, 512)))
         bias = torch.randn(512, generator=generator)
         try:
-            right = all(
+            correct = all(
                 torch.allclose(fast(x, V, b), F.linear(x, V, b), rtol=1e-4, atol=1e-3)
                 for V, b in ((W, bias), (W, None), (W.T, None))
             )
-        except (AttributeError, RuntimeError, TypeError, NotImplementedError):  # another PyTorch: gone, or changed
+        except (AttributeError, RuntimeError, TypeError, NotImplementedError):  # absent or changed in another PyTorch
             return None
-        if not right:
+        if not correct:
             return None
-        if wish == "1" or _gain(fast, F.linear, x, W, bias) > _GAIN:
+        if setting == "1" or _speedup(fast, F.linear, x, W, bias) > _MIN_SPEEDUP:
             return fast
     return None
 
 
-def _gain(fast: Callable[..., Tensor], usual: Callable[..., Tensor], *operands: Tensor) -> float:
-    """How many times faster the one is, by the fastest of several, in turns: when nothing disturbs the machine."""
+def _speedup(fast: Callable[..., Tensor], default: Callable[..., Tensor], *operands: Tensor) -> float:
+    """How many times faster ``fast`` is. The calls alternate, and the shortest time of each counts: the least noisy."""
     best = [math.inf, math.inf]
     for _ in range(12):
-        for i, product in enumerate((fast, usual)):
+        for i, product in enumerate((fast, default)):
             began = time.perf_counter()
             product(*operands)
             best[i] = min(best[i], time.perf_counter() - began)
@@ -106,13 +107,13 @@ class FrozenLinear(nn.Linear):
 
 
 def enable_onednn_(base: nn.Module) -> None:
-    """A plain ``nn.Linear`` in float32 on a CPU where oneDNN gains becomes a :class:`FrozenLinear`, in place.
+    """Turns a plain float32 ``nn.Linear`` on a CPU into a :class:`FrozenLinear`, in place, if oneDNN is faster.
 
-    Parameters, hooks and names stay: only the class changes. Other modules are left as they are.
-    :func:`disable_onednn_` is the way back.
+    Only the class changes; parameters, hooks and names stay. Other modules are unchanged. :func:`disable_onednn_`
+    reverses this.
     """
     W = base.weight if type(base) is nn.Linear else None
-    # torchao's quantised weights and sharded ones are of other classes, and still say float32.
+    # torchao's quantised weights and sharded weights report float32 too, but have other classes.
     fits = type(W) is nn.Parameter and W.device.type == "cpu" and W.dtype == torch.float32
     if fits and onednn_linear() is not None:
         base.__class__ = FrozenLinear

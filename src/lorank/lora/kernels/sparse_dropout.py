@@ -1,15 +1,17 @@
-"""LoRA's dropout by the places where it strikes, not by a mask.
+"""LoRA's dropout as a list of the dropped positions, in place of a dropout mask.
 
-Dropout with p = 0.05 keeps 95 % of the numbers, so it is cheaper to draw where the next zero is (the gap is geometric)
-than to draw every number's fate: 20 times fewer draws, and the same distribution, independent Bernoulli(p) for every
-number. The places take 8 p bytes per number, where PEFT keeps 4 for the mask and 4 for the dropped input.
+Dropout with p = 0.05 keeps 95 % of the elements. The gap to the next dropped element has a geometric distribution, so
+drawing these gaps takes 20 times fewer draws than a mask with one draw per element. The distribution is the same:
+independent Bernoulli(p) for every element. The positions take 8 p bytes per element; PEFT keeps 4 bytes for the mask
+and 4 bytes for the dropped input.
 
-Scaling by 1 / (1 − p) is left to whoever multiplies by s, which is free.
+The factor 1 / (1 − p) is not applied here. The caller multiplies it into s, at no cost.
 
-Modules that see the same input (q, k and v; gate and up) may share one draw. In PEFT each draws for itself. Each
-module's own dropout is the same; what differs is that a number dropped for one is dropped for the others. The draw is
-shared only between modules that run directly after one another: same tensor object, unchanged, and nobody has drawn
-from the random generator in between. So a forward that is computed again (gradient checkpointing) draws as before.
+Modules with the same input (q, k and v; gate and up) may share one draw. In PEFT each module makes its own draw. The
+dropout of each single module has the same distribution; the difference is that an element dropped for one module is
+dropped for the others too. A draw is shared only between modules that run directly after one another: they must get the
+same, unchanged tensor object, and no other code may use the random generator in between. So a recomputed forward pass
+(gradient checkpointing) makes the same draws as the first one.
 """
 
 from __future__ import annotations
@@ -23,25 +25,29 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedInput:
     """An input after dropout, before scaling.
 
     Attributes:
-        x: (n, d_in), zero where it was dropped.
-        places: int64, (k,), ascending: which of the n · d_in numbers are zero.
+        x: (n, d_in), zero at the dropped positions.
+        positions: int64, (k,), ascending: the flat indices of the dropped elements, from 0 to n · d_in − 1.
         keep: 1 − p.
     """
 
     x: Tensor
-    places: Tensor
+    positions: Tensor
     keep: float
 
 
-def draw_places(count: int, p: float, device: torch.device) -> Tensor:
-    """Where Bernoulli(p) strikes in ``count`` trials: ascending, int64. Draws from the device's own generator.
+def draw_dropped_positions(count: int, p: float, device: torch.device) -> Tensor:
+    """Draws the positions of the successes in ``count`` Bernoulli(p) trials, with the device's own generator.
 
     Args:
+        count: the number of trials. ≥ 0.
         p: in (0, 1).
+
+    Returns:
+        int64, (k,), ascending.
     """
     expected = count * p
     enough = math.ceil(expected + 6 * math.sqrt(expected) + 6)
@@ -49,15 +55,15 @@ def draw_places(count: int, p: float, device: torch.device) -> Tensor:
     parts = []
     while last < count:
         gaps = torch.empty(enough, dtype=torch.float32, device=device).geometric_(p)  # 1, 2, 3, …
-        places = gaps.to(torch.int64).cumsum(0).add_(last)
-        last = int(places[-1])
-        parts.append(places)
-    places = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return places[: int(torch.searchsorted(places, count))]
+        positions = gaps.to(torch.int64).cumsum(0).add_(last)
+        last = int(positions[-1])
+        parts.append(positions)
+    positions = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return positions[: int(torch.searchsorted(positions, count))]
 
 
 class Dropout:
-    """Draws for the modules of one model, one after the other.
+    """The dropout of all modules of one model.
 
     Args:
         shared: whether modules with the same input share a draw.
@@ -65,10 +71,10 @@ class Dropout:
 
     def __init__(self, *, shared: bool = True) -> None:
         self.shared = shared
-        self._last: tuple[weakref.ref[Tensor], int, float, Tensor, Dropped] | None = None
+        self._last: tuple[weakref.ref[Tensor], int, float, Tensor, DroppedInput] | None = None
 
-    def __call__(self, x: Tensor, p: float) -> Dropped:
-        """x: (…, d_in), p in (0, 1)."""
+    def __call__(self, x: Tensor, p: float) -> DroppedInput:
+        """Drops elements of x. x: (…, d_in), p in (0, 1)."""
         generator = _generator(x.device)
         last = self._last
         if last is not None and not x.is_inference():
@@ -76,17 +82,17 @@ class Dropout:
             if seen() is x and version == x._version and last_p == p and torch.equal(state, generator.get_state()):
                 return dropped
         flat = x.detach().reshape(-1, x.shape[-1])
-        places = draw_places(flat.numel(), p, x.device)
+        positions = draw_dropped_positions(flat.numel(), p, x.device)
         zeroed = flat.clone(memory_format=torch.contiguous_format)  # (n, d_in)
-        zeroed.view(-1).scatter_(0, places, 0)
-        dropped = Dropped(zeroed, places, 1 - p)
-        if self.shared and not x.is_inference():  # an inference tensor does not tell whether it has changed
+        zeroed.view(-1).scatter_(0, positions, 0)
+        dropped = DroppedInput(zeroed, positions, 1 - p)
+        if self.shared and not x.is_inference():  # an inference tensor has no version counter that shows changes
             self._last = (weakref.ref(x, self._forget), x._version, p, generator.get_state(), dropped)
         return dropped
 
     def _forget(self, seen: weakref.ref[Tensor]) -> None:
         if self._last is not None and self._last[0] is seen:
-            self._last = None  # nobody can ask for it again: do not keep its memory
+            self._last = None  # the input no longer exists, so the draw cannot be used again: free its memory
 
     def __deepcopy__(self, memo: object) -> Dropout:
         return Dropout(shared=self.shared)

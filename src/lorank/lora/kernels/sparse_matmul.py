@@ -1,12 +1,12 @@
-"""Products with the few numbers that dropout strikes out: a sparse matrix, and p of the arithmetic of a whole one.
+"""Sparse matrix products with the entries that dropout drops, at a fraction p of the arithmetic of a dense product.
 
-DoRA drops the input of the frozen map too (as PEFT does), so beside W x it needs W x̃. But x̃ is x less what was struck
-out, and so is its product:
+DoRA also drops the input of the frozen base layer (linear map W), as PEFT does. So it needs W x̃ in addition to W x. The
+dropped input x̃ is x minus the dropped entries, and so
 
-    (1 − p) W x̃ = W x − W x_s        x_s: x where it was struck out, zero elsewhere; p of its numbers are there
+    (1 − p) W x̃ = W x − W x_s        x_s: x at the dropped positions, zero elsewhere; a fraction p of it is non-zero
 
-and the gradient of x differs from what it would be without dropout only at the places that were struck. On a CPU, at
-p = 0.05, either costs about a third of the whole product that it replaces.
+The gradient of x differs from the gradient without dropout only at the dropped positions. On a CPU, at p = 0.05, either
+sparse product takes about a third of the time of the dense product that it replaces.
 """
 
 from __future__ import annotations
@@ -17,45 +17,50 @@ import warnings
 import torch
 from torch import Tensor
 
-DENSEST = 0.1
-"""Above this p a whole product is the faster one."""
+MAX_SPARSE_P = 0.1
+"""Above this p the dense product is faster."""
 _BLOCK, _LARGE = 256, 1_000_000
-"""A weight with more numbers than this goes through in blocks of rows: PyTorch transposes it, which should stay in a
-cache."""
+"""Rows per block, and the number of elements above which a weight is multiplied in blocks of rows. PyTorch transposes
+each block, and the result should fit into a cache."""
 
 
-def pays(p: float, x: Tensor) -> bool:
-    """Whether sparse products are the faster way for dropout ``p`` of ``x``, and there."""
-    return 0 < p <= DENSEST and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _works()
+def is_sparse_faster(p: float, x: Tensor) -> bool:
+    """Whether sparse products for dropout ``p`` of ``x`` are supported and faster than dense ones."""
+    return (
+        0 < p <= MAX_SPARSE_P
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and _is_supported()
+    )
 
 
-def pattern(places: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Places (k,), ascending, of the ``rows`` · ``width`` numbers of a matrix, as the indices of a CSR matrix.
+def csr_indices(positions: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Converts ascending flat positions (k,) in a matrix of shape (``rows``, ``width``) to the indices of a CSR matrix.
 
     Returns:
-        int32: where each row begins, (rows + 1,), and the columns, (k,).
+        int32: the start of each row, (rows + 1,), and the columns, (k,).
     """
-    starts = torch.searchsorted(places, torch.arange(0, (rows + 1) * width, width))
-    return starts.to(torch.int32), places.remainder(width).to(torch.int32)
+    starts = torch.searchsorted(positions, torch.arange(0, (rows + 1) * width, width))
+    return starts.to(torch.int32), positions.remainder(width).to(torch.int32)
 
 
-def subtract_product_(out: Tensor, x: Tensor, W: Tensor, places: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
+def subtract_product_(out: Tensor, x: Tensor, W: Tensor, positions: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
     """``out`` −= x_s Wᵀ, in place.
 
     Args:
         out: (n, d_out).
-        x: (n, d_in), of which only what stands at ``places`` counts.
+        x: (n, d_in), of which only the elements at ``positions`` are used.
         W: (d_out, d_in).
-        starts, columns: :func:`pattern` of ``places``.
+        starts, columns: :func:`csr_indices` of ``positions``.
     """
-    struck = _matrix(starts, columns, x.reshape(-1).index_select(0, places), x.shape[1])
+    dropped_entries = _matrix(starts, columns, x.reshape(-1).index_select(0, positions), x.shape[1])
     for rows in _blocks(W):
-        out[:, rows].addmm_(struck, W[rows].T, alpha=-1)
+        out[:, rows].addmm_(dropped_entries, W[rows].T, alpha=-1)
     return out
 
 
-def product_at(dy: Tensor, W: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
-    """(dy W) at the places of a pattern alone, (k,). dy: (n, d_out), W: (d_out, d_in)."""
+def product_at_positions(dy: Tensor, W: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
+    """The elements of dy W at the positions of :func:`csr_indices`, (k,). dy: (n, d_out), W: (d_out, d_in)."""
     total = _matrix(starts, columns, dy.new_zeros(len(columns)), W.shape[1])
     for rows in _blocks(W):
         total = torch.sparse.sampled_addmm(total, dy[:, rows], W[rows])
@@ -72,19 +77,19 @@ def _matrix(starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tens
 
 
 @functools.cache
-def _works() -> bool:
-    """Whether this PyTorch has these products on the CPU (it needs MKL for them)."""
+def _is_supported() -> bool:
+    """Whether this PyTorch computes these products correctly on the CPU. It needs MKL for them."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "in beta state", once per process
         x, W = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
-        places = torch.tensor([1, 3, 5])
-        struck = torch.zeros(6).index_copy(0, places, x.flatten()[places]).view(2, 3)
+        positions = torch.tensor([1, 3, 5])
+        dropped_entries = torch.zeros(6).index_copy(0, positions, x.flatten()[positions]).view(2, 3)
         dy = torch.arange(8.0).view(2, 4)
         try:
-            starts, columns = pattern(places, 2, 3)
-            product = subtract_product_(torch.zeros(2, 4), x, W, places, starts, columns)
-            return torch.equal(product, -struck @ W.T) and torch.equal(
-                product_at(dy, W, starts, columns), (dy @ W).flatten()[places]
+            starts, columns = csr_indices(positions, 2, 3)
+            product = subtract_product_(torch.zeros(2, 4), x, W, positions, starts, columns)
+            return torch.equal(product, -dropped_entries @ W.T) and torch.equal(
+                product_at_positions(dy, W, starts, columns), (dy @ W).flatten()[positions]
             )
         except (RuntimeError, NotImplementedError):
             return False

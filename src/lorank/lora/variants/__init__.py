@@ -1,1 +1,1 @@
-"""What a PEFT layer computes while a run lasts: PEFT's ``LoraVariant``, one per form."""
+"""The forward passes that replace PEFT's during a run. Each is a subclass of PEFT's ``LoraVariant``."""

@@ -2,7 +2,7 @@
 
     W' = m · (W + s B diag(g) A) / ‖W + s B diag(g) A‖        norm per output row, a constant in the backward pass
 
-PEFT's own DoRA is the case g = 1. A rank whose gate is zero also leaves the norm.
+For g = 1 this is PEFT's DoRA. A rank with gate zero contributes neither to the update nor to the norm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VARIANTS = (DoraLinearVariant, DoraEmbeddingVariant)
 
 
 def is_dora(variant: Any) -> bool:
-    """Whether PEFT's variant is DoRA of a linear map or an embedding."""
+    """Whether ``variant`` is PEFT's DoRA of a linear layer or of an embedding."""
     return type(variant) in VARIANTS
 
 
@@ -35,12 +35,15 @@ def forward(
     gate: Tensor,
     expand_gate: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The layer's output.
+    """Computes the layer's output, (n, …, d_out).
 
     Args:
         x: (n, …, d_in), or token ids (n, …).
         result: the base layer's output, (n, …, d_out).
-        gate: (r,), or for linear maps (n, r) with a gate per sample.
+        gate: (r,), or for linear layers (n, r) with a gate per sample.
+
+    Raises:
+        AdapterError: an embedding with a gate per sample.
     """
     if adapter in module.lora_embedding_A:
         return _embedding(module, adapter, x, result, gate)
@@ -54,7 +57,7 @@ def forward(
     norm = row_norms(W, lora_A.weight, lora_B.weight, scaling, gate)  # (d_out,) or (n, d_out)
     if module.training and not isinstance(dropout, nn.Identity):
         x = dropout(x)
-        plain = F.linear(x, W)  # as in PEFT, the base's part sees the dropout too
+        plain = F.linear(x, W)  # as in PEFT, the product with W also uses the dropped input
     else:
         plain = result if base.bias is None else result - base.bias  # (n, …, d_out)
     z = lora_A(x)  # (n, …, r)
@@ -83,9 +86,9 @@ def _embedding(module: LoraLayer, adapter: str, x: Tensor, result: Tensor, gate:
 
 @torch.no_grad()
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float, gate: Tensor) -> Tensor:
-    """‖W + s B diag(g) A‖ per output row, without a graph.
+    """‖W + s B diag(g) A‖ per output row, without autograd.
 
-    A gate per sample would need a matrix per sample; expanded, the square needs none:
+    A gate per sample would need one matrix per sample. The expanded square needs none:
     ‖W‖² + 2s · Σ_r g_r B_r (W Aᵀ)_r + s² · Σ_rr' g_r B_r (A Aᵀ)_rr' B_r' g_r'.
 
     Args:

@@ -1,8 +1,8 @@
-"""A layer with a faster forward: PEFT hands its turn to :class:`FusedLora`, which computes what PEFT would.
+"""The fused forward: PEFT's layer calls :class:`FusedLora`, which computes the same output as PEFT, but faster.
 
-Same parameters, same files, same values up to rounding. Where the fused form does not reach (a gate per sample,
-``lora_bias``, a dropout of another kind, ``torch.compile``, DoRA on a quantised base or under autocast), the plain
-formula runs.
+The parameters and the saved files are the same, and the outputs agree up to rounding. The plain formula is used where
+the fused forward is not supported: a gate per sample, ``lora_bias``, a dropout other than ``nn.Dropout``,
+``torch.compile``, DoRA on a quantised base or under autocast.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from transformers.pytorch_utils import Conv1D
 from lorank.lora.kernels.dora import fused_dora, row_norms
 from lorank.lora.kernels.lora import fused_lora
 from lorank.lora.kernels.onednn import FrozenLinear
-from lorank.lora.kernels.sparse_dropout import Dropout, Dropped
+from lorank.lora.kernels.sparse_dropout import Dropout, DroppedInput
 from lorank.lora.variants import dora
 
 
 class FusedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
-    """One layer's forward.
+    """The fused forward of one layer.
 
     Args:
-        dropout: draws the dropout of all layers of the model.
-        replaced: PEFT's DoRA, if the layer has it; else None.
+        dropout: the dropout of all layers of the model.
+        replaced: PEFT's DoRA, if the layer uses it; else None.
     """
 
     def __init__(self, dropout: Dropout, replaced: LoraVariant | None = None) -> None:
@@ -58,7 +58,13 @@ class FusedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         gate: Tensor,
         expand_gate: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """The layer's output. x: (n, …, d_in), result: (n, …, d_out), gate: (r,), or (n, r) with a gate per sample."""
+        """Computes the layer's output with a gate.
+
+        Args:
+            x: (n, …, d_in).
+            result: the base layer's output, (n, …, d_out).
+            gate: (r,), or (n, r) with a gate per sample.
+        """
         output = self._fused(module, adapter, x, result, gate) if gate.dim() == 1 else None
         if output is not None:
             return output
@@ -69,7 +75,7 @@ class FusedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         return result + update
 
     def _fused(self, module: LoraLayer, adapter: str, x: Tensor, result: Tensor, gate: Tensor | None) -> Tensor | None:
-        """The layer's output, or None: leave it to the plain formula."""
+        """The layer's output, or None if the plain formula must be used."""
         lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
         dropout = module.lora_dropout[adapter]
         A, B = lora_A.weight, lora_B.weight
@@ -80,30 +86,34 @@ class FusedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         ):
             return None
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        W = frozen_weight(module, x, result)
-        listed = p > 0 and x.device.type == "cpu"  # elsewhere a list of places would wait for the device
+        W = fusable_weight(module, x, result)
+        use_sparse_dropout = (
+            p > 0 and x.device.type == "cpu"
+        )  # on other devices the list of positions would force a synchronisation
         if self.replaced is not None:
             magnitude = module.lora_magnitude_vector[adapter].weight  # (d_out,)
-            alike = all(operand.dtype == x.dtype for operand in (A, B, magnitude))
-            if W is None or not alike or (p > 0 and not listed):
+            same_dtype = all(operand.dtype == x.dtype for operand in (A, B, magnitude))
+            if W is None or not same_dtype or (p > 0 and not use_sparse_dropout):
                 return None
         if p == 1:
             return None
-        if p > 0 and not listed:
+        if p > 0 and not use_sparse_dropout:
             x, W = dropout(x), None
-        dropped: Dropped | None = self.dropout(x, p) if listed else None
+        dropped: DroppedInput | None = self.dropout(x, p) if use_sparse_dropout else None
         scaling = module.scaling[adapter]
-        into = owns_output(module)
+        overwrite = may_overwrite_output(module)
         if self.replaced is None:
-            return fused_lora(result, x, A, B, gate, scaling, W=W, dropped=dropped, into=into)
+            return fused_lora(result, x, A, B, gate, scaling, W=W, dropped=dropped, overwrite=overwrite)
         assert W is not None
         gate = None if gate is None else gate.to(A)
         norm = row_norms(W, self._row_square(W), A, B, scaling, gate)
         bias = module.get_base_layer().bias
-        return fused_dora(result, x, A, B, gate, scaling, magnitude, W, bias, norm, dropped=dropped, into=into)
+        return fused_dora(
+            result, x, A, B, gate, scaling, magnitude, W, bias, norm, dropped=dropped, overwrite=overwrite
+        )
 
     def _row_square(self, W: Tensor) -> Tensor:
-        """Σ w² of every row, (d_out,), kept while W stays as it is."""
+        """Σ w² of every row, (d_out,), cached until W changes."""
         key = (W.data_ptr(), W._version)
         if self._square is None or self._square[:2] != key:
             with torch.no_grad():
@@ -131,20 +141,20 @@ class FusedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         return orig_weight.data - delta
 
 
-def owns_output(module: LoraLayer) -> bool:
-    """Whether the base layer's output may be written over: a plain product's, which nobody else was shown."""
+def may_overwrite_output(module: LoraLayer) -> bool:
+    """Whether the base layer's output may be overwritten: a plain linear layer's, which no hook has received."""
     base = module.get_base_layer()
     return (
         type(base) in (nn.Linear, FrozenLinear, Conv1D)
         and not base._forward_hooks
-        and "forward" not in vars(base)  # replaced on the instance, as offloading does
+        and "forward" not in vars(base)  # on the instance: offloading replaces it
     )
 
 
-def fixed_weight(module: LoraLayer) -> Tensor | None:
-    """W (d_out, d_in), if the base layer is x Wᵀ + a constant and nobody watches its backward pass; else None."""
+def frozen_weight(module: LoraLayer) -> Tensor | None:
+    """W (d_out, d_in), if the base layer computes x Wᵀ + a constant, is frozen and has no hooks; else None."""
     base = module.get_base_layer()
-    if not owns_output(module) or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+    if not may_overwrite_output(module) or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return None
     W, bias = base.weight, base.bias
     if type(W) is not nn.Parameter or W.requires_grad or (bias is not None and bias.requires_grad):
@@ -152,9 +162,9 @@ def fixed_weight(module: LoraLayer) -> Tensor | None:
     return W.T if isinstance(base, Conv1D) else W
 
 
-def frozen_weight(module: LoraLayer, x: Tensor, result: Tensor) -> Tensor | None:
-    """W (d_out, d_in), if ``result`` is x Wᵀ + a constant and nothing else; None where that is not certain."""
-    W = fixed_weight(module)
+def fusable_weight(module: LoraLayer, x: Tensor, result: Tensor) -> Tensor | None:
+    """W (d_out, d_in), if ``result`` is certainly x Wᵀ + a constant, so that it can be fused; else None."""
+    W = frozen_weight(module)
     if W is None or len(module.active_adapters) > 1 or not x.dtype == W.dtype == result.dtype:
         return None
     return W

@@ -1,9 +1,9 @@
-"""The gated forward, in plain autograd: the reference that every faster form must equal.
+"""The gated forward in plain autograd: the reference for all faster kernels.
 
     y = W x + s · B (g ⊙ (A x))
 
-PEFT's layers hand a ``LoraVariant`` their turn; this one multiplies by the gate. It is there only while a gate is set:
-without one, PEFT's own forward runs untouched. Whoever saves the model meanwhile saves B diag(g): plain LoRA.
+PEFT's layers call a ``LoraVariant`` for their forward pass. This variant multiplies by the gate. A layer has it only
+while a gate is set; without a gate, PEFT's own forward runs. Every state dict contains B diag(g), a plain LoRA.
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ from lorank.lora.variants.per_head import HeadLora
 
 
 def expand_gate(gate: Tensor, z: Tensor) -> Tensor:
-    """The gate in a shape and dtype that multiplies ``z`` (…, r).
+    """Expands the gate to the shape, dtype and device of ``z`` (…, r), so that the two can be multiplied.
 
     Args:
-        gate: (r,), or (n, r) for a gate per sample, where the first axis of ``z`` counts samples (or samples × tokens,
-            for models that flatten their tokens, sample-major).
+        gate: (r,), or (n, r) with a gate per sample. Then the first axis of ``z`` must count samples, or for models
+            that flatten their tokens, samples × tokens (the tokens of a sample one after another).
+
+    Raises:
+        AdapterError: the first axis of ``z`` does not fit a gate per sample.
     """
     gate = gate.to(device=z.device, dtype=z.dtype)
-    gate = F.pad(gate, (0, z.shape[-1] - gate.shape[-1]))  # in a pool, the places without a rank
+    gate = F.pad(gate, (0, z.shape[-1] - gate.shape[-1]))  # with a pool, z also has the dead ranks
     if gate.dim() == 1:
         return gate  # (r,)
     samples = gate.shape[0]
     if z.shape[0] != samples:
         if z.dim() != 2 or z.shape[0] % samples:
             raise AdapterError(
-                f"gates for {samples} samples do not fit an input of shape {tuple(z.shape)}: its first axis must count "
+                f"gates for {samples} samples do not fit an input of shape {tuple(z.shape)}: the first axis must count "
                 "samples, or samples × tokens"
             )
         gate = gate.repeat_interleave(z.shape[0] // samples, dim=0)  # (samples · tokens, r)
@@ -46,21 +49,26 @@ def expand_gate(gate: Tensor, z: Tensor) -> Tensor:
 
 
 class GatedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
-    """One layer's gate.
+    """The gated forward of one layer.
 
     Args:
-        gate: (r,) for all samples alike, or (n, r) with a gate per sample. A leaf that requires a gradient gets one.
-        replaced: the variant that the layer had before (PEFT's DoRA, heads, the fused forward), whose forward is then
-            gated; or None.
+        gate: (r,) for all samples, or (n, r) with a gate per sample. A leaf that requires a gradient receives it.
+        replaced: the variant that the layer had before (PEFT's DoRA, heads, the fused forward), to which the gate is
+            applied; or None.
     """
 
     def __init__(self, gate: Tensor, replaced: LoraVariant | None = None) -> None:
         self.gate = gate
         self.replaced = replaced
 
-    # PEFT declares a static method, but calls it on the instance, which is where the gate is.
+    # PEFT declares a static method, but calls it on the instance, which holds the gate.
     def forward(self, module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """x: (n, …, d_in), or token ids (n, …); result: the base layer's output (n, …, d_out), as is what returns."""
+        """Computes the layer's output, (n, …, d_out).
+
+        Args:
+            x: (n, …, d_in), or token ids (n, …).
+            result: the base layer's output, (n, …, d_out).
+        """
         scaling = module.scaling[active_adapter]
         update: Tensor
         if isinstance(self.replaced, HeadLora | FusedLora):
@@ -81,38 +89,38 @@ class GatedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         return result + update
 
     @staticmethod
-    def refusal() -> AdapterError:
-        """Why merging cannot be."""
-        return AdapterError("the adapter has gates, which merging would not see: call lorank.lora.fold_gates_ first")
+    def merge_error() -> AdapterError:
+        """The error for merging a layer with a gate."""
+        return AdapterError("the adapter has gates, which PEFT's merge ignores: call lorank.lora.fold_gates_ first")
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise self.refusal()
+        raise self.merge_error()
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        raise self.refusal()
+        raise self.merge_error()
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise self.refusal()
+        raise self.merge_error()
 
 
-def show_plain(module: LoraLayer) -> None:
-    """From now on the module's state dict shows plain LoRA, whoever asks for it (``save_pretrained``, the Trainer).
+def register_plain_lora_hooks(module: LoraLayer) -> None:
+    """Makes every state dict of the module contain plain LoRA (``save_pretrained``, the Trainer, ``torch.save``).
 
-    And merging it, which a gate or heads refuse, is refused where PEFT would not ask them.
+    It also makes ``merge`` raise for quantised layers where PEFT ignores gates and heads.
     """
     guard_merge(module)
-    if _plain not in module._state_dict_hooks.values():
-        module.register_state_dict_post_hook(_plain)
+    if _plain_lora_hook not in module._state_dict_hooks.values():
+        module.register_state_dict_post_hook(_plain_lora_hook)
 
 
-def _plain(module: LoraLayer, state_dict: MutableMapping[str, Any], prefix: str, metadata: Any) -> None:
+def _plain_lora_hook(module: LoraLayer, state_dict: MutableMapping[str, Any], prefix: str, metadata: Any) -> None:
     for adapter, rank in module.r.items():
         is_embedding = adapter in module.lora_embedding_A
         name_A, name_B = f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight"
         if is_embedding:
             name_A, name_B = f"lora_embedding_A.{adapter}", f"lora_embedding_B.{adapter}"
         if rank == 0:
-            # It stays in the model (and in the optimiser), but PEFT must not find it in a file.
+            # The module stays in the model and in the optimiser, but PEFT cannot load rank 0 from a file.
             for name in (name_A, name_B, f"lora_B.{adapter}.bias"):
                 state_dict.pop(prefix + name, None)
             continue
@@ -120,29 +128,29 @@ def _plain(module: LoraLayer, state_dict: MutableMapping[str, Any], prefix: str,
             continue
         A, B = state_dict[prefix + name_A], state_dict[prefix + name_B]
         if pool_of(module, adapter) is not None and A.dim() != 2:
-            continue  # each process has its part (ZeRO-3), of what is in fixed shape
-        state_dict[prefix + name_A], state_dict[prefix + name_B] = plain_form(module, adapter, A, B)
+            continue  # ZeRO-3: each process has one part of the padded parameter
+        state_dict[prefix + name_A], state_dict[prefix + name_B] = to_plain_lora(module, adapter, A, B)
 
 
-def plain_form(module: LoraLayer, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A (r, d_in) and B (d_out, r) of the plain LoRA that the layer's own, in whatever form it is, are equal to."""
+def to_plain_lora(module: LoraLayer, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A (r, d_in) and B (d_out, r) of the plain LoRA that is equivalent to a layer's A and B in any form."""
     if pool_of(module, adapter) is not None:
         rank = module.r[adapter]
         A, B = A[:rank], B[:, :rank]
     variant = module.lora_variant.get(adapter)
     if isinstance(variant, GatedLora):
-        B = folded(B, variant.gate)
+        B = fold_gate(B, variant.gate)
         variant = variant.replaced
     if isinstance(variant, HeadLora):
         A, B = variant.dense(A, B)
     return A, B
 
 
-def folded(B: Tensor, gate: Tensor) -> Tensor:
+def fold_gate(B: Tensor, gate: Tensor) -> Tensor:
     """B diag(g), a new tensor. B: (d_out, r), gate: (r,).
 
     Raises:
-        AdapterError: a gate per sample.
+        AdapterError: the gate is a gate per sample, (n, r).
     """
     if gate.dim() != 1:
         raise AdapterError(f"a gate per sample, shape {tuple(gate.shape)}, cannot be folded into the weights")

@@ -1,8 +1,7 @@
-"""A layer in per-head form: PEFT hands its turn to :class:`HeadLora`, which knows what the heads own.
+"""The per-head form of a layer: PEFT's layer calls :class:`HeadLora`, which knows the rows or columns of each head.
 
-While a layer is in this form its A or B holds the blocks alone (:mod:`lorank.lora.kernels.per_head`). It exists during
-training
-only: every state dict shows the one plain LoRA that the heads are equal to, with zeros outside the blocks.
+In this form, A or B holds only the blocks of the heads (:mod:`lorank.lora.kernels.per_head`). The form exists during
+training only. Every state dict contains the equivalent plain LoRA, with zeros outside the blocks.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from torch import Tensor, nn
 from lorank.errors import AdapterError
 from lorank.lora.kernels.per_head import HeadGroups, compact_A, compact_B, dense_A, dense_B, per_head
 from lorank.lora.kernels.sparse_dropout import Dropout
-from lorank.lora.variants.fused import frozen_weight, owns_output
+from lorank.lora.variants.fused import fusable_weight, may_overwrite_output
 
 
 class HeadLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
-    """One layer's heads.
+    """The per-head forward of one layer.
 
     Args:
-        groups: what the heads own.
+        groups: the rows or columns that the heads own.
         ranks: r_h of every head, (H,); the ranks of A and B are in head order.
-        dropout: draws the dropout of all layers of the model, where they are fused (:func:`lorank.lora.fuse_`); None:
-            PyTorch's dropout, and the frozen map's graph is left alone.
+        dropout: the dropout of all layers of the model, if they are fused (:func:`lorank.lora.fuse_`). None: PyTorch's
+            dropout is used, and the frozen base layer (linear map W) keeps its autograd graph.
     """
 
     def __init__(self, groups: HeadGroups, ranks: Sequence[int], dropout: Dropout | None = None) -> None:
@@ -36,7 +35,7 @@ class HeadLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         self.ranks = tuple(ranks)
         self.dropout = dropout
 
-    # PEFT declares a static method, but calls it on the instance, which is where the heads are.
+    # PEFT declares a static method, but calls it on the instance, which holds the heads.
     def forward(self, module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         return self._update(module, active_adapter, x, result, None)
 
@@ -49,7 +48,13 @@ class HeadLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         gate: Tensor,
         expand_gate: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """The layer's output. x: (n, …, d_in), result: (n, …, d_out), gate: (R,), or (n, R) with a gate per sample."""
+        """Computes the layer's output with a gate.
+
+        Args:
+            x: (n, …, d_in).
+            result: the base layer's output, (n, …, d_out).
+            gate: (R,), or (n, R) with a gate per sample.
+        """
         if gate.dim() == 1:
             return self._update(module, adapter, x, result, gate)
         A, B = self.dense(module.lora_A[adapter].weight, module.lora_B[adapter].weight)
@@ -67,7 +72,7 @@ class HeadLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
             and x.device.type == "cpu"
             and p < 1
         ):
-            W = frozen_weight(module, x, result)
+            W = fusable_weight(module, x, result)
             dropped = self.dropout(x, p) if p > 0 else None
         else:
             x = dropout(x)
@@ -82,11 +87,11 @@ class HeadLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
             self.ranks,
             W=W,
             dropped=dropped,
-            into=owns_output(module),
+            overwrite=may_overwrite_output(module),
         )
 
     def dense(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """A (R, d_in) and B (d_out, R) of the plain LoRA that these heads are equal to."""
+        """A (R, d_in) and B (d_out, R) of the plain LoRA that is equivalent to these heads."""
         return dense_A(A, self.groups, self.ranks), dense_B(B, self.groups, self.ranks)
 
     def compact(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,31 +99,33 @@ class HeadLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         return compact_A(A, self.groups, self.ranks), compact_B(B, self.groups, self.ranks)
 
     @staticmethod
-    def refusal() -> AdapterError:
-        """Why merging cannot be."""
+    def merge_error() -> AdapterError:
+        """The error for merging a layer in per-head form."""
         return AdapterError(
-            "the adapter is in per-head form, which merging cannot see: end the run first (ranks.finish()), or save "
-            "the adapter and merge what is loaded from the file"
+            "the adapter is in per-head form, which PEFT cannot merge: end the run first (ranks.finish()), or save the "
+            "adapter, load it from the file and merge the loaded adapter"
         )
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise self.refusal()
+        raise self.merge_error()
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        raise self.refusal()
+        raise self.merge_error()
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise self.refusal()
+        raise self.merge_error()
 
 
 def head_ranks_of(A: Tensor, B: Tensor, groups: HeadGroups, preferred: Sequence[int]) -> tuple[int, ...] | None:
-    """Whose the ranks of a plain LoRA are, seen from where its matrices are zero; None: they are not per head.
+    """Derives r_h of every head, (H,), from the zeros in A and B of a plain LoRA; None if the LoRA is not per head.
 
-    A rank that is zero altogether (new, B = 0) could be anyone's: it goes to the head before it.
+    A rank without any non-zero element (a new rank, B = 0) could belong to any head. It is assigned to the same head as
+    the rank before it.
 
     Args:
         A: (R, d_in), B: (d_out, R).
-        preferred: head ranks to take where they fit, which settles ranks that are zero.
+        groups: the heads.
+        preferred: head ranks that are returned if A and B fit them. This decides about ranks that are zero.
     """
     if sum(preferred) == len(A):
         blocks_only = HeadLora(groups, preferred)

@@ -1,1 +1,1 @@
-"""What is saved of a run, and whether it is whole."""
+"""Saves and restores the state of a run, and checks that checkpoints are complete."""

@@ -1,10 +1,12 @@
-"""Which of the checkpoints in a folder are whole, and so which one a run goes on from.
+"""Finds the complete checkpoints in a folder, so that a run resumes from the latest complete one.
 
-The Trainer writes a checkpoint file by file under its final name; whoever looks in between, or after a crash, sees a
-part of one. When all of it is there, :func:`seal` brings it to the disk and writes ``lorank_complete.json``, with the
-size and the SHA-256 of every file. A checkpoint with this file is whole if all of it agrees; one without (the process
-was killed just before, or it is not ours) is whole if the Trainer came to its end, which its own state, written last,
-shows, and no file is cut short.
+The Trainer writes a checkpoint file by file under its final name. A reader during this time, or after a crash, finds an
+incomplete checkpoint. After the last file, :func:`seal` flushes the checkpoint to disk and writes
+``lorank_complete.json`` with the size and the SHA-256 of every file.
+
+A checkpoint with this file is complete if all files agree with it. A checkpoint without it (the process was killed just
+before, or another program wrote the checkpoint) is complete if the Trainer has written its own state, which it writes
+last, and no file is truncated.
 """
 
 from __future__ import annotations
@@ -29,21 +31,21 @@ SEAL = "lorank_complete.json"
 STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _MAX_STATE = 256_000_000
-_NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-# an adapter, or a whole model in one file or several
+_REQUIRED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+# an adapter, or a complete model in one file or in several
 _WEIGHTS = (
     ("adapter_config.json", "adapter_model.safetensors"),
     ("model.safetensors",),
     ("model.safetensors.index.json",),
 )
-_OF_OTHERS = re.compile(r"rng_state_\d+\.pth")  # written by other processes, perhaps not yet
+_OTHER_PROCESSES = re.compile(r"rng_state_\d+\.pth")  # of other processes, which may write them later
 
 
 def seal(checkpoint: str | Path) -> None:
-    """Says that all of ``checkpoint`` is there, once it is on the disk.
+    """Flushes ``checkpoint`` to disk, then marks it as complete.
 
     Raises:
-        WriteError: no space.
+        WriteError: no space, no permission.
     """
     checkpoint = Path(checkpoint)
     (checkpoint / SEAL).unlink(missing_ok=True)
@@ -53,69 +55,70 @@ def seal(checkpoint: str | Path) -> None:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The latest checkpoint in a Trainer's output folder that is whole, or None.
+    """The latest complete checkpoint in a Trainer's output folder, or None.
 
-    To resume, where a process may have been killed while it saved:
-    ``trainer.train(resume_from_checkpoint=lorank.last_checkpoint("out"))``. A warning names those that are passed over.
+    Use it to resume after a process was killed, perhaps while it saved:
+    ``trainer.train(resume_from_checkpoint=lorank.last_checkpoint("out"))``. A warning in the log names each incomplete
+    checkpoint that is skipped.
     """
     for path in reversed(checkpoints(folder)):
         reason = find_problem(path)
         if reason is None:
             return str(path)
-        logger.warning("%s is not whole (%s): an earlier one is taken", path, reason)
+        logger.warning("%s is not complete (%s): an earlier checkpoint is used", path, reason)
     return None
 
 
 def remove_broken(folder: str | Path) -> None:
-    """Removes checkpoints that are not whole, with a warning each, so that no later one mixes with their files."""
+    """Removes incomplete checkpoints, with a warning each, so that later checkpoints do not mix with their files."""
     for path in checkpoints(folder):
         reason = find_problem(path)
         if reason is not None:
-            logger.warning("%s was not written to its end (%s): it is removed", path, reason)
+            logger.warning("%s is not complete (%s): it is removed", path, reason)
             shutil.rmtree(path)
         else:
             remove_leftovers(path)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """All folders ``checkpoint-<step>``, by their step."""
+    """All folders ``checkpoint-<step>``, in ascending order of their steps."""
     found = [path for path in Path(folder).glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that its name says."""
+    """The step in the name of a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def find_problem(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not whole, or None if it is."""
+    """The reason why a checkpoint is not complete, or None if it is complete."""
     sealed = checkpoint / SEAL
     try:
         if sealed.is_file():
-            return _differs(checkpoint, parse_json(read_bounded(sealed, _MAX_STATE)))
+            return _compare_with_seal(checkpoint, parse_json(read_bounded(sealed, _MAX_STATE)))
         state = parse_json(read_bounded(checkpoint / STATE, _MAX_STATE))
     except (OSError, ValueError) as error:
         return str(error)
     if not isinstance(state, dict) or state.get("global_step") != step_of(checkpoint):
         return f"{STATE} is of another step"
-    missing = [name for name in _NEEDED if not (checkpoint / name).is_file()]
+    missing = [name for name in _REQUIRED if not (checkpoint / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"
     if not any(all((checkpoint / name).is_file() for name in names) for names in _WEIGHTS):
         return "the weights are missing"
-    return next((f"{path.name} is cut short" for path in _files(checkpoint) if not _readable(path)), None)
+    return next((f"{path.name} is truncated" for path in _files(checkpoint) if not _is_complete(path)), None)
 
 
-def _differs(checkpoint: Path, sealed: Any) -> str | None:
+def _compare_with_seal(checkpoint: Path, sealed: Any) -> str | None:
     if not isinstance(sealed, dict):
         return f"{SEAL} is damaged"
-    for name, was in sealed.items():
+    for name, recorded in sealed.items():
         path = checkpoint / name
         if not path.resolve().is_relative_to(checkpoint.resolve()) or not path.is_file():
             return f"{name} is missing"
-        if _fingerprint(path) != was:
-            return f"{name} is not what was written"
+        if _fingerprint(path) != recorded:
+            return f"{name} has changed since it was written"
     return None
 
 
@@ -125,7 +128,7 @@ def _files(checkpoint: Path) -> Iterator[Path]:
             path.is_file()
             and path.name != SEAL
             and not path.name.startswith(".")
-            and not _OF_OTHERS.fullmatch(path.name)
+            and not _OTHER_PROCESSES.fullmatch(path.name)
         ):
             yield path
 
@@ -138,8 +141,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _readable(path: Path) -> bool:
-    """Whether a file has its end: safetensors says how long it is, and torch's archives have their table last."""
+def _is_complete(path: Path) -> bool:
+    """Whether a file is not truncated: safetensors names its length, and torch's archives have their table last."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt"):

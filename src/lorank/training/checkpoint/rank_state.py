@@ -1,8 +1,8 @@
-"""The state of a run: everything that an exact resume needs besides the model's weights and the optimiser's moments.
+"""The rank state of a run: everything that an exact resume needs besides weights and optimiser moments.
 
-It travels inside the optimiser's ``state_dict``, in the first parameter group, so that whoever saves and loads their
-optimiser has saved and loaded it too. Plain types and tensors only. A file of weights shows plain LoRA; the form in
-which layers are trained (gates, heads) is here.
+The rank state is saved inside the optimiser's ``state_dict``, in the first parameter group. So every loop that saves
+and loads its optimiser also saves and loads the rank state. It consists of plain types and tensors. A file of weights
+contains plain LoRA; the rank state contains the form in which layers are trained (gates, heads).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lorank.training.run_state import RunState
 
 VERSION = 3
 STATE_KEY = "lorank"
-"""Under which a rank state travels, in an optimiser's first parameter group."""
+"""The key of the rank state in an optimiser's first parameter group."""
 
 
 def rank_state(run: RunState) -> dict[str, Any]:
-    """The state, sealed with a hash of all that it says (:mod:`lorank.training.checkpoint.state_schema`)."""
+    """The rank state, sealed with a hash of its content (:mod:`lorank.training.checkpoint.state_schema`)."""
     state = {
         "version": VERSION,
         "step": run.step,
@@ -42,22 +42,22 @@ def rank_state(run: RunState) -> dict[str, Any]:
 
 
 def restore_layers_(run: RunState, state: Mapping[str, Any]) -> None:
-    """Gives the layers the form and the ranks of the state. The optimiser brings moments of these shapes."""
+    """Gives the layers the form and the ranks of the state. The loaded optimiser has moments of these shapes."""
     restore_layout_(run.layers, saved_heads(state))
-    _take_ranks_(run.layers, state["ranks"])
+    _resize_plain_layers_(run.layers, state["ranks"])
 
 
 def restore_progress_(run: RunState, state: Mapping[str, Any]) -> None:
-    """Gates, the method's memory and the counts of the state, for layers that have its ranks.
+    """Restores gates, the method's memory and the counts, for layers that have the ranks of the state.
 
-    Each tensor of the memory goes to where the method keeps it: to the device on which
-    :meth:`~lorank.allocators.Allocator.start` made the one of that name. A checkpoint may have been read to elsewhere.
+    Each tensor of the memory is moved to the device on which :meth:`~lorank.allocators.Allocator.start` created the
+    tensor of that name, because a checkpoint may have been loaded to another device.
     """
     _load_gates_(run.layers, state["gated"])
-    elsewhere = next(iter(run.layers.values())).A.device
+    default_device = next(iter(run.layers.values())).A.device
     devices = {name: tensor.device for name, tensor in run.memory.items()}
     run.memory = {
-        name: tensor.detach().clone().to(devices.get(name, elsewhere)) for name, tensor in state["state"].items()
+        name: tensor.detach().clone().to(devices.get(name, default_device)) for name, tensor in state["state"].items()
     }
     run.step = state["step"]
     run.allocations = state["allocations"]
@@ -65,23 +65,35 @@ def restore_progress_(run: RunState, state: Mapping[str, Any]) -> None:
 
 
 def check_resumable(state: Mapping[str, Any], run: RunState) -> None:
-    """Whether a saved rank state is whole, and of this run. Nothing is changed.
+    """Checks that a saved rank state is undamaged and belongs to this run. Nothing is changed.
 
     Raises:
-        ResumeError: it is damaged, or of another version, method, setting, seed, model or budget.
+        ResumeError: the state is damaged, or is of another version, method, setting, seed, model or budget.
     """
     layers, info = run.layers, run.info
     if not isinstance(state, Mapping):
-        raise ResumeError(f"the saved rank state is a {type(state).__name__}: the optimiser's file is damaged")
+        raise ResumeError(
+            f"the saved rank state is a {type(state).__name__}, expected a mapping: the optimiser's file is damaged. "
+            "Resume from another checkpoint"
+        )
     if state.get("version") != VERSION:
-        raise ResumeError(f"the saved rank state has version {state.get('version')!r}, this lorank reads {VERSION}")
+        raise ResumeError(
+            f"the saved rank state has version {state.get('version')!r}, but this lorank reads version {VERSION}: "
+            "resume with the lorank that wrote it"
+        )
     check_seal(state)
-    ours: dict[str, Any] = {**run.allocator.describe(), "seed": info.seed}
-    theirs: dict[str, Any] = {**state["allocator"], "seed": state["seed"]}
-    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    current_settings: dict[str, Any] = {**run.allocator.describe(), "seed": info.seed}
+    saved_settings: dict[str, Any] = {**state["allocator"], "seed": state["seed"]}
+    differing = sorted(
+        key
+        for key in current_settings.keys() | saved_settings.keys()
+        if current_settings.get(key) != saved_settings.get(key)
+    )
     if differing:
-        listed = "; ".join(f"{key}: saved {theirs.get(key)!r}, now {ours.get(key)!r}" for key in differing)
-        raise ResumeError(f"the checkpoint is of another run ({listed}). Resume with the settings it was made with")
+        differences = "; ".join(
+            f"{key}: saved {saved_settings.get(key)!r}, now {current_settings.get(key)!r}" for key in differing
+        )
+        raise ResumeError(f"the checkpoint is of another run ({differences}). Resume with the settings of that run")
     shapes = {name: (layer.d_in, layer.d_out) for name, layer in layers.items()}
     if {name: tuple(shape) for name, shape in state["shapes"].items()} != shapes:
         raise ResumeError(
@@ -89,20 +101,25 @@ def check_resumable(state: Mapping[str, Any], run: RunState) -> None:
             f"shape from the {len(shapes)} here. Load the base model that the run was started with, and adapt the "
             "same modules"
         )
-    most = {name: max(min(shape), info.initial_ranks.get(name, 0)) for name, shape in shapes.items()}
-    if state["ranks"].keys() != most.keys() or any(rank > most[name] for name, rank in state["ranks"].items()):
-        raise ResumeError("the saved rank state has ranks that its modules cannot have: it was not written by a run")
+    max_ranks = {name: max(min(shape), info.initial_ranks.get(name, 0)) for name, shape in shapes.items()}
+    if state["ranks"].keys() != max_ranks.keys() or any(
+        rank > max_ranks[name] for name, rank in state["ranks"].items()
+    ):
+        raise ResumeError(
+            "the saved rank state has ranks that its modules cannot have: it was not written by a run. Resume from "
+            "another checkpoint"
+        )
     check_same_base(state["base"], layers)
     if state["initial_ranks"] != info.initial_ranks:
         saved, now = sum(state["initial_ranks"].values()), sum(info.initial_ranks.values())
         raise ResumeError(
             f"the checkpoint's run began with another budget: {saved} ranks in {len(shapes)} modules, here {now}. "
-            "Make the model as that run did, with get_peft_model and the same LoraConfig, not from the checkpoint"
+            "Make the model as in that run, with get_peft_model and the same LoraConfig, not from the checkpoint"
         )
 
 
 def _layers_state(layers: AdapterLayers) -> dict[str, Any]:
-    """What a rank state says of the layers."""
+    """The part of a rank state about the layers."""
     return {
         "shapes": {name: (layer.d_in, layer.d_out) for name, layer in layers.items()},
         "ranks": layers.ranks,
@@ -112,13 +129,13 @@ def _layers_state(layers: AdapterLayers) -> dict[str, Any]:
 
 
 def _gated_state(layers: AdapterLayers) -> dict[str, Any]:
-    """Learned gates, and B as it is beneath them: a file holds the two folded into one. Empty without gates."""
+    """Learned gates, and B without the gates folded in, which a file of weights lacks. Empty without gates."""
     gates = layers.gates
     if gates is None:
         return {}
     return {
         "gates": gates.values.clone(),
-        # What is in a pool is in its optimiser's checkpoint as it is.
+        # The checkpoint of DeepSpeed's optimiser contains the B of layers with a pool, without the gates folded in.
         "B": {name: layer.B.detach().clone() for name, layer in layers.items() if layer.pool is None},
     }
 
@@ -135,7 +152,7 @@ def _load_gates_(layers: AdapterLayers, saved: Mapping[str, Any]) -> None:
 
 
 def _heads_state(layers: AdapterLayers) -> dict[str, dict[str, Any]]:
-    """The layers in per-head form: what the heads own, and the rank of each."""
+    """For each layer in per-head form, its heads and the rank of each head."""
     return {
         name: {**asdict(layer.groups), "ranks": list(layer.head_ranks)}
         for name, layer in layers.items()
@@ -144,12 +161,12 @@ def _heads_state(layers: AdapterLayers) -> dict[str, dict[str, Any]]:
 
 
 def saved_heads(state: Mapping[str, Any]) -> dict[str, tuple[HeadGroups, list[int]]]:
-    """The layers in per-head form of a saved rank state, as :func:`lorank.lora.restore_layout_` takes them."""
+    """The layers in per-head form of a saved rank state, as arguments of :func:`lorank.lora.restore_layout_`."""
     heads: Mapping[str, Mapping[str, Any]] = state.get("heads", {})
     return {name: (HeadGroups(h["kind"], h["count"], h["size"]), h["ranks"]) for name, h in heads.items()}
 
 
-def _take_ranks_(layers: AdapterLayers, ranks: Mapping[str, int]) -> None:
-    """Gives plain layers these ranks; those in per-head form have theirs from :func:`lorank.lora.restore_layout_`."""
+def _resize_plain_layers_(layers: AdapterLayers, ranks: Mapping[str, int]) -> None:
+    """Resizes plain layers to ``ranks``. :func:`lorank.lora.restore_layout_` has resized those in per-head form."""
     plain = {name: layer for name, layer in layers.items() if layer.groups is None}
     resize_(layers, {name: plan_for_rank(layer.rank, ranks[name]) for name, layer in plain.items()})

@@ -1,7 +1,7 @@
-"""A rank state that is damaged is refused before anything has changed.
+"""The schema and the seal of a rank state: a damaged state is refused before anything has changed.
 
-A state travels inside an optimiser's file. It is sealed with a SHA-256 of all that it says, and its form is checked, so
-that no field is missing or of another type. A seal shows damage, not malice.
+A rank state is saved inside the optimiser's file. It is sealed with a SHA-256 of its content. When it is loaded, the
+seal is checked, and that no field is missing or of another type. The seal detects damage, not manipulation.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ SEAL = "sha256"
 _REMEDY = "the file is damaged. Resume from another checkpoint"
 
 
-class _Form(BaseModel):
+class _Schema(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
 
-class _Heads(_Form):
+class _Heads(_Schema):
     kind: Literal["rows", "columns"]
     count: PositiveInt
     size: PositiveInt
     ranks: list[NonNegativeInt]
 
 
-class _Gated(_Form):
+class _Gated(_Schema):
     gates: Tensor
     B: dict[str, Tensor]
 
 
-class _State(_Form):
+class _State(_Schema):
     version: int
     step: NonNegativeInt
     allocations: NonNegativeInt
@@ -52,7 +52,7 @@ class _State(_Form):
     state: dict[str, Tensor]
 
 
-_FORM = TypeAdapter(_State)
+_SCHEMA = TypeAdapter(_State)
 
 
 def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,16 +61,16 @@ def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_seal(state: Mapping[str, Any]) -> None:
-    """Raises ResumeError if the state is not what was sealed, or has not the form of one."""
-    said = {key: value for key, value in state.items() if key != SEAL}
+    """Raises ResumeError if the state differs from what was sealed, or does not fit the schema."""
+    content = {key: value for key, value in state.items() if key != SEAL}
     try:
-        whole = state.get(SEAL) == _digest(said)
+        intact = state.get(SEAL) == _digest(content)
     except (TypeError, ValueError, RecursionError):
-        whole = False
-    if not whole:
-        raise ResumeError(f"the saved rank state is not what was written (its SHA-256 differs): {_REMEDY}")
+        intact = False
+    if not intact:
+        raise ResumeError(f"the saved rank state has changed since it was written (its SHA-256 differs): {_REMEDY}")
     try:
-        _FORM.validate_python(said)
+        _SCHEMA.validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"][:3]))[:100]
@@ -78,27 +78,27 @@ def check_seal(state: Mapping[str, Any]) -> None:
 
 
 def _digest(state: Mapping[str, Any]) -> str:
-    found = hashlib.sha256()
-    _feed(found, state)
-    return found.hexdigest()
+    sha256 = hashlib.sha256()
+    _update_hash(sha256, state)
+    return sha256.hexdigest()
 
 
-def _feed(found: Any, value: Any) -> None:
-    """Values by type, length and content; a tuple counts as the list that some formats make of it."""
+def _update_hash(sha256: Any, value: Any) -> None:
+    """Hashes a value by type, length and content. A tuple counts as a list, because some formats save it as one."""
     if isinstance(value, Tensor):
-        found.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        sha256.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
+        sha256.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, Mapping):
-        found.update(f"mapping {len(value)}:".encode())
+        sha256.update(f"mapping {len(value)}:".encode())
         for key in sorted(value):
-            _feed(found, key)
-            _feed(found, value[key])
+            _update_hash(sha256, key)
+            _update_hash(sha256, value[key])
     elif isinstance(value, list | tuple):
-        found.update(f"list {len(value)}:".encode())
+        sha256.update(f"list {len(value)}:".encode())
         for item in value:
-            _feed(found, item)
+            _update_hash(sha256, item)
     elif value is None or isinstance(value, bool | int | float | str):
         text = repr(value).encode("utf-8", "surrogatepass")
-        found.update(f"{type(value).__name__} {len(text)}:".encode() + text)
+        sha256.update(f"{type(value).__name__} {len(text)}:".encode() + text)
     else:
-        raise TypeError(f"a rank state holds no {type(value).__name__}")
+        raise TypeError(f"a rank state cannot hold a {type(value).__name__}")

@@ -1,1 +1,1 @@
-"""What accompanies a run: one class each, with the hooks of :class:`~lorank.training.integrations.base.Integration`."""
+"""The integrations of a run (gradient scalers, ``torch.compile``, quantised bases, …), one class per file."""

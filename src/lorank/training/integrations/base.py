@@ -1,7 +1,8 @@
-"""One protocol for whatever accompanies a run: processes, gradient scalers, ``torch.compile``, the fused forward, …
+"""The protocol of integrations: processes, gradient scalers, ``torch.compile``, the fused forward, …
 
-A run notifies its integrations in the order of their list. All of them are started inside an exit stack: if one cannot
-start, or the run cannot begin, those that have started are ended in reverse order, and the model is as it was.
+A run notifies its integrations in the order of their list. All of them are started inside an exit stack. If an
+integration or the run cannot start, the integrations that have started are ended in reverse order, and the model is
+unchanged.
 """
 
 from __future__ import annotations
@@ -14,57 +15,57 @@ from lorank.training.run_state import RunState
 
 
 class Integration:
-    """Something that accompanies a run. Every hook does nothing unless it is overridden; they run in this order.
+    """The base class of integrations. A hook does nothing unless it is overridden. The hooks run in this order:
 
         on_start → [before_step → the optimiser's step → (before_read → on_decision → after_resize → after_allocation)
         → after_step] for every step → on_end
 
-    What stands in round brackets happens in steps in which ranks are allocated. A backend for distributed training is
-    an integration too (:mod:`lorank.training.parallel.backend`).
+    The hooks in round brackets run only in steps in which ranks are allocated. A backend for distributed training is an
+    integration too (:mod:`lorank.training.parallel.backend`).
     """
 
     def on_start(self, run: RunState) -> None:
-        """The run begins, or goes on from a checkpoint. No rank has moved yet.
+        """Called when the run begins, or continues from a checkpoint. No rank has changed yet.
 
         Raises:
-            LorankError: the run cannot be accompanied. Nothing may have changed then.
+            LorankError: the integration does not support this run. It must not have changed anything then.
         """
 
     def before_step(self, run: RunState) -> None:
-        """Gradients are there, weights have not moved; the method looks at the gradients after this.
+        """Called before an optimiser step, when the gradients are complete. The method reads them after this hook.
 
         Raises:
-            StepSkipped: the optimiser will not take this step.
+            StepSkipped: the optimiser will skip this step.
         """
 
     def before_read(self, run: RunState) -> None:
-        """The adapter's weights and their moments are about to be read, and perhaps resized."""
+        """Called before the adapter's weights and their moments are read, and perhaps resized."""
 
     def on_decision(self, run: RunState, allocation: Allocation | None) -> None:
-        """The method has decided; no rank has moved yet. None: everything stays as it is."""
+        """Called after the method's decision, before any rank changes. ``allocation`` is None if nothing changes."""
 
     def after_resize(self, run: RunState) -> None:
-        """Shapes may have changed, by an allocation or because weights were loaded."""
+        """Called after an allocation or after loading weights, when shapes may have changed."""
 
     def after_allocation(self, run: RunState) -> None:
-        """An allocation has been carried out, whether or not ranks moved, and the method has taken note of it."""
+        """Called after an allocation, whether or not ranks changed, when the method has updated its memory."""
 
     def after_step(self, run: RunState) -> None:
-        """The step is done, with everything that was due, or was skipped."""
+        """Called at the end of a step, after a due allocation, also if the step was skipped."""
 
     def on_end(self, run: RunState) -> None:
-        """The run ends, or could not begin: whatever this integration put on the model or the optimiser is removed."""
+        """Called when the run ends or could not begin. Removes all that was added to the model or the optimiser."""
 
 
 class StepSkipped(Exception):
-    """The optimiser will not take the step that it was asked for: nobody else looks at its gradients."""
+    """The optimiser will skip the present step. Its gradients are not used."""
 
 
 class Integrations(Integration):
-    """A list of integrations as one. Each hook goes through the list in order; :meth:`on_end` in reverse.
+    """A list of integrations, used as one. Each hook notifies them in order; :meth:`on_end` in reverse order.
 
     Args:
-        members: in the order in which they are notified.
+        members: the integrations, in the order in which they are notified.
     """
 
     def __init__(self, members: Sequence[Integration]) -> None:
@@ -72,7 +73,7 @@ class Integrations(Integration):
         self._started = ExitStack()
 
     def on_start(self, run: RunState) -> None:
-        """Starts all, or none: where one fails, those before it are ended again."""
+        """Starts all integrations. If one fails, those before it are ended again."""
         with ExitStack() as started:
             for member in self.members:
                 member.on_start(run)
@@ -104,5 +105,5 @@ class Integrations(Integration):
             member.after_step(run)
 
     def on_end(self, run: RunState) -> None:
-        """Ends those that have started, also where one of them fails. A second call does nothing."""
+        """Ends the integrations that have started, even if one of them fails. A second call does nothing."""
         self._started.close()

@@ -1,4 +1,4 @@
-"""While a run lasts, its layers compute by the fused forward (:func:`lorank.lora.fuse_`)."""
+"""Uses the fused forward (:func:`lorank.lora.fuse_`) in all supported layers during a run."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from lorank.training.run_state import RunState
 
 
 class FusedForward(Integration):
-    """Layers are fused after every change of their form (a layer that is fused already stays as it is).
+    """Fuses the layers after every change of their form, and restores PEFT's forward at the end.
 
     Args:
-        wanted: whether layers are to be fused at all.
-        compiled: whether the model is compiled, or will be: ``torch.compile`` fuses by itself.
+        enabled: whether layers are fused at all.
+        compiled: whether the model is compiled, or will be. Then nothing is fused, because ``torch.compile`` does it.
     """
 
-    def __init__(self, *, wanted: bool, compiled: bool) -> None:
-        self._wanted, self._compiled = wanted, compiled
-        self._reported: dict[str, list[str]] = {}
+    def __init__(self, *, enabled: bool, compiled: bool) -> None:
+        self._enabled, self._compiled = enabled, compiled
+        self._logged: dict[str, list[str]] = {}
 
     def after_resize(self, run: RunState) -> None:
-        if run.finished or not self._wanted:
+        if run.finished or not self._enabled:
             unfuse_(run.layers)
             return
-        self._reported = fuse_(run.layers, compiled=self._compiled, known=self._reported)
+        self._logged = fuse_(run.layers, compiled=self._compiled, already_logged=self._logged)
 
     def on_end(self, run: RunState) -> None:
         unfuse_(run.layers)

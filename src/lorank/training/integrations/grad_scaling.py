@@ -1,8 +1,9 @@
-"""fp16 training multiplies its loss so that small gradients survive, and skips steps whose gradients have overflowed.
+"""Support for the gradient scalers of float16 training.
 
-``torch.amp.GradScaler`` divides the gradients of the optimiser's parameters by its scale before they are used, with two
-exceptions that matter here. Learned gates are in no optimiser, so theirs stay scaled. And fused optimisers are handed
-the scale and whether something overflowed, and see to both themselves: what looks like a step may be none.
+float16 training scales the loss, so that small gradients do not become zero. It skips steps whose gradients overflow.
+``torch.amp.GradScaler`` divides the gradients of the optimiser's parameters by the scale before the step. There are two
+exceptions. Learned gates are in no optimiser, so their gradients stay scaled. Fused optimisers receive the scale and
+an overflow flag, and apply both themselves, so their ``step`` may leave the weights unchanged.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ logger = logging.getLogger("lorank")
 
 
 class GradScaling(Integration):
-    """Gradients have their true size when a method looks at them, and a step that the scaler skips is no step.
+    """Unscales gradients before the method reads them, and detects steps that the scaler skips.
 
     Args:
-        optimizer: what the user made, which may be accelerate's wrapper: it knows its scaler.
-        scaler: the loop's gradient scaler; None: the wrapper's, or none.
+        optimizer: the user's optimiser. If it is accelerate's wrapper, it provides its scaler.
+        scaler: the loop's gradient scaler; None: the wrapper's scaler, if there is one.
     """
 
     def __init__(self, optimizer: Any, scaler: Any) -> None:
@@ -35,7 +36,7 @@ class GradScaling(Integration):
             optimizer = getattr(optimizer, "optimizer", None)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._warned = False
-        self._forwards = 0  # since the last step
+        self._forward_count = 0  # since the last step
         self._handle: RemovableHandle | None = None
 
     def on_start(self, run: RunState) -> None:
@@ -43,16 +44,16 @@ class GradScaling(Integration):
         self._handle = run.layers.model.register_forward_pre_hook(self._before_forward)
 
     def before_step(self, run: RunState) -> None:
-        """Divides out the scale wherever it is still in a gradient.
+        """Divides every gradient that is still scaled by the scale.
 
         Raises:
-            StepSkipped: a gradient has overflowed, so that the optimiser will leave the weights as they are.
+            StepSkipped: a gradient has overflowed, so the optimiser will not change the weights.
         """
         optimizer = run.optimizer
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
             raise StepSkipped
-        if scale is not None:  # a fused optimiser would divide, after methods have looked
+        if scale is not None:  # a fused optimiser would unscale after the method has read the gradients
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             for grad in grads:
                 grad.mul_(scale.double().reciprocal().float().to(grad.device))
@@ -61,35 +62,35 @@ class GradScaling(Integration):
             run.layers.gates.grad.div_(self._scaler.get_scale())
 
     def after_step(self, run: RunState) -> None:
-        self._forwards = 0
+        self._forward_count = 0
 
     def on_end(self, run: RunState) -> None:
         if self._handle is not None:
             self._handle.remove()
 
     def _before_forward(self, model: nn.Module, _: Any) -> None:
-        """Where a loop has thrown its gradients away without a step, those of the gates go too."""
+        """Resets the gradients of the gates if the loop has reset its gradients without a step."""
         gates = self._layers.gates
         if gates is None or not (model.training and torch.is_grad_enabled()):
             return
         if any(layer.pool is not None for layer in self._layers.values()):
-            return  # DeepSpeed keeps gradients to itself, and throws none away
+            return  # DeepSpeed keeps its own gradients, and never resets them without a step
         device = gates.values.device.type
         fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         if fp16 and self._scaler is None and not self._warned:
             self._warned = True
             logger.warning(
-                "the model trains in float16 autocast and lorank knows of no gradient scaler. If there is one, its "
-                "scale stays in the gradients of the gates that this method learns: attach(…, grad_scaler=scaler)"
+                "the model trains in float16 autocast, and lorank was given no gradient scaler. If there is a scaler, "
+                "its scale stays in the gradients of the learned gates: use attach(…, grad_scaler=scaler)"
             )
-        self._forwards += 1
-        if self._forwards > 1 and self._thrown_away(gates):
+        self._forward_count += 1
+        if self._forward_count > 1 and self._gradients_were_reset(gates):
             gates.clear_grad()
 
-    def _thrown_away(self, gates: LearnedGates) -> bool:
-        """Whether the gradients of A and B have been set to None, or to zero, since they were computed."""
+    def _gradients_were_reset(self, gates: LearnedGates) -> bool:
+        """Whether the loop has set the gradients of A and B to None or to zero since they were computed."""
         grads = [p.grad for layer in self._layers.values() for p in (layer.A, layer.B) if p.grad is not None]
         if any(bool(grad.any()) for grad in grads):
             return False
-        # Beneath gates that are all zero (AdaLoRA begins so) a gradient is zero by itself.
+        # If all gates are zero (as at the start of AdaLoRA), the gradients of A and B are zero without a reset.
         return not grads or bool(gates.values.any()) or not bool(gates.grad.isfinite().all())

@@ -1,4 +1,4 @@
-"""A warning for a run in which no rank is ever allocated: before it starts, if that can be known, and at its end."""
+"""Warns about a run without any allocation: before the start, if the schedule shows it, and at the end."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ logger = logging.getLogger("lorank")
 
 
 class NoAllocationWarning(Integration):
-    """Warns once: when the run has made its last step, is detached, or is gone without either."""
+    """Logs one warning, when the run has made its last step, is detached, or is garbage-collected before either."""
 
     def on_start(self, run: RunState) -> None:
         self._name = type(run.allocator).__name__
         self._moves_ranks = run.allocator.moves_ranks
-        self._begun = self._allocated = self._warned = False
-        self._first = next(iter(run.allocator.schedule(run.info)), math.inf)
+        self._started = self._allocated = self._warned = False
+        self._first_allocation = next(iter(run.allocator.schedule(run.info)), math.inf)
         self._total_steps = run.info.total_steps
-        # The warning holds nothing of the run, which would never be collected otherwise.
+        # The finalizer must not reference the run, which would never be collected otherwise.
         weakref.finalize(run, self._warn)
-        if self._moves_ranks and self._first == math.inf:
+        if self._moves_ranks and self._first_allocation == math.inf:
             logger.warning(
                 "%s will not move a single rank: its first allocation would come at or after the last of %d steps. "
                 "Train longer, or allocate earlier (ALoRA: a smaller k1).",
@@ -32,10 +32,10 @@ class NoAllocationWarning(Integration):
             )
 
     def after_allocation(self, run: RunState) -> None:
-        self._begun = True  # notified once before the first step: a run that cannot begin is not warned of
+        self._started = True  # called once before the first step, so there is no warning about a run that cannot begin
 
     def after_resize(self, run: RunState) -> None:
-        self._allocated = run.allocations > 0  # of a run that is resumed, too
+        self._allocated = run.allocations > 0  # also if a resumed run had an allocation before
 
     def after_step(self, run: RunState) -> None:
         self._allocated = run.allocations > 0
@@ -46,13 +46,13 @@ class NoAllocationWarning(Integration):
         self._warn()
 
     def _warn(self) -> None:
-        if not self._begun or self._warned or self._allocated or not self._moves_ranks:
+        if not self._started or self._warned or self._allocated or not self._moves_ranks:
             return
         self._warned = True
-        why = (
+        reason = (
             f"none was due in {self._total_steps} steps"
-            if self._first == math.inf
-            else f"the first was due after step {self._first} of {self._total_steps}, and training stopped before it "
-            "or the optimiser never stepped"
+            if self._first_allocation == math.inf
+            else f"the first was due after step {self._first_allocation} of {self._total_steps}, and training stopped "
+            "before it or the optimiser never stepped"
         )
-        logger.warning("%s ended without a single allocation: %s. No rank ever moved.", self._name, why)
+        logger.warning("%s ended without a single allocation: %s. No rank was changed.", self._name, reason)

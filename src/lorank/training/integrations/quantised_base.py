@@ -1,5 +1,4 @@
-"""While a run lasts, a quantised base model stays trainable, whenever it is evaluated
-(:mod:`lorank.lora.quantised`)."""
+"""Keeps a quantised base model trainable during a run, also after an evaluation (:mod:`lorank.lora.quantised`)."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from lorank.training.run_state import RunState
 
 
 class QuantisedBase(Integration):
-    """bitsandbytes' 4-bit weights are not repacked, and a merge that would lose the adapter is refused."""
+    """Prevents bitsandbytes from repacking 4-bit weights, and refuses a merge that would lose the adapter."""
 
     def __init__(self) -> None:
         self._prevention: RepackingPrevention | None = None

@@ -1,8 +1,8 @@
-"""``torch.compile``: every change of ranks compiles the model anew, and never falls back to eager unnoticed.
+"""Support for ``torch.compile``: the model is recompiled after every change of ranks.
 
-A compiled graph holds the shapes that it was made for. After eight sets of shapes (``recompile_limit``) PyTorch would
-run the model uncompiled for the rest of the run, with a line in the log. So what has been compiled is thrown away when
-ranks move, and the count begins anew.
+A compiled graph is valid for fixed shapes. After eight sets of shapes (``recompile_limit``), PyTorch would run the
+model uncompiled for the rest of the run, with only a line in the log. So all compiled code is discarded when ranks
+change, and PyTorch's count starts again from zero.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ logger = logging.getLogger("lorank")
 
 
 class TorchCompile(Integration):
-    """A run's compiled model.
+    """Recompiles a run's model after every change of ranks.
 
     Args:
         compiled: whether the model is compiled, or will be.
 
     Attributes:
-        resets: how often what was compiled has been thrown away.
+        resets: how often the compiled code was discarded.
     """
 
     def __init__(self, compiled: bool) -> None:
@@ -40,14 +40,14 @@ class TorchCompile(Integration):
             return
         if run.allocator.heads_of(run.layers):
             raise LorankError(
-                "a LoRA per head is a function of its own in every layer, where torch.compile would break its graph. "
-                "Train without torch.compile, or keep one rank per module with heads='module'"
+                "a LoRA per head uses a separate autograd function in every layer, at which torch.compile would break "
+                "its graph. Train without torch.compile, or keep one rank per module with heads='module'"
             )
         self._ranks = run.layers.ranks
-        logger.info("torch.compile: the model is compiled anew after every allocation that moves ranks")
+        logger.info("torch.compile: the model is recompiled after every allocation that changes ranks")
 
     def after_resize(self, run: RunState) -> None:
-        """If ranks have moved, what was compiled for the old ones is thrown away, of the whole process."""
+        """Discards all compiled code of the process if ranks have changed."""
         if not self._compiled or run.layers.ranks == self._ranks:
             return
         self._ranks = run.layers.ranks
@@ -56,5 +56,5 @@ class TorchCompile(Integration):
 
     def on_end(self, run: RunState) -> None:
         if self.resets:
-            logger.info("torch.compile: ranks moved %d times, and the model was compiled anew each time", self.resets)
+            logger.info("torch.compile: ranks changed %d times, and the model was recompiled each time", self.resets)
             self.resets = 0

@@ -1,4 +1,4 @@
-"""Several processes that train one model: which backends there are, and which of them a run has."""
+"""Training one model with several processes: the backends, and the choice of the backend for a run."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from lorank.training.parallel.deepspeed import ZeroBackend
 from lorank.training.parallel.fsdp import FsdpBackend
 
 BACKENDS: tuple[type[Backend], ...] = (ZeroBackend, FsdpBackend, DdpBackend, Backend)
-"""In the order in which they are asked; the last one serves whatever the others do not."""
+"""The first backend that supports the run is used. The last one supports every run."""
 
 
 def find_backend(layers: AdapterLayers, model: nn.Module, optimizer: Any) -> Backend:
-    """The backend for a model and an optimiser, as the training loop has them.
+    """Chooses and makes the backend for a model and an optimiser.
+
+    Args:
+        layers: the LoRA layers.
+        model: the model as the training loop calls it.
+        optimizer: the optimiser of the training loop.
 
     Raises:
-        LorankError, OptimizerStateError: the backend cannot serve them.
+        LorankError, OptimizerStateError: the backend does not support this model or optimiser.
     """
-    return next(backend for backend in BACKENDS if backend.serves(layers, model, optimizer))(layers, model, optimizer)
+    return next(backend for backend in BACKENDS if backend.supports(layers, model, optimizer))(layers, model, optimizer)
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The model inside what DDP or DeepSpeed made of it, or the model itself."""
+    """The model inside the wrapper of DDP or DeepSpeed, or the model itself."""
     for backend in BACKENDS:
         model = backend.inner(model)
     return model

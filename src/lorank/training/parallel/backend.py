@@ -1,8 +1,7 @@
-"""What a backend for distributed training is.
+"""The base class of backends for distributed training.
 
-A backend is an integration that knows where the adapter's weights, gradients and moments are while several processes
-train them. A new one is a file with a subclass of :class:`Backend`, and its name in
-:data:`lorank.training.parallel.BACKENDS`.
+A backend is an integration that knows where several processes keep the adapter's weights, gradients and moments. A new
+backend is one file with a subclass of :class:`Backend`, and an entry in :data:`lorank.training.parallel.BACKENDS`.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from lorank.training.integrations.base import Integration
 
 
 class Backend(Integration):
-    """One process, or several in each of which weights, gradients and optimiser state of the adapter are whole.
+    """The backend for one process, or for several processes that each hold the complete adapter and optimiser state.
 
     Args:
         layers: the LoRA layers.
         model: the model as the training loop calls it.
-        optimizer: what the user made.
+        optimizer: the user's optimiser.
 
     Attributes:
-        optimizer: the torch optimiser whose steps count.
-        lockstep: whether a forward pass needs all processes at once, so that none can evaluate by itself.
+        optimizer: the torch optimiser whose steps are counted.
+        lockstep: whether a forward pass needs all processes at once, so that no process can evaluate alone.
     """
 
     lockstep = False
@@ -37,16 +36,16 @@ class Backend(Integration):
         self.optimizer: torch.optim.Optimizer = unwrap_optimizer(optimizer)
 
     @classmethod
-    def serves(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
-        """Whether this is the backend that such a model and optimiser were made for."""
+    def supports(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
+        """Whether this backend is the one for such a model and optimiser."""
         return True
 
     @classmethod
     def inner(cls, model: nn.Module) -> nn.Module:
-        """The model inside what this backend makes of it; another model, as it is."""
+        """The model inside this backend's wrapper, or ``model`` itself if it has no such wrapper."""
         return model
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside, this process has the whole adapter in its model."""
+    def gathered(self) -> Iterator[None]:
+        """A context in which the model in this process has the complete adapter."""
         yield

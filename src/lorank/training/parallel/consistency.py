@@ -1,11 +1,13 @@
-"""Do all processes have the same? Compared by hashes, after every reallocation: ranks that drifted apart are silent.
+"""Checks by hashes, after every allocation, that all processes have the same ranks and tensors.
 
-A tensor's hash is made of its bits where they are, on a GPU too:
+Without this check, processes whose ranks or weights diverge would not be noticed.
+
+The hash of a tensor is computed from its bits on its own device, also on a GPU:
 
     h = Σ_i b_i · w_i  mod 2⁶⁴        w_i odd, from i by a fixed multiplier
 
-Whole numbers are added without rounding, so the order does not matter. It is no protection from an adversary, who is
-not what is looked for here.
+Integers are added without rounding, so the order does not matter. The hash detects accidental differences; it does not
+protect against an adversary.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from torch import Tensor
 from lorank.errors import DisagreementError
 from lorank.training.parallel.process_group import ProcessGroup
 
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as a signed number of 64 bits
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as a signed 64-bit integer
 _MIX = 0xBF58476D1CE4E5B9 - 2**64
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """A hash of the bits of ``tensor``: () int64, on its device."""
+    """The hash of the bits of ``tensor``: () int64, on its device."""
     flat = tensor.detach().contiguous().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
@@ -36,19 +38,21 @@ def digest(tensor: Tensor) -> Tensor:
 
 
 def require_same_text(processes: ProcessGroup, text: str, what: str, advice: str) -> None:
-    """Compares a few lines of text, ``name: value`` each.
+    """Checks that all processes have the same text.
 
     Args:
-        what: what they describe, for the message: "the processes do not have the same …".
-        advice: what to do.
+        processes: the processes to compare.
+        text: lines of the form ``name: value``.
+        what: the subject of the text, for the error message: "the processes do not have the same …".
+        advice: what to do, for the error message.
 
     Raises:
-        DisagreementError: they differ; names the first line that does, in this process and in one that differs.
+        DisagreementError: the texts differ. The message quotes the first line that differs, from two processes.
     """
     if not processes.several:
         return
     own = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
-    hashes = processes.gather(torch.tensor([own]))  # (processes, 1), alike in all of them
+    hashes = processes.gather(torch.tensor([own]))  # (processes, 1), the same in all processes
     if bool((hashes == hashes[0]).all()):
         return
     texts = processes.gather_objects(text)
@@ -60,10 +64,15 @@ def require_same_text(processes: ProcessGroup, text: str, what: str, advice: str
 
 
 def require_same_tensors(processes: ProcessGroup, tensors: Mapping[str, Tensor], what: str, advice: str) -> None:
-    """Compares tensors by their names, shapes, types and bits; arguments as of :func:`require_same_text`.
+    """Checks that all processes have tensors of the same names, shapes, dtypes and bits.
+
+    Args:
+        processes: the processes to compare.
+        tensors: the tensors by name.
+        what, advice: as in :func:`require_same_text`.
 
     Raises:
-        DisagreementError: they differ; names the first that does.
+        DisagreementError: the tensors differ. The message names the first tensor that differs.
     """
     if not processes.several:
         return
@@ -78,7 +87,7 @@ def require_same_tensors(processes: ProcessGroup, tensors: Mapping[str, Tensor],
         other, index = differing[0].tolist()
         count = int((hashes != hashes[0]).any(0).sum())
         raise DisagreementError(
-            f"the processes do not have the same {what}: {list(tensors)[index]} in process {other} is not that of "
+            f"the processes do not have the same {what}: {list(tensors)[index]} differs between process {other} and "
             f"process 0 ({count} of {len(tensors)} tensors differ). {advice}"
         )
 

@@ -1,8 +1,8 @@
-"""DistributedDataParallel after a resize: its reducer is made anew, in place.
+"""Rebuilds the reducer of DistributedDataParallel after a resize, in place.
 
-The reducer of a DDP module holds buckets of the old shapes and hooks on the old gradient nodes. After a resize those
-hooks never fire again, gradients are no longer averaged, and the processes **silently** train apart. The loop (the
-Trainer's too) holds the DDP object, so that one stays and gets a new reducer.
+The reducer of a DDP module has buckets of the old shapes, and hooks on the old gradient nodes. After a resize, these
+hooks are never called again. Gradients are no longer averaged, and the weights of the processes **silently** diverge.
+The training loop (also the Trainer's) holds the DDP object, so the object stays and gets a new reducer.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from lorank.training.run_state import RunState
 
 
 class DdpBackend(Backend):
-    """DistributedDataParallel. The DDP module is found at once, or when a forward pass first goes through it."""
+    """The backend for DistributedDataParallel. The DDP module is found at the start, or in its first forward pass."""
 
     def __init__(self, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> None:
         super().__init__(layers, model, optimizer)
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
-        self._handle: RemovableHandle | None = None
+        self._search_hook: RemovableHandle | None = None
 
     @classmethod
-    def serves(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
+    def supports(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
         return ProcessGroup.of(layers).several
 
     @classmethod
@@ -42,47 +42,47 @@ class DdpBackend(Backend):
     def on_start(self, run: RunState) -> None:
         ddp = _ddp_of(run.model)
         if ddp is not None:
-            self._meet(ddp)
+            self._use_ddp(ddp)
         else:
-            # Nothing leads from a model to the DDP module around it, but a forward pass goes through both.
-            self._handle = run.layers.model.register_forward_pre_hook(self._look)
+            # A model has no reference to the DDP module around it. A forward pass of the DDP module reveals it.
+            self._search_hook = run.layers.model.register_forward_pre_hook(self._find_ddp)
 
     def after_resize(self, run: RunState) -> None:
-        """Where no DDP module has run yet, its reducer is made anew when it first does."""
+        """Rebuilds the reducer, or leaves this to the first forward pass if the DDP module is not known yet."""
         ddp = self._ddp() if self._ddp is not None else None
         if ddp is not None:
             rebuild_(ddp)
 
     def on_end(self, run: RunState) -> None:
-        self._stop_looking()
+        self._remove_search_hook()
 
-    def _stop_looking(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+    def _remove_search_hook(self) -> None:
+        if self._search_hook is not None:
+            self._search_hook.remove()
+            self._search_hook = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
-    def _look(self, module: nn.Module, arguments: Any) -> None:
+    def _find_ddp(self, module: nn.Module, arguments: Any) -> None:
         active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]  # untyped in torch
-        if active is not None and _holds(active, module):
-            self._stop_looking()
-            self._meet(active)
+        if active is not None and _contains(active, module):
+            self._remove_search_hook()
+            self._use_ddp(active)
 
-    def _meet(self, ddp: DistributedDataParallel) -> None:
+    def _use_ddp(self, ddp: DistributedDataParallel) -> None:
         if ddp.mixed_precision is not None or ddp._use_python_reducer or ddp._delay_all_reduce_params:
             raise LorankError(
                 "DistributedDataParallel(mixed_precision=…), (delay_all_reduce_named_params=…) and torch.compile's "
-                "python_reducer keep parameters of their own, which cannot follow a change of rank: leave them out "
-                "(mixed precision by torch.autocast works)"
+                "python_reducer keep copies of parameters, which lorank cannot resize: leave these options out (mixed "
+                "precision by torch.autocast works)"
             )
         self._ddp = weakref.ref(ddp)
-        rebuild_(ddp)  # ranks may have moved between its making and now
+        rebuild_(ddp)  # ranks may have changed since the DDP module was made
 
 
 def rebuild_(ddp: DistributedDataParallel) -> None:
-    """A new reducer for parameters whose shapes have changed, outside of a backward pass. No communication.
+    """Makes a new reducer for parameters whose shapes have changed. Call it outside of a backward pass.
 
-    Communication hooks, a static graph and the other settings of the module stay.
+    There is no communication. Communication hooks, a static graph and the other settings of the module are kept.
     """
     ddp.reducer._remove_autograd_hooks()
     ddp.logger = None
@@ -98,10 +98,10 @@ def rebuild_(ddp: DistributedDataParallel) -> None:
 
 
 def _ddp_of(outer: nn.Module) -> DistributedDataParallel | None:
-    """The DDP module that this is, or that ``torch.compile`` was given."""
+    """The DDP module ``outer``, or the one that ``torch.compile`` has wrapped; None if there is none."""
     inner = getattr(outer, "_orig_mod", outer)
     return inner if isinstance(inner, DistributedDataParallel) else None
 
 
-def _holds(ddp: DistributedDataParallel, module: nn.Module) -> bool:
+def _contains(ddp: DistributedDataParallel, module: nn.Module) -> bool:
     return any(inner is module for inner in ddp.modules())

@@ -1,12 +1,12 @@
-"""DeepSpeed's ZeRO-1, -2 and -3: ranks move in a pool of fixed shape.
+"""DeepSpeed's ZeRO-1, -2 and -3: changes of rank with parameters of fixed shape (:mod:`lorank.lora.pool`).
 
-ZeRO has copies of the parameters in float32, and their moments, in parts over the processes. Their shapes are fixed, so
-the model's layers have room reserved (:func:`lorank.reserve_`), and :class:`ZeroOptimizer` moves what is alive:
+ZeRO has float32 copies of the parameters, and their moments, sharded over the processes. Their shapes are fixed, so the
+model's parameters are padded (:func:`lorank.reserve_`). :class:`ZeroOptimizer` copies the live ranks:
 
-    fetch    the r live ranks of the copies → the layers' own A and B, and their moments → this optimiser's state
-    store    A and B, with zeros behind → the copies and the model's parameters; their moments likewise
+    fetch    the r live ranks of ZeRO's copies → the pools' A and B, and their moments → this optimiser's state
+    store    A and B, padded with zeros → ZeRO's copies and the model's parameters; the moments likewise
 
-In between everything is as without DeepSpeed: the same code resizes the same small tensors and their moments.
+Between fetch and store everything is as without DeepSpeed: the same code resizes the live A and B and their moments.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from lorank.training.checkpoint.rank_state import STATE_KEY
 from lorank.training.parallel.backend import Backend
 from lorank.training.run_state import RunState
 
-ZERO = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
+SUPPORTED = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
 
 
 class ZeroBackend(Backend):
-    """DeepSpeed's ZeRO: its optimiser is seen through a torch optimiser of the live ranks, :class:`ZeroOptimizer`.
+    """The backend for DeepSpeed's ZeRO. The run uses a torch optimiser of the live ranks, :class:`ZeroOptimizer`.
 
     Raises:
-        OptimizerStateError: there is no optimiser inside.
-        LorankError: a DeepSpeed that is not supported.
+        OptimizerStateError: DeepSpeed's optimiser contains no torch optimiser.
+        LorankError: the configuration of DeepSpeed is not supported.
     """
 
     optimizer: ZeroOptimizer
@@ -45,7 +45,7 @@ class ZeroBackend(Backend):
         self._layers = layers
 
     @classmethod
-    def serves(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
+    def supports(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
         return zero_of(optimizer) is not None
 
     @classmethod
@@ -56,8 +56,8 @@ class ZeroBackend(Backend):
     def on_start(self, run: RunState) -> None:
         if self.lockstep and run.allocator.own_backward:
             raise LorankError(
-                f"{type(run.allocator).__name__} makes backward passes of its own, for which ZeRO-3 does not gather "
-                "what they need: use ZeRO-2, or scores from forward passes (ALoRA with scores='exact')"
+                f"{type(run.allocator).__name__} runs its own backward passes, for which ZeRO-3 does not gather the "
+                "parameters: use ZeRO-2, or scores from forward passes (ALoRA with scores='exact')"
             )
         self.optimizer.take_over()
 
@@ -76,26 +76,26 @@ class ZeroBackend(Backend):
         self.optimizer.close()
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered(self) -> Iterator[None]:
         with _gathered(self._layers):
             yield
 
 
 def param_groups_of(optimizer: Any) -> list[dict[str, Any]]:
-    """The parameter groups that a checkpoint's are loaded into."""
+    """The parameter groups into which a checkpoint's parameter groups are loaded."""
     zero = zero_of(optimizer)
     return (unwrap_optimizer(optimizer) if zero is None else unwrap_optimizer(zero.optimizer)).param_groups
 
 
 def zero_of(optimizer: Any) -> Any:
-    """DeepSpeed's optimiser, also inside accelerate's wrapper of it; None where there is none."""
+    """DeepSpeed's optimiser, also inside accelerate's wrapper; None if ``optimizer`` is another optimiser."""
     inner = optimizer
     while inner is not None and not _is_deepspeed(inner):
-        inner = None if isinstance(inner, torch.optim.Optimizer) and "state" in vars(inner) else _within(inner)
+        inner = None if isinstance(inner, torch.optim.Optimizer) and "state" in vars(inner) else _inner_optimizer(inner)
     return inner
 
 
-def _within(optimizer: Any) -> Any:
+def _inner_optimizer(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", None)
 
 
@@ -104,40 +104,40 @@ def _is_deepspeed(optimizer: Any) -> bool:
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
-    """A ZeRO optimiser as a run sees one: a torch optimiser of the layers' live A and B.
+    """A torch optimiser of the layers' live A and B, whose step is the step of DeepSpeed's ZeRO optimiser.
 
-    When the engine steps ZeRO's optimiser, this one steps, and with it its hooks; the step itself is ZeRO's.
+    When the DeepSpeed engine calls ``step`` of ZeRO's optimiser, it calls this ``step`` and so its hooks.
 
     Args:
-        layers: the LoRA layers, in pools.
+        layers: the LoRA layers, with pools.
         zero: DeepSpeed's optimiser.
 
     Raises:
-        LorankError: another of DeepSpeed's optimisers, fp16, or layers without a pool.
+        LorankError: the kind of DeepSpeed's optimiser is not supported, parameters are in fp16, or a layer has no pool.
     """
 
     def __init__(self, layers: AdapterLayers, zero: Any) -> None:
-        _check(layers, zero)
+        _check_supported(layers, zero)
         self._layers, self._zero = layers, zero
-        self._step: Callable[..., Any] = zero.step
-        self._load: Callable[..., Any] = zero.load_state_dict
-        super().__init__([weight for layer in layers.values() for weight in (layer.A, layer.B)], self._schedule())
+        self._zero_step: Callable[..., Any] = zero.step
+        self._zero_load: Callable[..., Any] = zero.load_state_dict
+        super().__init__([weight for layer in layers.values() for weight in (layer.A, layer.B)], self._learning_rates())
         self._handle: Any = None
-        self._take_loaded()
+        self._read_rank_state()
 
     @property
     def sharded(self) -> bool:
-        """Whether parameters are in parts (ZeRO-3), so that a forward pass needs all processes at once."""
+        """Whether parameters are sharded (ZeRO-3), so that a forward pass needs all processes at once."""
         return any(hasattr(weight, "ds_id") for layer in self._layers.values() for weight in layer.stored)
 
     def take_over(self) -> None:
-        """From now on the engine steps this optimiser, and its checkpoints hold what this one saves."""
-        self._zero.step, self._zero.load_state_dict = self.step, self._load_and_tell  # on the instance
+        """Makes the engine call this optimiser's ``step``, and save this optimiser's rank state in its checkpoints."""
+        self._zero.step, self._zero.load_state_dict = self.step, self._load_and_run_hooks  # on the instance
         self._zero.optimizer.param_groups[0].pop(STATE_KEY, None)
-        self._handle = self._zero.optimizer.register_state_dict_post_hook(self._save_with)
+        self._handle = self._zero.optimizer.register_state_dict_post_hook(self._add_rank_state)
 
     def close(self) -> None:
-        """The engine steps as it did before."""
+        """Restores the engine's own ``step`` and ``load_state_dict``."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -145,67 +145,74 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 vars(self._zero).pop(name, None)
 
     def step(self, closure: Any = None) -> Any:
-        """ZeRO's own step, between this optimiser's hooks. Gradients that a method has changed are stored first."""
-        self.param_groups[0].update(self._schedule())
+        """Runs ZeRO's step, between this optimiser's hooks.
+
+        Fetched gradients are stored first, because a method may have changed them.
+        """
+        self.param_groups[0].update(self._learning_rates())
         self.store_gradients()
-        return self._step() if closure is None else self._step(closure)
+        return self._zero_step() if closure is None else self._zero_step(closure)
 
     @torch.no_grad()
     def fetch(self) -> None:
-        """A, B and moments of the live ranks, from ZeRO's copies. All processes at once."""
-        moments = self._moments()
-        for layer, shadow, stored, axis in self._weights():
-            whole = _get_weight(stored)
-            dead = whole.narrow(axis, shadow.shape[axis], whole.shape[axis] - shadow.shape[axis])
+        """Copies A, B and moments of the live ranks from ZeRO's copies. All processes must call it together.
+
+        Raises:
+            LorankError: ZeRO's copies contain more ranks than the layers have.
+        """
+        moments = self._moment_names()
+        for layer, live, stored, axis in self._weight_pairs():
+            gathered = _get_weight(stored)
+            dead = gathered.narrow(axis, live.shape[axis], gathered.shape[axis] - live.shape[axis])
             if dead.any():
                 raise LorankError(
-                    f"DeepSpeed's copy of {layer.name} has more than the {layer.rank} ranks that are there: were other "
-                    "weights or another checkpoint loaded? Load checkpoints with engine.load_checkpoint, optimiser "
-                    "states included"
+                    f"DeepSpeed's copy of {layer.name} has more ranks than the layer, which has {layer.rank}: were "
+                    "other weights or another checkpoint loaded? Load checkpoints with engine.load_checkpoint, "
+                    "including optimiser states"
                 )
-            shadow.data = _live(whole, axis, shadow)
-            self.state[shadow] = {key: _live(_get_moment(stored, key), axis, shadow) for key in moments}
+            live.data = _live_ranks(gathered, axis, live)
+            self.state[live] = {key: _live_ranks(_get_moment(stored, key), axis, live) for key in moments}
 
     @torch.no_grad()
     def store(self) -> None:
-        """The inverse of :meth:`fetch`, and the model's parameters get the same. All processes at once."""
-        moments = self._moments()
-        for layer, shadow, stored, axis in self._weights():
+        """Copies A, B and moments to ZeRO's copies, and A and B to the model. All processes must call it together."""
+        moments = self._moment_names()
+        for layer, live, stored, axis in self._weight_pairs():
             assert layer.pool is not None
             size = layer.pool.capacity
-            _set_weight(stored, padded(shadow, axis, size))
+            _set_weight(stored, padded(live, axis, size))
             for key in moments:
-                _set_moment(stored, padded(self.state[shadow][key], axis, size), key)
+                _set_moment(stored, padded(self.state[live][key], axis, size), key)
         with _gathered(self._layers):
-            for layer, shadow, stored, axis in self._weights():
+            for layer, live, stored, axis in self._weight_pairs():
                 assert layer.pool is not None
-                stored.data.copy_(padded(shadow, axis, layer.pool.capacity))
+                stored.data.copy_(padded(live, axis, layer.pool.capacity))
 
     @torch.no_grad()
     def fetch_gradients(self) -> None:
-        """The gradients of the live ranks, averaged over processes; DeepSpeed has not clipped them yet."""
+        """Copies the gradients of the live ranks, averaged over processes and before DeepSpeed clips them."""
         from deepspeed.utils import safe_get_full_grad
 
-        for _, shadow, stored, axis in self._weights():
-            shadow.grad = _live(safe_get_full_grad(stored), axis, shadow).to(shadow)
+        for _, live, stored, axis in self._weight_pairs():
+            live.grad = _live_ranks(safe_get_full_grad(stored), axis, live).to(live)
 
     @torch.no_grad()
     def store_gradients(self) -> None:
-        """The inverse of :meth:`fetch_gradients`, where gradients were fetched; they are gone afterwards."""
-        for layer, shadow, stored, axis in self._weights():
+        """Copies fetched gradients back to ZeRO, and sets them to None here."""
+        for layer, live, stored, axis in self._weight_pairs():
             assert layer.pool is not None
-            if shadow.grad is not None:
-                _set_gradient(stored, padded(shadow.grad, axis, layer.pool.capacity))
-            shadow.grad = None
+            if live.grad is not None:
+                _set_gradient(stored, padded(live.grad, axis, layer.pool.capacity))
+            live.grad = None
 
-    def _weights(self) -> Iterator[tuple[AdapterLayer, nn.Parameter, nn.Parameter, int]]:
-        """Layer, live weight, the model's parameter, rank axis."""
+    def _weight_pairs(self) -> Iterator[tuple[AdapterLayer, nn.Parameter, nn.Parameter, int]]:
+        """Yields (layer, live weight, stored parameter of the model, rank axis)."""
         for layer in self._layers.values():
-            for shadow, stored, axis in zip((layer.A, layer.B), layer.stored, (0, 1), strict=True):
-                yield layer, shadow, stored, axis
+            for live, stored, axis in zip((layer.A, layer.B), layer.stored, (0, 1), strict=True):
+                yield layer, live, stored, axis
 
-    def _moments(self) -> list[str]:
-        """What the optimiser inside ZeRO keeps per number; nothing before the first step."""
+    def _moment_names(self) -> list[str]:
+        """The names of the moments in the optimiser inside ZeRO; empty before the first step."""
         for flat, state in self._zero.optimizer.state.items():
             found = [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == flat.shape]
             if found:
@@ -214,58 +221,58 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return []
 
     def _link_moments(self) -> None:
-        """ZeRO-1 and -2 find a parameter's moments by links, which are of before where a checkpoint was loaded."""
+        """Renews the links by which ZeRO-1 and -2 find a parameter's moments. Loading a checkpoint makes them stale."""
         if hasattr(self._zero, "_hp_optimizer_states_linked"):
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    def _schedule(self) -> dict[str, Any]:
+    def _learning_rates(self) -> dict[str, Any]:
         group = self._zero.optimizer.param_groups[0]
         return {key: group[key] for key in ("lr", "initial_lr") if key in group}
 
-    def _save_with(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    def _add_rank_state(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         own: dict[str, Any] = {}
         for hook in self._optimizer_state_dict_post_hooks.values():
             hook(self, {"state": {}, "param_groups": [own]})
         state_dict["param_groups"][0].update(own)
 
-    def _take_loaded(self) -> None:
+    def _read_rank_state(self) -> None:
         saved = self._zero.optimizer.param_groups[0].get(STATE_KEY)
         if saved is not None:
             self.param_groups[0][STATE_KEY] = saved
 
-    def _load_and_tell(self, *arguments: Any, **options: Any) -> Any:
-        found = self._load(*arguments, **options)
-        self._take_loaded()
+    def _load_and_run_hooks(self, *arguments: Any, **options: Any) -> Any:
+        found = self._zero_load(*arguments, **options)
+        self._read_rank_state()
         self._zero.optimizer.param_groups[0].pop(STATE_KEY, None)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
         return found
 
 
-def _live(whole: Tensor, axis: int, shadow: Tensor) -> Tensor:
-    return whole.narrow(axis, 0, shadow.shape[axis]).clone()
+def _live_ranks(gathered: Tensor, axis: int, live: Tensor) -> Tensor:
+    return gathered.narrow(axis, 0, live.shape[axis]).clone()
 
 
 def _get_weight(stored: nn.Parameter) -> Tensor:
     from deepspeed.utils import safe_get_full_fp32_param
 
-    whole: Tensor = safe_get_full_fp32_param(stored)
-    return whole.view(getattr(stored, "ds_shape", stored.shape))
+    gathered: Tensor = safe_get_full_fp32_param(stored)
+    return gathered.view(getattr(stored, "ds_shape", stored.shape))
 
 
 def _get_moment(stored: nn.Parameter, key: str) -> Tensor:
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    whole: Tensor = safe_get_full_optimizer_state(stored, key)
-    return whole.view(getattr(stored, "ds_shape", stored.shape))
+    gathered: Tensor = safe_get_full_optimizer_state(stored, key)
+    return gathered.view(getattr(stored, "ds_shape", stored.shape))
 
 
 def _set_weight(stored: nn.Parameter, value: Tensor) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     if hasattr(stored, "ds_id"):
-        safe_set_local_fp32_param(stored, _part(stored, value))
+        safe_set_local_fp32_param(stored, _own_shard(stored, value))
     else:
         safe_set_full_fp32_param(stored, value)
 
@@ -274,7 +281,7 @@ def _set_moment(stored: nn.Parameter, value: Tensor, key: str) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     if hasattr(stored, "ds_id"):
-        safe_set_local_optimizer_state(stored, _part(stored, value), key)
+        safe_set_local_optimizer_state(stored, _own_shard(stored, value), key)
     else:
         safe_set_full_optimizer_state(stored, value, key)
 
@@ -283,13 +290,13 @@ def _set_gradient(stored: nn.Parameter, value: Tensor) -> None:
     from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
     if hasattr(stored, "ds_id"):
-        safe_set_local_grad(stored, _part(stored, value))
+        safe_set_local_grad(stored, _own_shard(stored, value))
     else:
         safe_set_full_grad(stored, value)
 
 
-def _part(stored: Any, value: Tensor) -> Tensor:
-    """This process's part of a ZeRO-3 parameter. DeepSpeed's own functions fail where parts are not equally long."""
+def _own_shard(stored: Any, value: Tensor) -> Tensor:
+    """This process's shard of a ZeRO-3 parameter. DeepSpeed's own functions fail for shards of unequal length."""
     size = stored.ds_tensor.numel()
     group = stored.ds_process_group
     flat = F.pad(value.flatten(), (0, size * dist.get_world_size(group) - value.numel()))
@@ -297,9 +304,9 @@ def _part(stored: Any, value: Tensor) -> Tensor:
 
 
 def _gathered(layers: AdapterLayers) -> AbstractContextManager[Any]:
-    """Inside, the model's parameters of these layers are whole in every process, also under ZeRO-3.
+    """A context in which every process has the complete stored parameters of these layers, also under ZeRO-3.
 
-    What process 0 writes into them is in all of them afterwards. All processes at once.
+    Afterwards, all processes have what process 0 has written. All processes must enter the context together.
     """
     stored = [weight for layer in layers.values() for weight in layer.stored if hasattr(weight, "ds_id")]
     if not stored:
@@ -309,17 +316,17 @@ def _gathered(layers: AdapterLayers) -> AbstractContextManager[Any]:
     return GatheredParameters(stored, modifier_rank=0)  # type: ignore[no-any-return]  # deepspeed is untyped
 
 
-def _check(layers: AdapterLayers, zero: Any) -> None:
-    if type(zero).__name__ not in ZERO:
+def _check_supported(layers: AdapterLayers, zero: Any) -> None:
+    if type(zero).__name__ not in SUPPORTED:
         raise LorankError(
-            f"DeepSpeed made a {type(zero).__name__} for this configuration, whose copies of the parameters lorank "
-            "does not know. Use ZeRO stage 1, 2 or 3 in float32, or stage 2 or 3 in bf16"
+            f"DeepSpeed made a {type(zero).__name__} for this configuration, which lorank does not support. Use ZeRO "
+            "stage 1, 2 or 3 in float32, or stage 2 or 3 in bf16"
         )
     for name, layer in layers.items():
         if layer.pool is None:
             raise LorankError(
-                f"DeepSpeed gives parameters a fixed shape, and no room was reserved for the ranks of {name}: call "
-                "lorank.reserve_(model, max_rank=…) before DeepSpeed sees the model (docs/distributed.md)"
+                f"DeepSpeed gives parameters a fixed shape, and no ranks were reserved in {name}: call "
+                "lorank.reserve_(model, max_rank=…) before deepspeed.initialize (docs/distributed.md)"
             )
         if layer.stored[0].dtype == torch.float16:
             raise LorankError("fp16 under DeepSpeed skips steps and scales gradients: train in bf16 or float32")

@@ -1,8 +1,8 @@
-"""FSDP2: the base model is sharded over the processes, the adapter is whole in each of them.
+"""FSDP2: the base model is sharded over the processes, and each process has the complete adapter.
 
-Ranks can only move where a process has the whole adapter, which is small. ``fully_shard`` leaves parameters that it is
-told to ignore as they are, and leaves their gradients to whoever told it: here they are averaged at the end of each
-backward pass, before a loop clips them.
+Changing ranks needs the complete adapter in each process; it is small. ``fully_shard`` neither shards the parameters
+that it is told to ignore, nor averages their gradients. So the gradients are averaged here, at the end of each backward
+pass, before the loop clips them.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from lorank.training.run_state import RunState
 
 Model = TypeVar("Model", bound=nn.Module)
 
-HOW = (
-    "For FSDP2 shard the base model alone: model = lorank.shard_base_(model), or fully_shard(…, ignored_params=the "
-    "adapter's); with accelerate and the Trainer set the environment variable FSDP_IGNORED_MODULES='.*lora_.*'"
+SHARD_BASE_ADVICE = (
+    "For FSDP2 shard the base model only: model = lorank.shard_base_(model), or fully_shard(…, ignored_params=the "
+    "adapter's parameters); with accelerate and the Trainer set the environment variable "
+    "FSDP_IGNORED_MODULES='.*lora_.*'"
 )
 
 
 class FsdpBackend(Backend):
-    """FSDP2 over the base model."""
+    """The backend for FSDP2 over the base model."""
 
     lockstep = True
 
     @classmethod
-    def serves(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
+    def supports(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
         return ProcessGroup.of(layers).several and is_sharded(layers.model)
 
     def on_start(self, run: RunState) -> None:
@@ -43,32 +44,32 @@ class FsdpBackend(Backend):
 
 
 def shard_base_(model: Model, **options: Any) -> Model:
-    """Shards everything that is not trained, in place: PyTorch's ``fully_shard`` on each block and on the whole.
+    """Shards the frozen parameters in place, with PyTorch's ``fully_shard`` on each block and on the whole model.
 
         model = lorank.shard_base_(get_peft_model(base, config))
         optimizer = AdamW(p for p in model.parameters() if p.requires_grad)
         ranks = lorank.attach(model, optimizer, …)
 
     Args:
-        model: a model with an adapter; parameters that require a gradient stay whole in every process.
-        options: of ``torch.distributed.fsdp.fully_shard``: ``mesh``, ``mp_policy``, ``offload_policy``, …
+        model: a model with an adapter. Parameters that require a gradient are not sharded.
+        options: arguments of ``torch.distributed.fsdp.fully_shard``: ``mesh``, ``mp_policy``, ``offload_policy``, …
 
     Returns:
-        The same object. Without a process group, or where there is one process only, it is left as it is.
+        The same object. It is unchanged without a process group, or with one process only.
 
     Raises:
-        LorankError: it is sharded already, or nothing of it is trained.
+        LorankError: the model is sharded already, or no parameter requires a gradient.
     """
     ignored = {parameter for parameter in model.parameters() if parameter.requires_grad}
     if not ignored:
-        raise LorankError("shard_base_: no parameter requires a gradient. Give the model an adapter first")
-    processes = ProcessGroup.now(next(iter(ignored)).device)
+        raise LorankError("shard_base_: no parameter requires a gradient. Add an adapter to the model first")
+    processes = ProcessGroup.current(next(iter(ignored)).device)
     if not processes.several:
         return model
     from torch.distributed.fsdp import fully_shard
 
     if is_sharded(model):
-        raise LorankError("shard_base_: the model is sharded already")
+        raise LorankError("shard_base_: the model is sharded already. Call shard_base_ only once")
     for block in _blocks(model):
         fully_shard(block, ignored_params=ignored, **options)
     fully_shard(model, ignored_params=ignored, **options)
@@ -77,19 +78,19 @@ def shard_base_(model: Model, **options: Any) -> Model:
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
-    """The elements of the outermost lists of modules: a transformer's blocks."""
+    """The elements of the outermost ``nn.ModuleList``s: the blocks of a transformer."""
     if isinstance(module, nn.ModuleList):
         return [block for block in module if next(block.parameters(), None) is not None]
     return [block for child in module.children() for block in _blocks(child)]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parts of it are sharded by ``fully_shard``, so that a forward pass needs all processes at once."""
+    """Whether ``fully_shard`` has sharded parts of the model, so that a forward pass needs all processes at once."""
     return bool(_groups(model))
 
 
 def _groups(model: nn.Module) -> list[Any]:
-    """FSDP2's groups of parameters."""
+    """The parameter groups of FSDP2 in the model."""
     if not dist.is_available():
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -103,14 +104,16 @@ def _groups(model: nn.Module) -> list[Any]:
 
 
 def average_gradients_(model: nn.Module, processes: ProcessGroup) -> None:
-    """From now on, gradients of what is trained and not sharded are averaged at the end of each backward pass.
+    """Averages the gradients of trained, unsharded parameters at the end of each backward pass from now on.
 
-    A pass that the loop runs without synchronisation (``model.set_requires_gradient_sync(False)``, accelerate's
-    ``no_sync``) is left alone. A parameter that some processes did not use counts as zero there, as in DDP.
+    Nothing is averaged in a pass that the loop runs without synchronisation
+    (``model.set_requires_gradient_sync(False)``, accelerate's ``no_sync``). If some processes did not use a parameter,
+    its gradient counts as zero there, as in DDP.
 
     Args:
-        model: sharded by ``fully_shard``; once is enough, and does not end, since training may go on after a run.
-        processes: over which.
+        model: a model sharded by ``fully_shard``. A second call for it does nothing. The averaging does not end with a
+            run, because training may continue after it.
+        processes: the processes over which gradients are averaged.
     """
     if model not in _AVERAGED:
         _AVERAGED.add(model)
@@ -129,18 +132,18 @@ class _Averaging:
             for parameter in model.parameters()
             if parameter.requires_grad
             and not hasattr(parameter, "placements")
-            # transformers averages those that it knows of itself (models sharded while they are loaded)
+            # transformers itself averages these gradients (of models that are sharded while they are loaded)
             and not getattr(parameter, "_replicated_grad_hook_registered", False)
         ]
-        self._pass = -1
+        self._backward_pass = -1
         for parameter in self._parameters:
-            parameter.register_post_accumulate_grad_hook(self._seen)  # type: ignore[no-untyped-call]  # untyped in torch
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]  # untyped in torch
 
-    def _seen(self, _: Tensor) -> None:
-        """The first gradient of a backward pass asks for a turn at its end."""
+    def _on_gradient(self, _: Tensor) -> None:
+        """Schedules the averaging for the end of a backward pass, at the first gradient of the pass."""
         current = torch._C._current_graph_task_id()
-        if current != self._pass:  # not a flag, which a pass that failed would leave behind
-            self._pass = current
+        if current != self._backward_pass:  # a flag would stay set after a pass that failed
+            self._backward_pass = current
             torch.autograd.Variable._execution_engine.queue_callback(self._average)
 
     @torch.no_grad()
@@ -152,13 +155,13 @@ class _Averaging:
 
 
 def average_(processes: ProcessGroup, parameters: Sequence[nn.Parameter]) -> None:
-    """Averages the gradients of parameters of one dtype, in one exchange. Those that no process has stay None."""
+    """Averages the gradients of parameters of one dtype in one exchange. A gradient that no process has stays None."""
     used = [parameter.grad is not None for parameter in parameters]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flags = torch.tensor(used, dtype=grads[0].dtype, device=grads[0].device)  # (parameters,)
     flat = processes.mean_(torch.cat([grad.reshape(-1) for grad in grads] + [flags]))
     *means, flags = torch.split(flat, [grad.numel() for grad in grads] + [len(used)])
-    for parameter, mean, grad, anywhere in zip(parameters, means, grads, flags.tolist(), strict=True):
-        if anywhere:
+    for parameter, mean, grad, is_used in zip(parameters, means, grads, flags.tolist(), strict=True):
+        if is_used:
             grad.copy_(mean.view_as(grad))
             parameter.grad = grad

@@ -1,4 +1,4 @@
-"""Several processes that train one model together: how many they are, and the little that they tell each other."""
+"""The processes that train one model, and the few operations by which they communicate."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lorank.lora import AdapterLayers
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of the default process group. One, where there is none.
+    """The processes of the default process group; without one, this process only.
 
     Args:
-        count: how many there are.
-        index: which one this is, from 0.
-        device: where the group's backend expects what they exchange: where the adapter is.
+        count: the number of processes. ≥ 1.
+        index: the index of this process, from 0.
+        device: the device of exchanged tensors, as the group's backend expects it: that of the adapter.
     """
 
     count: int = 1
@@ -28,12 +28,12 @@ class ProcessGroup:
 
     @classmethod
     def of(cls, layers: AdapterLayers) -> ProcessGroup:
-        """Those that train these layers."""
-        return cls.now(next(iter(layers.values())).A.device)
+        """The processes that train these layers."""
+        return cls.current(next(iter(layers.values())).A.device)
 
     @classmethod
-    def now(cls, device: torch.device) -> ProcessGroup:
-        """Those that there are now."""
+    def current(cls, device: torch.device) -> ProcessGroup:
+        """The processes of the present default process group."""
         if not _is_initialized():
             return cls()
         return cls(dist.get_world_size(), dist.get_rank(), device)
@@ -43,14 +43,14 @@ class ProcessGroup:
         return self.count > 1
 
     def mean_(self, tensor: Tensor) -> Tensor:
-        """In place, the mean of what each process has, alike in all of them to the last bit."""
+        """Replaces ``tensor`` by its mean over the processes, in place. All processes get bitwise the same result."""
         if self.several:
-            dist.all_reduce(tensor)  # a sum: not every backend has a mean
+            dist.all_reduce(tensor)  # a sum, because not every backend has a mean
             tensor.div_(self.count)
         return tensor
 
     def gather(self, values: Tensor) -> Tensor:
-        """(n,) of each process → (count, n), row i from process i: :class:`lorank.scoring.Share`."""
+        """Gathers (n,) of each process to (count, n), row i from process i (see :class:`lorank.scoring.Share`)."""
         if not self.several:
             return values.unsqueeze(0)
         own = values.to(self.device).contiguous()
@@ -58,16 +58,16 @@ class ProcessGroup:
         dist.all_gather(parts, own)
         return torch.stack(parts).to(values.device)
 
-    def wait(self) -> None:
-        """Returns when all processes have called it."""
+    def barrier(self) -> None:
+        """Waits until all processes have called this method."""
         self.gather(torch.zeros(1))
 
     def lockstep(self) -> Lockstep:
-        """For a model that only runs in all processes at once: every one of them does all the work."""
+        """The share for a model whose forward pass needs all processes at once: each process does all the work."""
         return Lockstep(self)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Small Python objects, one of each process; for messages."""
+        """Gathers a small Python object of each process, for error messages."""
         if not self.several:
             return [value]
         parts: list[Any] = [None] * self.count
@@ -77,10 +77,10 @@ class ProcessGroup:
 
 @dataclass(frozen=True)
 class Lockstep:
-    """A :class:`lorank.scoring.Share` that is everything, in every process.
+    """A :class:`lorank.scoring.Share` in which every process does all the work.
 
-    Where parameters are sharded, a forward pass needs all processes, so they run the same ones at the same time. What
-    they find may differ in its last bits between GPUs; all go on with the mean.
+    If parameters are sharded, a forward pass needs all processes, so all of them run the same passes at the same time.
+    The results may differ in the last bits between GPUs, so all processes use the mean.
     """
 
     processes: ProcessGroup
