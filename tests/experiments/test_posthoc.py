@@ -239,7 +239,7 @@ def test_folders_that_are_no_adapter(model_folder: Path, texts: Path, adapter: P
         (texts, "has no adapter_config.json"),
         (merged, "is a whole model; if an adapter was merged into it, its ranks are lost"),
         (broken, "cannot be read"),
-        (other, "of kind 'IA3', not 'LORA'"),
+        (other, "has peft_type 'IA3', expected 'LORA'"),
     ):
         result = lorank("score", folder, "--data", texts)
         assert result.exit_code == 2
