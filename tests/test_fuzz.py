@@ -1,4 +1,4 @@
-"""A few seconds of `python -m tests.fuzz` for every kind of file, and the cases of its past findings."""
+"""Some cases of `python -m tests.fuzz` for every kind of file, and the cases of its past findings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.fuzz_kinds import KINDS
 @pytest.mark.parametrize("name", KINDS)
 def test_damaged_files_are_read_or_refused(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]()
-    tally = fuzz(kind, tmp_path, seconds=3, cases=200)
+    tally = fuzz(kind, tmp_path, seconds=120, cases=60)  # by count: a crowded machine must not fail it
     assert tally.findings == 0
     assert tally.clean + tally.refused == tally.cases
     assert tally.refused > 0
