@@ -90,7 +90,7 @@ class AdaLoRA(Allocator):
         for layer in layers.values():
             new = not (layer.A.any() and layer.B.any())
             if new:
-                _draw(layer, generator)
+                _initialise_zero_factor_(layer, generator)
             dtype = torch.promote_types(layer.A.dtype, torch.float32)
             values.append(torch.full((layer.rank,), 0.0 if new else 1.0, dtype=dtype))
         gates = layers.learn_gates(torch.cat(values))
@@ -116,7 +116,7 @@ class AdaLoRA(Allocator):
         run, schedule = context.run, self._schedule
         final = self.resolve_budget(context.layers, run)
         limits = final.relaxed(run.initial_ranks, schedule.fraction(context.step, run))
-        return self._cut(context, state, limits, remove=context.step >= schedule.end(run))
+        return self._prune(context, state, limits, remove=context.step >= schedule.end(run))
 
     def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
         resize_adam_(state, origins)
@@ -127,9 +127,9 @@ class AdaLoRA(Allocator):
         limits = self.resolve_budget(context.layers, context.run)
         if limits.fits(context.layers.ranks) or not self._scorer.has_measured(state):
             return None
-        return self._cut(context, state, limits, remove=True)
+        return self._prune(context, state, limits, remove=True)
 
-    def _cut(self, context: Context, state: State, limits: ResolvedBudget, *, remove: bool) -> Allocation:
+    def _prune(self, context: Context, state: State, limits: ResolvedBudget, *, remove: bool) -> Allocation:
         """Masks the triplets outside the limits, and removes them if they are not to return."""
         ranks = context.layers.ranks
         scores = self._scorer.score(context, state).values
@@ -147,7 +147,7 @@ class AdaLoRA(Allocator):
 
 
 @torch.no_grad()
-def _draw(layer: AdapterLayer, generator: torch.Generator) -> None:
+def _initialise_zero_factor_(layer: AdapterLayer, generator: torch.Generator) -> None:
     """Gaussian vectors for the factor that is zero: B, or for an embedding A."""
     for weight, length in ((layer.A, layer.A.shape[1]), (layer.B, layer.B.shape[0])):
         if not weight.any():

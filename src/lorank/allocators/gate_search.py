@@ -87,7 +87,7 @@ class GateSearchScorer(Scorer):
             raise ValidationBatchError(
                 "gates are searched on a second split of the data: give validation_batch=…, with all its rows"
             )
-        rows = rows_in_turn(context.validation_batch, int(state["searched"]), self.search_rows)
+        rows = cyclic_rows(context.validation_batch, int(state["searched"]), self.search_rows)
         state["searched"] += 1
         model = unwrap_model(context.model)
         leaves = list(gates.leaves.values())
@@ -109,7 +109,7 @@ class GateSearchScorer(Scorer):
             values.copy_(2 * torch.sigmoid(alphas))
 
 
-def rows_in_turn(batch: Mapping[str, Any], turn: int, count: int) -> dict[str, Any]:
+def cyclic_rows(batch: Mapping[str, Any], turn: int, count: int) -> dict[str, Any]:
     """The ``count`` rows that turn ``turn`` (from 0) has, going round and round; all of them where there are no more.
 
     Args:

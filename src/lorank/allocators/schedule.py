@@ -38,18 +38,18 @@ class RoundSchedule:
 
     def due(self, step: int, run: TrainingInfo) -> bool:
         """Whether a round comes after optimiser step ``step`` (from 1)."""
-        first, every = self._first_and_every(run)
+        first, every = self._first_and_interval(run)
         done, since = divmod(step - first, every)
         return since == 0 and 0 <= done < self.rounds and step < run.total_steps
 
     def last(self, run: TrainingInfo) -> int:
         """The step of the last round; 0 where there is none."""
-        first, every = self._first_and_every(run)
+        first, every = self._first_and_interval(run)
         if first >= run.total_steps:
             return 0
         return first + every * min(self.rounds - 1, (run.total_steps - 1 - first) // every)
 
-    def _first_and_every(self, run: TrainingInfo) -> tuple[int, int]:
+    def _first_and_interval(self, run: TrainingInfo) -> tuple[int, int]:
         if self.unit == "steps":
             return max(1, round(self.k1)), max(1, round(self.k2))
         return epochs_to_steps(self.k1, run, PAPER_EPOCHS), epochs_to_steps(self.k2, run, PAPER_EPOCHS)
@@ -72,7 +72,7 @@ class CubicSchedule:
     def due(self, step: int, run: TrainingInfo) -> bool:
         """Whether ranks are pruned after optimiser step ``step`` (from 1)."""
         end = self.end(run)
-        return step == end or (self.begin(run) < step < end and step % self._every(run) == 0)
+        return step == end or (self.begin(run) < step < end and step % self._interval(run) == 0)
 
     def fraction(self, step: int, run: TrainingInfo) -> float:
         """Where the budget is between b0 (1) and b_T (0), after optimiser step ``step``."""
@@ -99,7 +99,7 @@ class CubicSchedule:
                 f"of {run.total_steps} steps: name smaller ones, or train longer"
             )
 
-    def _every(self, run: TrainingInfo) -> int:
+    def _interval(self, run: TrainingInfo) -> int:
         return max(1, round(DELTA_T * run.total_steps)) if self.delta_t is None else self.delta_t
 
 

@@ -93,7 +93,7 @@ class SoRA(Allocator):
         if self.l1 is not None:
             threshold = torch.full_like(moved[0], step_size * self.l1)
         else:
-            threshold = self._steered(moved, context, state)
+            threshold = self._threshold_for_budget(moved, context, state)
         gates.values.copy_(soft_threshold(moved, threshold))
         state["threshold"] = threshold
 
@@ -114,7 +114,7 @@ class SoRA(Allocator):
         allocation = self._prune(context, to_budget=True)
         return allocation if allocation.plan else None
 
-    def _steered(self, moved: Tensor, context: Context, state: State) -> Tensor:
+    def _threshold_for_budget(self, moved: Tensor, context: Context, state: State) -> Tensor:
         """η_t λ_t, ().
 
         Args:

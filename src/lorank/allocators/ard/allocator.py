@@ -109,14 +109,14 @@ class ARDLoRA(Allocator):
     def __post_init__(self) -> None:
         if self.tau_end > self.tau_start:
             raise ScheduleError(f"ARDLoRA(tau_end={self.tau_end}): expected at most tau_start={self.tau_start}")
-        if self._driven and self.l1 == 0:
+        if self._lambda_follows_budget and self.l1 == 0:
             raise ScheduleError(
                 "ARDLoRA(l1=0, budget=…): lambda is driven to the budget by factors, and 0 stays 0. Begin with a small "
                 "one, e.g. l1=0.001, or leave the budget to the last resize with l1_term=False"
             )
 
     @property
-    def _driven(self) -> bool:
+    def _lambda_follows_budget(self) -> bool:
         """Whether λ follows a budget."""
         return self.budget is not None and self.l1_term
 
@@ -145,10 +145,10 @@ class ARDLoRA(Allocator):
         return plan_for_groups(layers, stored_ranks(r0, self.tau_start, self.epsilon, self.min_rank, caps))
 
     def due(self, step: int, run: TrainingInfo) -> bool:
-        settling = self._settling(run)
+        settling = self._last_resize_step(run)
         return step < run.total_steps and (step == settling or (step < settling and step % self.resize_every == 0))
 
-    def _settling(self, run: TrainingInfo) -> int:
+    def _last_resize_step(self, run: TrainingInfo) -> int:
         """The step after which the ranks are rounded for good."""
         return max(1, round(self.settle * run.total_steps))
 
@@ -181,14 +181,14 @@ class ARDLoRA(Allocator):
 
     def before_step(self, context: Context, state: State) -> None:
         if not context.step:
-            diagnostics.begin_(state, self._loss(context))
+            diagnostics.record_initial_loss_(state, self._loss(context))
 
     @torch.no_grad()
     def after_step(self, context: Context, state: State) -> None:
         """α's own step, after the optimiser's; then the masks follow it."""
         gates, run = context.layers.gates, context.run
         assert gates is not None
-        if context.step > self._settling(run):
+        if context.step > self._last_resize_step(run):
             return
         alpha, r0, member, position = (state[key] for key in ("alpha", "r0", "member", "position"))
         # The forward pass had the masks of the step before.
@@ -200,25 +200,25 @@ class ARDLoRA(Allocator):
         adam_step_(alpha, gradient, state, self.alpha_lr * context.lr_factor)
         alpha.clamp_min_(0)
         effective = r0 * alpha  # (G,)
-        if self._driven:
+        if self._lambda_follows_budget:
             target = controller.target_use(context.step, run.total_steps, state["budget.first"], self.reach)
-            controller.drive_(state, effective, self.l1, self.gain, target)
+            controller.update_lambda_(state, effective, self.l1, self.gain, target)
         self._set_masks(context, state)
         wanted = self._wanted(context, state)
         state["held"] = torch.where(wanted == state["counts"], 0, state["held"] + 1)
-        diagnostics.watch_(state, rounded_ranks(effective, self.min_rank, state["caps"]))
+        diagnostics.count_reversals_(state, rounded_ranks(effective, self.min_rank, state["caps"]))
 
     @torch.no_grad()
     def allocate(self, context: Context, state: State) -> Allocation | None:
-        if context.step == self._settling(context.run):
+        if context.step == self._last_resize_step(context.run):
             return self._round(context, state)
         counts = torch.where(state["held"] >= self.hold, self._wanted(context, state), state["counts"])
         plan = plan_for_groups(context.layers, at_least_one(counts, state["r0"] * state["alpha"]))
         loss = self._loss(context)
         effective = state["r0"] * state["alpha"]
         rounded = rounded_ranks(effective, self.min_rank, state["caps"])
-        at_minimum = self._fallen(state, rounded)
-        found = diagnostics.look_(state, float(effective.sum()), at_minimum, loss)
+        at_minimum = self._fraction_at_minimum(state, rounded)
+        found = diagnostics.diagnose_(state, float(effective.sum()), at_minimum, loss)
         news = diagnostics.warn_(
             state,
             found,
@@ -265,7 +265,7 @@ class ARDLoRA(Allocator):
         tau = temperature(context.step, context.run.total_steps, self.tau_start, self.tau_end)
         return stored_ranks(state["r0"] * state["alpha"], tau, self.epsilon, self.min_rank, state["caps"])
 
-    def _fallen(self, state: State, rounded: Tensor) -> float:
+    def _fraction_at_minimum(self, state: State, rounded: Tensor) -> float:
         """The part of the groups that has fallen to its minimum, 0 where a budget leaves no choice."""
         least = torch.full_like(state["r0"], self.min_rank)  # (G,)
         could = rounded_ranks(state["r0"], self.min_rank, state["caps"]) > self.min_rank  # (G,)

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorank.allocators.base import State
 from lorank.allocators.resolved_budget import ResolvedBudget
 
-WIDEST = 1e6
+LAMBDA_RANGE = 1e6
 DAMPING = 50.0
 
 
@@ -56,9 +56,9 @@ def soft_use(state: State, effective: Tensor) -> Tensor:
     return ((state["budget.costs"] @ effective) / state["budget.limits"]).max()
 
 
-def drive_(state: State, effective: Tensor, l1: float, gain: float, target: Tensor) -> None:
+def update_lambda_(state: State, effective: Tensor, l1: float, gain: float, target: Tensor) -> None:
     """One update of λ, ``state["lambda"]``, in place. No number leaves the device."""
     error = soft_use(state, effective) / target - 1
     change = gain * (error + DAMPING * (error - state["budget.error"]))
     state["budget.error"] = error
-    state["lambda"].mul_(change.clamp(-1, 1).exp()).clamp_(l1 / WIDEST, l1 * WIDEST)
+    state["lambda"].mul_(change.clamp(-1, 1).exp()).clamp_(l1 / LAMBDA_RANGE, l1 * LAMBDA_RANGE)

@@ -21,11 +21,15 @@ from lorank.allocators.base import State
 logger = logging.getLogger("lorank")
 
 SIGNATURES = ("rank_collapse", "rank_explosion", "oscillation", "no_convergence")
-COLLAPSED = 0.95  # part of the groups at their minimum
-EXPLODED = 2.0  # times the ranks at the start
-RISING = 3  # looks in a row in which the total rose
-REVERSALS, OSCILLATING, WINDOW = 4, 0.1, 4  # reversals of a group, part of the groups, looks that they are counted over
-PATIENCE, FALLEN = 5, 0.001  # looks before a loss must have fallen, by this part of itself
+COLLAPSE_FRACTION = 0.95  # part of the groups at their minimum
+EXPLOSION_FACTOR = 2.0  # times the ranks at the start
+RISING_CHECKS = 3  # looks in a row in which the total rose
+MIN_REVERSALS, OSCILLATION_FRACTION, REVERSAL_WINDOW = (
+    4,
+    0.1,
+    4,
+)  # reversals of a group, part of the groups, looks that they are counted over
+PATIENCE, MIN_DECREASE = 5, 0.001  # looks before a loss must have fallen, by this part of itself
 
 _REMEDIES = {
     "rank_collapse": "nearly all ranks are at their minimum: lambda is too high. Lower l1 (now {strength:.3g}), or "
@@ -53,13 +57,13 @@ def start_diagnostics(rounded: Tensor, total: float) -> State:
     }
 
 
-def begin_(state: State, loss: float | None) -> None:
+def record_initial_loss_(state: State, loss: float | None) -> None:
     """Before the first step: where the validation loss begins."""
     if loss is not None and not len(state["seen.losses"]):
         state["seen.losses"] = state["seen.losses"].new_tensor([loss])
 
 
-def watch_(state: State, rounded: Tensor) -> None:
+def count_reversals_(state: State, rounded: Tensor) -> None:
     """Every step: counts how often each group's rank turns back."""
     change = torch.sign(rounded - state["seen.rounded"])  # (G,)
     state["seen.reversals"] += (change * state["seen.direction"] < 0).to(rounded.dtype)
@@ -67,7 +71,7 @@ def watch_(state: State, rounded: Tensor) -> None:
     state["seen.rounded"] = rounded.clone()
 
 
-def look_(state: State, total: float, at_minimum: float, loss: float | None) -> list[str]:
+def diagnose_(state: State, total: float, at_minimum: float, loss: float | None) -> list[str]:
     """The signatures that show now.
 
     Args:
@@ -77,23 +81,23 @@ def look_(state: State, total: float, at_minimum: float, loss: float | None) -> 
     """
     totals = torch.cat([state["seen.totals"], state["seen.totals"].new_tensor([total])])
     # The first is kept to compare with, of the others as many as a rise is judged by.
-    state["seen.totals"] = torch.cat([totals[:1], totals[1:][-RISING - 1 :]])
+    state["seen.totals"] = torch.cat([totals[:1], totals[1:][-RISING_CHECKS - 1 :]])
     found = []
-    if at_minimum >= COLLAPSED:
+    if at_minimum >= COLLAPSE_FRACTION:
         found.append("rank_collapse")
     recent = state["seen.totals"][1:]
-    if total >= EXPLODED * float(totals[0]) and len(recent) > RISING and bool((recent.diff() > 0).all()):
+    if total >= EXPLOSION_FACTOR * float(totals[0]) and len(recent) > RISING_CHECKS and bool((recent.diff() > 0).all()):
         found.append("rank_explosion")
-    if float((state["seen.reversals"] >= REVERSALS).double().mean()) > OSCILLATING:
+    if float((state["seen.reversals"] >= MIN_REVERSALS).double().mean()) > OSCILLATION_FRACTION:
         found.append("oscillation")
     state["seen.looks"] += 1
-    if int(state["seen.looks"]) % WINDOW == 0:
+    if int(state["seen.looks"]) % REVERSAL_WINDOW == 0:
         state["seen.reversals"] = torch.zeros_like(state["seen.reversals"])
     if loss is not None:
         losses = torch.cat([state["seen.losses"], state["seen.losses"].new_tensor([loss])])
         state["seen.losses"] = losses
         best = float(losses[1:].nan_to_num(math.inf).min()) if len(losses) > PATIENCE else -math.inf
-        if best >= float(losses[0]) * (1 - FALLEN) or not math.isfinite(loss):
+        if best >= float(losses[0]) * (1 - MIN_DECREASE) or not math.isfinite(loss):
             found.append("no_convergence")
     return found
 
