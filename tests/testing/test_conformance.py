@@ -35,9 +35,9 @@ class Sound(lorank.Allocator):
 
     def allocate(self, context: lorank.Context, state: dict[str, Tensor]) -> lorank.Allocation | None:
         scores = self.scores(context)
-        limits = self.resolve_budget(context.layers, context.run)
-        assert limits is not None
-        return lorank.Allocation(plan_to_keep(limits.keep_best(scores), context.layers.ranks), scores)
+        budget = self.resolve_budget(context.layers, context.run)
+        assert budget is not None
+        return lorank.Allocation(plan_to_keep(budget.keep_best(scores), context.layers.ranks), scores)
 
 
 def suite(kind: Callable[..., lorank.Allocator]) -> AllocatorConformance:

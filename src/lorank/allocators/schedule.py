@@ -1,4 +1,4 @@
-"""When ranks move: pure functions of the optimiser step.
+"""The schedules of rank allocation, as pure functions of the optimiser step.
 
 rounds (ALoRA, arXiv 2403.16187):    K1, K1 + K2, K1 + 2 K2, …              N_A of them at most
 cubic (AdaLoRA, arXiv 2303.10512):   every ΔT steps from t_i to T − t_f     the budget falls as (1 − progress)³
@@ -14,20 +14,20 @@ from lorank.errors import ScheduleError
 from lorank.scoring.context import TrainingInfo
 
 PAPER_EPOCHS = 10.0
-"""ALoRA's longest training: what a run counts as where the length of an epoch is unknown."""
+"""The assumed number of epochs of a run if the length of an epoch is unknown: ALoRA's longest training."""
 
 T_INIT, T_FINAL, DELTA_T = 0.13, 0.48, 0.002
-"""The medians of the eight GLUE runs in AdaLoRA's scripts, as parts of the run."""
+"""The medians of the eight GLUE runs in AdaLoRA's scripts, as fractions of the run."""
 
 
 @dataclass(frozen=True)
 class RoundSchedule:
-    """Train K1, then up to N_A rounds with K2 of training between them. Rounds at the run's last step are left out.
+    """Training for K1, then up to N_A rounds with training for K2 between them. No round at the run's last step.
 
     Args:
         k1: K1, how long to train before the first round. > 0.
         k2: K2, how long to train between rounds. > 0.
-        rounds: N_A, how many rounds at most. ≥ 1.
+        rounds: N_A, the highest number of rounds. ≥ 1.
         unit: what ``k1`` and ``k2`` count, ``"epochs"`` or optimiser ``"steps"``.
     """
 
@@ -43,7 +43,7 @@ class RoundSchedule:
         return since == 0 and 0 <= done < self.rounds and step < run.total_steps
 
     def last(self, run: TrainingInfo) -> int:
-        """The step of the last round; 0 where there is none."""
+        """The step of the last round; 0 if there is no round."""
         first, every = self._first_and_interval(run)
         if first >= run.total_steps:
             return 0
@@ -57,11 +57,11 @@ class RoundSchedule:
 
 @dataclass(frozen=True)
 class CubicSchedule:
-    """A budget that stays at b0 until t_i, falls as a cube to b_T at T − t_f, and stays there.
+    """A budget that stays at b0 until t_i, then falls cubically to b_T at T − t_f, and stays at b_T.
 
     Args:
         t_init: t_i, steps before the budget begins to fall; None: 13 % of the run. ≥ 0.
-        t_final: t_f, steps with the final budget at the end of the run; None: 48 % of it. ≥ 0.
+        t_final: t_f, steps with the final budget at the end of the run; None: 48 % of the run. ≥ 0.
         delta_t: ΔT, steps between two prunings; None: 0.2 % of the run, at least 1. ≥ 1.
     """
 
@@ -75,7 +75,7 @@ class CubicSchedule:
         return step == end or (self.begin(run) < step < end and step % self._interval(run) == 0)
 
     def fraction(self, step: int, run: TrainingInfo) -> float:
-        """Where the budget is between b0 (1) and b_T (0), after optimiser step ``step``."""
+        """The position of the budget between b0 (1) and b_T (0), after optimiser step ``step``."""
         begin, end = self.begin(run), self.end(run)
         if step <= begin:
             return 1.0
@@ -91,12 +91,12 @@ class CubicSchedule:
         return run.total_steps - t_final
 
     def check(self, run: TrainingInfo, method: str) -> None:
-        """Raises ScheduleError, in the name of ``method``, if no step of the run is left in which the budget falls."""
+        """Raises ScheduleError, with ``method`` in the message, if the budget has no step of the run to fall in."""
         t_init, t_final = self.begin(run), run.total_steps - self.end(run)
         if t_init + t_final >= run.total_steps:
             raise ScheduleError(
                 f"{method}(t_init={t_init}, t_final={t_final}) leaves no step in which the budget could fall, in a run "
-                f"of {run.total_steps} steps: name smaller ones, or train longer"
+                f"of {run.total_steps} steps: give smaller values, or train longer"
             )
 
     def _interval(self, run: TrainingInfo) -> int:
@@ -106,7 +106,7 @@ class CubicSchedule:
 def epochs_to_steps(epochs: float, run: TrainingInfo, assumed_epochs: float) -> int:
     """A duration in epochs as optimiser steps, at least 1.
 
-    Where the length of an epoch is unknown, the run is read as ``assumed_epochs`` epochs long.
+    If the length of an epoch is unknown, the run is assumed to last ``assumed_epochs`` epochs.
     """
     per_epoch = run.steps_per_epoch if run.steps_per_epoch is not None else run.total_steps / assumed_epochs
     return max(1, math.ceil(epochs * per_epoch - 1e-9))
