@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorank.lora import AdapterLayers
 from lorank.scoring.loss import IGNORED
-from lorank.scoring.microbatch import TOKENS_PER_PASS, in_passes
+from lorank.scoring.microbatch import TOKENS_PER_PASS, split_into_passes
 from lorank.scoring.preserve_state import preserve_state
 
 EPSILON = 0.1
@@ -25,7 +25,7 @@ def gradient(model: nn.Module, layers: AdapterLayers, batch: Mapping[str, Tensor
     with preserve_state(model, layers), torch.enable_grad():
         for layer, gate in zip(layers.values(), torch.split(leaf, sizes), strict=True):
             layer.gate = gate
-        for part in in_passes(batch, torch.arange(len(batch["labels"])), TOKENS_PER_PASS, None):
+        for part in split_into_passes(batch, torch.arange(len(batch["labels"])), TOKENS_PER_PASS, None):
             loss = model(**part).loss * (label_count(part) / total)
             (found,) = torch.autograd.grad(loss, leaf)
             sums += found.double().cpu()

@@ -43,7 +43,7 @@ TRAINING = "tests/training"
 def _linear(method: str) -> Cell:
     name = "test_with_dora[alora]"
     if method != "dora":
-        name = f"test_a_resumed_run_is_the_uninterrupted_one[{method}-causal]"
+        name = f"test_a_resumed_run_equals_the_uninterrupted_run[{method}-causal]"
     return Cell("yes", f"tests/test_conformance.py::{name}")
 
 

@@ -65,7 +65,7 @@ def test_what_a_user_may_write(written, meant: Budget) -> None:
         ({3: 8}, r"unknown setting; expected one of ranks_per_module, ranks, parameters"),
         ({"ranks": "8"}, r"ranks='8'\): expected a whole number"),
         ({"ranks": True, "percent": -1}, r"2 settings of Budget are wrong\n.*ranks=True.*\n.*percent=-1"),
-        ({}, "a budget without a limit"),
+        ({}, "the budget has no limit"),
     ],
 )
 def test_what_cannot_be_a_budget(written, message: str) -> None:
@@ -85,19 +85,19 @@ def test_each_unit_is_counted_as_its_user_means_it(tmp_path) -> None:
     on_disk = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     saved = sum(tensor.numel() * tensor.element_size() for tensor in on_disk.values())
     budget = Budget(ranks_per_module=4, ranks=56, parameters=numbers, percent=100 * numbers / base, bytes=saved)
-    limits = budget.resolve(layers)
-    assert limits.is_used_up_by(layers.ranks)
-    for unit, amounts in limits.used(layers.ranks).items():
+    resolved = budget.resolve(layers)
+    assert resolved.is_used_up_by(layers.ranks)
+    for unit, amounts in resolved.used(layers.ranks).items():
         assert amounts["used"] == pytest.approx(amounts["limit"], rel=1e-9), unit
-    assert limits.used(layers.ranks)["percent"]["limit"] == pytest.approx(100 * numbers / base)
-    json.dumps(limits.used(layers.ranks))
+    assert resolved.used(layers.ranks)["percent"]["limit"] == pytest.approx(100 * numbers / base)
+    json.dumps(resolved.used(layers.ranks))
 
 
 def test_max_lora_rank_caps_every_module_and_by_itself_keeps_the_number_of_ranks() -> None:
     layers = layers_of(r=4)
-    limits = Budget(max_lora_rank=6).resolve(layers)
-    assert set(limits.caps.values()) == {6}
-    assert sum(limits.uniform().values()) == layers.total_rank
+    resolved = Budget(max_lora_rank=6).resolve(layers)
+    assert set(resolved.caps.values()) == {6}
+    assert sum(resolved.uniform().values()) == layers.total_rank
     assert sum(Budget(max_lora_rank=2).resolve(layers).uniform().values()) == 2 * len(layers)
 
 
@@ -144,8 +144,8 @@ def test_a_budget_that_does_not_fit_the_modules(budget, message: str) -> None:
 
 
 def test_one_generous_limit_beside_a_tight_one_is_no_mistake() -> None:
-    limits = Budget(ranks=20, bytes=10**12).resolve(layers_of(r=4))
-    assert sum(limits.uniform().values()) == 20
+    resolved = Budget(ranks=20, bytes=10**12).resolve(layers_of(r=4))
+    assert sum(resolved.uniform().values()) == 20
 
 
 def start(allocator, layers: AdapterLayers) -> dict[str, int]:
@@ -217,8 +217,8 @@ class TestALoRAUnderABudget:
         unit = data.draw(st.sampled_from(["ranks", "parameters", "bytes"]))
         full = {"ranks": 56, "parameters": 4096, "bytes": 16500}[unit]
         budget = Budget(**{unit: full}, max_lora_rank=data.draw(st.sampled_from([5, 9, 32])))
-        limits = budget.resolve(layers)
-        ranks = limits.uniform()
+        resolved = budget.resolve(layers)
+        ranks = resolved.uniform()
         for _ in range(4):
             scores = {
                 name: torch.tensor(data.draw(st.lists(st.floats(-5, 5, width=32), min_size=rank, max_size=rank)))
@@ -226,10 +226,10 @@ class TestALoRAUnderABudget:
             }
             count = data.draw(st.integers(1, max(1, min(8, sum(ranks.values()) - 1))))
             plan = prune_and_reallocate(
-                scores, count, {n: layer.max_rank for n, layer in layers.items()}, limits=limits
+                scores, count, {n: layer.max_rank for n, layer in layers.items()}, budget=resolved
             )
             after = {name: plan[name].rank if name in plan else rank for name, rank in ranks.items()}
-            assert limits.fits(after)
+            assert resolved.fits(after)
             unhurt = [
                 name
                 for name, rank in ranks.items()
@@ -237,7 +237,7 @@ class TestALoRAUnderABudget:
                 and after[name] >= rank
                 and name not in {n for n, change in plan.items() if len(change.keep) < ranks[n]}
             ]
-            assert not any(limits.room(after, name) for name in unhurt)
+            assert not any(resolved.room(after, name) for name in unhurt)
             ranks = after
 
     def shared(self, made: list[AdapterLayers] = []) -> AdapterLayers:  # noqa: B006  # made once for all examples
@@ -248,13 +248,13 @@ class TestALoRAUnderABudget:
     def test_gifts_are_as_dear_as_what_was_freed(self) -> None:
         from lorank.allocators.resolved_budget import Constraint, ResolvedBudget
 
-        limits = ResolvedBudget(
+        resolved = ResolvedBudget(
             (Constraint("parameters", {"wide": 10, "slim": 3, "other": 4}, 47),),
             dict.fromkeys(("wide", "slim", "other"), 9),
             dict.fromkeys(("wide", "slim", "other"), 0),
         )
         scores = {"wide": torch.tensor([0.1, 3.0, 3.0]), "slim": torch.tensor([5.0, 5.0, 5.0]), "other": torch.ones(2)}
-        plan = prune_and_reallocate(scores, 1, limits.caps, limits=limits)
+        plan = prune_and_reallocate(scores, 1, resolved.caps, budget=resolved)
         # 10 parameters are freed: turns of 3 (slim, the better one) and 4 (other), and 3 more for slim
         assert plan["wide"].keep == (1, 2)
         assert (plan["slim"].add, plan["other"].add) == (2, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorank.allocators.gate_search import GateSearchScorer, rows_in_turn
+from lorank.allocators.gate_search import GateSearchScorer, cyclic_rows
 from lorank.errors import ValidationBatchError
 from lorank.lora import LayerPlan, find_layers, rank_origins, resize_
 from lorank.scoring import Context, TrainingInfo
@@ -57,14 +57,14 @@ def test_new_ranks_start_at_a_gate_of_one_and_kept_ones_keep_theirs() -> None:
 
 def test_rows_are_taken_in_turn() -> None:
     batch = {"x": torch.arange(5), "y": torch.arange(10).view(5, 2), "scale": torch.tensor(3.0), "kind": "a"}
-    turns = [rows_in_turn(batch, turn, 2) for turn in range(3)]
+    turns = [cyclic_rows(batch, turn, 2) for turn in range(3)]
     assert [turn["x"].tolist() for turn in turns] == [[0, 1], [2, 3], [4, 0]]
     assert turns[1]["y"].tolist() == [[4, 5], [6, 7]]
     assert turns[0]["scale"] == 3
     assert turns[0]["kind"] == "a"
-    assert rows_in_turn(batch, 1, 99)["x"].tolist() == [0, 1, 2, 3, 4]
+    assert cyclic_rows(batch, 1, 99)["x"].tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ValidationBatchError, match=r"have \[2, 5\] rows"):
-        rows_in_turn({"x": torch.zeros(5), "y": torch.zeros(2)}, 0, 2)
+        cyclic_rows({"x": torch.zeros(5), "y": torch.zeros(2)}, 0, 2)
 
 
 def test_after_the_end_gates_stay_as_they_are_found_also_those_of_a_resumed_run() -> None:

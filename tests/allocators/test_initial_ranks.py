@@ -97,9 +97,9 @@ def test_the_budget_holds_in_every_unit(method: str, budget) -> None:
     model = adapted(tiny_llama(), random_B=False, r=4)
     found = lorank.initial_ranks_(model, [token_batch(rows=8)], method=method, budget=budget)
     layers = find_layers(model)
-    limits = lorank.Budget.parse(budget or "56 ranks").resolve(layers)
-    assert limits.fits(found)
-    assert limits.is_used_up_by(found)
+    resolved = lorank.Budget.parse(budget or "56 ranks").resolve(layers)
+    assert resolved.fits(found)
+    assert resolved.is_used_up_by(found)
     assert len(set(found.values())) > 1
     assert len({layer.scaling for layer in layers.values()}) == 1
 

@@ -109,7 +109,7 @@ def test_a_name_of_lorank_s_own_keeps_its_meaning(name: str, outside: Path, capl
     assert registry.classes["alora"] is lorank.ALoRA
     assert "full" not in registry.classes
     assert name not in registry.refused
-    assert f"the method '{name}' of bold is left out: the name is taken by lorank itself" in caplog.text
+    assert f"the method '{name}' of bold is left out: lorank itself uses this name" in caplog.text
 
 
 def test_a_name_that_two_packages_take_belongs_to_neither(outside: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -133,7 +133,7 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
 def test_a_run_that_starts_within_its_budget_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "lorank"):
         ranks, _ = run_loop(SoRA(budget=4, prune_every=2), SHORT)
-    assert "SoRA prunes down to its budget, and the 56 ranks" in caplog.text
+    assert "SoRA prunes down to its budget, but the 56 ranks" in caplog.text
     assert ranks.layers.total_rank == 56
 
 

@@ -8,7 +8,7 @@ from lorank.errors import AdapterError, ValidationBatchError
 from lorank.lora import find_layers
 from lorank.scoring import ablation_scores
 from lorank.scoring.targets import Targets, find_form
-from lorank.scoring.variants import Unsuited
+from lorank.scoring.variants import IncompatibleError
 from tests.models import adapted, class_batch, tiny_bert, tiny_llama, token_batch
 
 
@@ -50,7 +50,7 @@ def test_the_form_is_the_one_that_gives_the_models_loss(form) -> None:
     ids=["another loss", "regression", "several labels", "other length", "no logits"],
 )
 def test_another_loss_has_no_form(logits, labels, loss) -> None:
-    with pytest.raises(Unsuited):
+    with pytest.raises(IncompatibleError):
         find_form(logits, labels, torch.tensor(loss))
 
 

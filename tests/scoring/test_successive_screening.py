@@ -18,7 +18,14 @@ from lorank.lora import find_layers
 from lorank.scoring import ablation_scores, first_order_scores, screened_scores
 from lorank.scoring.prefix_cache.engine import ExactEngine
 from lorank.scoring.successive_screening import _lower_bounds, _screen
-from lorank.scoring.variants import TERMS, Unsuited, VariantLosses, Wanted, flattened, nothing_known
+from lorank.scoring.variants import (
+    TERMS,
+    IncompatibleError,
+    VariantLosses,
+    VariantSelection,
+    flatten_variants,
+    unknown_losses,
+)
 from tests.models import adapted, class_batch, tiny_bert, tiny_llama, token_batch
 from tests.scoring.test_preserve_state import state
 from tests.scoring.test_work_sharding import ThreadShare, together
@@ -114,7 +121,7 @@ def test_an_engine_that_gives_up_in_the_middle_leaves_its_gates_to_nobody(monkey
         calls.append(self)
         for name in self.layers:
             self.layers[name].gate = self.gates.variants(name, "alone")[0]
-        raise Unsuited("it changed its mind")
+        raise IncompatibleError("it changed its mind")
 
     monkeypatch.setattr(ExactEngine, "losses", losses)
     result = ablation_scores(model, layers, batch)
@@ -159,9 +166,9 @@ class Evaluate:
     def __init__(self, layers: Mapping[str, Any], exact: Mapping[str, Tensor]) -> None:
         self.layers, self.exact, self.asked = layers, exact, 0
 
-    def __call__(self, wanted: Wanted, backgrounds: Collection[str]) -> VariantLosses:
-        losses = nothing_known(self.layers, wanted)  # type: ignore[arg-type]
-        for term, name, k in flattened(wanted):
+    def __call__(self, wanted: VariantSelection, backgrounds: Collection[str]) -> VariantLosses:
+        losses = unknown_losses(self.layers, wanted)  # type: ignore[arg-type]
+        for term, name, k in flatten_variants(wanted):
             losses[term][name][k] = self.exact[name][k]
             self.asked += 1
         return VariantLosses(0.0 if backgrounds else None, None, losses, 0)

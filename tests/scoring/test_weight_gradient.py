@@ -48,7 +48,7 @@ def test_whole_gradients_are_those_of_autograd(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_range_finder_comes_close_and_never_above(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_gradient, "WHOLE", 0)
+    monkeypatch.setattr(weight_gradient, "FULL_GRADIENT_SIZE", 0)
     monkeypatch.setattr(weight_gradient, "OVERSAMPLING", 4)
     model, batch = MODELS[kind]()
     layers = find_layers(model)

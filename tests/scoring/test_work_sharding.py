@@ -15,7 +15,7 @@ from torch import Tensor
 from lorank.errors import LorankError
 from lorank.lora import find_layers
 from lorank.scoring import AblationResult, ablation_scores, first_order_scores
-from lorank.scoring.work_sharding import deal_out, exchange, in_dealt_order, largest_share
+from lorank.scoring.work_sharding import exchange, largest_share, own_items, restore_order
 from tests.models import adapted, tiny_llama, token_batch
 
 PROCESSES = 3
@@ -138,10 +138,10 @@ def test_where_one_process_fails_all_raise() -> None:
 @pytest.mark.parametrize("total", range(8))
 def test_dealt_items_come_back_in_their_order(total) -> None:
     def work(share: ThreadShare) -> list[float]:
-        own = deal_out(range(total), share)
+        own = own_items(range(total), share)
         length = largest_share(total, share)
         assert len(own) <= length
-        return in_dealt_order(exchange(lambda: [float(i) for i in own], length, share), total).tolist()
+        return restore_order(exchange(lambda: [float(i) for i in own], length, share), total).tolist()
 
     for result in together(work):
         assert result == [float(i) for i in range(total)]

@@ -35,9 +35,9 @@ class Sound(lorank.Allocator):
 
     def allocate(self, context: lorank.Context, state: dict[str, Tensor]) -> lorank.Allocation | None:
         scores = self.scores(context)
-        limits = self.resolve_budget(context.layers, context.run)
-        assert limits is not None
-        return lorank.Allocation(plan_to_keep(limits.keep_best(scores), context.layers.ranks), scores)
+        budget = self.resolve_budget(context.layers, context.run)
+        assert budget is not None
+        return lorank.Allocation(plan_to_keep(budget.keep_best(scores), context.layers.ranks), scores)
 
 
 def suite(kind: Callable[..., lorank.Allocator]) -> AllocatorConformance:
@@ -59,7 +59,7 @@ def test_a_suite_without_a_method_fails() -> None:
 
     assert not inspect.isabstract(TestNothing)  # pytest would pass over it in silence
     with pytest.raises(NotImplementedError, match=r"TestNothing must define make\(self, budget=None\)"):
-        TestNothing().test_settings_are_a_frozen_dataclass_that_can_be_written_down()
+        TestNothing().test_settings_are_a_frozen_dataclass_with_a_json_description()
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Silent(Sound):
 )
 def test_settings(kind: type[lorank.Allocator], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        suite(kind).test_settings_are_a_frozen_dataclass_that_can_be_written_down()
+        suite(kind).test_settings_are_a_frozen_dataclass_with_a_json_description()
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Unbounded(Sound):
     [
         (Greedy, "the run must end within the budget '30 ranks'"),
         (Stingy, "the run must use at least a third of its budget '30 ranks'"),
-        (Unbounded, "whose resolve_budget returns the limits"),
+        (Unbounded, "whose resolve_budget returns a budget"),
     ],
 )
 def test_budget(kind: type[lorank.Allocator], message: str) -> None:
@@ -159,8 +159,8 @@ class Dice(Sound):
 
 
 def test_chance() -> None:
-    with pytest.raises(AssertionError, match="two runs with one seed must be the same to the last bit"):
-        suite(Dice).test_two_runs_of_one_seed_are_the_same()
+    with pytest.raises(AssertionError, match="two runs with one seed must be bitwise equal"):
+        suite(Dice).test_two_runs_with_one_seed_are_equal()
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class DrawsWithNumPy(Sound):
 )
 def test_what_hooks_must_not_touch(kind: type[lorank.Allocator], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        suite(kind).test_hooks_leave_weights_and_random_numbers_as_they_are()
+        suite(kind).test_hooks_leave_weights_and_random_state_unchanged()
 
 
 @dataclass(frozen=True)
@@ -252,13 +252,13 @@ def test_state(kind: type[lorank.Allocator], message: str) -> None:
 
 def test_memory_that_is_not_saved(tmp_path: Path) -> None:
     tests = suite(Remembers)
-    with pytest.raises(AssertionError, match="must be the uninterrupted one"):
-        tests.test_a_resumed_run_is_the_uninterrupted_one(tests.models["causal"], tmp_path)
+    with pytest.raises(AssertionError, match="must be bitwise equal to the uninterrupted run"):
+        tests.test_a_resumed_run_equals_the_uninterrupted_run(tests.models["causal"], tmp_path)
 
 
 def test_memory_that_the_trainer_does_not_save(tmp_path: Path) -> None:
     tests = suite(Remembers)
-    with pytest.raises(AssertionError, match="must end as the uninterrupted run does"):
+    with pytest.raises(AssertionError, match="must end like the uninterrupted run"):
         tests.test_the_trainer_trains_saves_and_resumes_exactly(tests.models["causal"], tmp_path)
 
 
@@ -287,14 +287,14 @@ class OneScore(Sound):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Idle, "in a run of 12 steps nothing was allocated"),
-        (Verbose, "what an allocation says in details must be JSON"),
-        (OneScore, "one score per rank that was there before the change"),
+        (Idle, "in a run of 12 steps no rank was allocated"),
+        (Verbose, "Allocation.details must be JSON"),
+        (OneScore, "with one score per rank before the change"),
     ],
 )
 def test_history(kind: type[lorank.Allocator], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        suite(kind).test_the_history_can_be_written_down()
+        suite(kind).test_the_history_is_json()
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ class Doubles(Sound):
 def test_gates_that_change_with_a_resize() -> None:
     tests = suite(Doubles)
     with pytest.raises(AssertionError, match="must not change the model's output"):
-        tests.test_new_ranks_come_and_go_unseen(tests.models["causal"])
+        tests.test_adding_and_removing_ranks_leaves_the_output_unchanged(tests.models["causal"])
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ class Hooked(Sound):
 def test_outputs_that_no_file_knows_of(tmp_path: Path) -> None:
     tests = suite(Hooked)
     with pytest.raises(AssertionError, match="loaded by PEFT alone, must give the outputs of the live model"):
-        tests.test_what_is_saved_at_any_moment_is_plain_and_exact(tests.models["causal"], tmp_path)
+        tests.test_an_adapter_saved_at_any_step_loads_in_plain_peft(tests.models["causal"], tmp_path)
 
 
 @pytest.mark.parametrize("form", ["test_with_dora", "test_with_rank_stabilised_scaling"])

@@ -1,4 +1,4 @@
-"""The methods, one per file, and what a new one is made of: Allocator, RoundAllocator for a new score in rounds, …"""
+"""The methods of rank allocation, one per file, and the parts of a new method: Allocator, RoundAllocator, …"""
 
 from lorank.allocators.adalora import AdaLoRA
 from lorank.allocators.adam import adam_step_, resize_adam_, start_adam

@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al., ICLR 2023, arXiv 2303.10512): prune singular values, by importance, on a cubic schedule.
+"""AdaLoRA (Zhang et al., ICLR 2023, arXiv 2303.10512): prunes singular values by importance, on a cubic schedule.
 
     y = W x + s · P Λ Q x        P = B: (d_out, r)   Λ = diag(g)   Q = A: (r, d_in)
 
@@ -8,15 +8,16 @@
            b_T + (b0 − b_T)(1 − (t − t_i)/(T − t_i − t_f))³ between
            b_T                                              t ≥ T − t_f
 
-Every ΔT steps between t_i and T − t_f the singular values outside the b(t) best triplets are set to zero. Their vectors
-stay and the values may grow back, so that a triplet can return until, at T − t_f, the budget is final: then the others
-are removed for good, with their optimiser moments, and the last t_f steps train what is left.
+Every ΔT steps between t_i and T − t_f, the singular values outside the b(t) best triplets are set to zero. Their
+vectors are kept and the values may grow again, so a triplet can return until T − t_f. Then the budget is final: the
+other triplets are removed with their optimiser moments, and the last t_f steps train the remaining ones.
 
 Λ starts at zero and is trained by Adam at the main optimiser's learning rate, unclipped and without weight decay. P and
-Q are random: where an adapter is new, the factor that PEFT made zero is drawn from N(0, 1/(3d)), d its vectors' length,
-which has the scale that PEFT gives the other factor (and at d = 768, the width of the paper's model, the scale 0.02 of
-the paper's code). With Λ = 0 the output is the base model's. An adapter that has been trained starts as it is, with
-Λ = 1. Sensitivities see the gradient of the whole loss, the regulariser's part included, as in the paper.
+Q start at random values. In a new adapter, PEFT sets one of the two factors to zero; this factor is drawn from
+N(0, 1/(3d)), where d is the length of its vectors. PEFT gives the other factor the same scale. At d = 768, the width of
+the paper's model, it is the scale 0.02 of the paper's code. With Λ = 0 the output is the base model's. An adapter that
+has already been trained keeps its weights and starts with Λ = 1. Sensitivities use the gradient of the whole loss,
+including the regulariser, as in the paper.
 """
 
 from __future__ import annotations
@@ -44,21 +45,22 @@ from lorank.scoring.sensitivity import BETA, rank_products
 
 @settings(raises=ScheduleError)
 class AdaLoRA(Allocator):
-    """AdaLoRA. Make the adapter with more ranks than the budget: the authors' runs start at two or three times as many.
+    """AdaLoRA. The adapter must start with more ranks than the budget: two or three times as many in the authors' runs.
 
     Args:
         t_init: t_i, optimiser steps before the budget begins to fall; None: 13 % of the run. ≥ 0.
-        t_final: t_f, steps with the final ranks at the end of the run; None: 48 % of it. ≥ 0.
+        t_final: t_f, steps with the final ranks at the end of the run; None: 48 % of the run. ≥ 0.
         delta_t: ΔT, steps between two maskings; None: 0.2 % of the run, at least 1. ≥ 1.
-        orthogonality: γ, how strongly P and Q are kept orthonormal: 0.1 (the paper: 0.1 to 0.5). ≥ 0.
-        beta1: β₁, how slowly the sensitivity forgets: 0.85. In (0, 1).
-        beta2: β₂, the same for its uncertainty: 0.85. In (0, 1).
-        budget: b_T, what the adapter may cost at the end, see :class:`~lorank.allocators.budget.Budget`; None: half of
-            the ranks that it was made with.
+        orthogonality: γ, the weight of the regulariser that keeps P and Q orthonormal: 0.1 (the paper: 0.1 to 0.5).
+            ≥ 0.
+        beta1: β₁, the decay rate of the sensitivity's moving average: 0.85. In (0, 1).
+        beta2: β₂, the decay rate of the uncertainty's moving average: 0.85. In (0, 1).
+        budget: b_T, the adapter's budget at the end, see :class:`~lorank.allocators.budget.Budget`; None: half of the
+            ranks that the adapter was made with.
 
     Raises:
-        ScheduleError: a setting out of its range; at the start of a run, phases that do not fit it.
-        BudgetError: a budget that cannot be read; at the start of a run, one that does not fit the modules.
+        ScheduleError: a setting is out of its range; or, at the start of a run, the phases are longer than the run.
+        BudgetError: the budget cannot be parsed; or, at the start of a run, it does not fit the modules.
     """
 
     sees_gradients: ClassVar[bool] = True
@@ -90,7 +92,7 @@ class AdaLoRA(Allocator):
         for layer in layers.values():
             new = not (layer.A.any() and layer.B.any())
             if new:
-                _draw(layer, generator)
+                _initialise_zero_factor_(layer, generator)
             dtype = torch.promote_types(layer.A.dtype, torch.float32)
             values.append(torch.full((layer.rank,), 0.0 if new else 1.0, dtype=dtype))
         gates = layers.learn_gates(torch.cat(values))
@@ -98,7 +100,7 @@ class AdaLoRA(Allocator):
 
     def before_step(self, context: Context, state: State) -> None:
         layers = context.layers
-        products = rank_products(layers)  # before the penalty, which λ has no part in
+        products = rank_products(layers)  # before the regulariser's gradient is added: it does not depend on λ
         if self.orthogonality:
             add_orthogonality_gradient_(layers, self.orthogonality)
         if context.step < self._schedule.end(context.run):
@@ -115,25 +117,25 @@ class AdaLoRA(Allocator):
     def allocate(self, context: Context, state: State) -> Allocation | None:
         run, schedule = context.run, self._schedule
         final = self.resolve_budget(context.layers, run)
-        limits = final.relaxed(run.initial_ranks, schedule.fraction(context.step, run))
-        return self._cut(context, state, limits, remove=context.step >= schedule.end(run))
+        budget = final.relaxed(run.initial_ranks, schedule.fraction(context.step, run))
+        return self._prune(context, state, budget, remove=context.step >= schedule.end(run))
 
     def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
         resize_adam_(state, origins)
         self._scorer.after_resize(context, state, origins)
 
     def finish(self, context: Context, state: State) -> Allocation | None:
-        """Where training stops before the budget is final, the triplets outside it go now."""
-        limits = self.resolve_budget(context.layers, context.run)
-        if limits.fits(context.layers.ranks) or not self._scorer.has_measured(state):
+        """Removes the triplets outside the budget, if training has stopped before the budget was final."""
+        budget = self.resolve_budget(context.layers, context.run)
+        if budget.fits(context.layers.ranks) or not self._scorer.has_measured(state):
             return None
-        return self._cut(context, state, limits, remove=True)
+        return self._prune(context, state, budget, remove=True)
 
-    def _cut(self, context: Context, state: State, limits: ResolvedBudget, *, remove: bool) -> Allocation:
-        """Masks the triplets outside the limits, and removes them if they are not to return."""
+    def _prune(self, context: Context, state: State, budget: ResolvedBudget, *, remove: bool) -> Allocation:
+        """Sets λ of the triplets outside ``budget`` to zero; with ``remove``, also removes these triplets."""
         ranks = context.layers.ranks
         scores = self._scorer.score(context, state).values
-        kept = limits.keep_best(scores)
+        kept = budget.keep_best(scores)
         gates = context.layers.gates
         if gates is not None:
             stays = torch.cat(
@@ -141,14 +143,14 @@ class AdaLoRA(Allocator):
             )
             gates.values.masked_fill_(~stays.to(gates.values.device), 0.0)
         if remove:
-            self._scorer.end(context, state)  # ranks go once, and for good: nothing is scored any more
-        used = limits.used({name: len(some) for name, some in kept.items()})
+            self._scorer.end(context, state)  # ranks are removed only once, so no more scores are needed
+        used = budget.used({name: len(some) for name, some in kept.items()})
         return Allocation(plan_to_keep(kept, ranks) if remove else {}, scores, {"budget": used})
 
 
 @torch.no_grad()
-def _draw(layer: AdapterLayer, generator: torch.Generator) -> None:
-    """Gaussian vectors for the factor that is zero: B, or for an embedding A."""
+def _initialise_zero_factor_(layer: AdapterLayer, generator: torch.Generator) -> None:
+    """Draws Gaussian vectors for the factor that is zero: B, or A for an embedding."""
     for weight, length in ((layer.A, layer.A.shape[1]), (layer.B, layer.B.shape[0])):
         if not weight.any():
             weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(3 * length))

@@ -1,7 +1,7 @@
-"""Adam (Kingma & Ba, ICLR 2015) for gates, which the user's optimiser does not know of.
+"""Adam (Kingma & Ba, ICLR 2015) for gates, which are not parameters of the user's optimiser.
 
-The same numbers as ``torch.optim.Adam`` (AdamW without weight decay), with the moments in an allocator's state, so that
-they are saved with it and follow a resize.
+It computes the same numbers as ``torch.optim.Adam`` (AdamW without weight decay). The moments are in the allocator's
+state, so they are saved with it and reindexed after a resize.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MEAN, _SQUARE, _STEP = "adam.mean", "adam.square", "adam.step"
 
 
 def start_adam(values: Tensor) -> State:
-    """Moments of zero for ``values``, (R,), beside them; the count of steps is the host's alone."""
+    """Moments of zero for ``values``, (R,), on the same device. The number of steps is counted on the CPU."""
     return {
         _MEAN: torch.zeros_like(values),
         _SQUARE: torch.zeros_like(values),
@@ -35,8 +35,8 @@ def adam_step_(values: Tensor, grad: Tensor, state: State, lr: float) -> None:
 
     Args:
         grad: ∂L/∂values, (R,).
-        state: holds what :func:`start_adam` returned, changed in place.
-        lr: of this step.
+        state: includes the tensors of :func:`start_adam`; they are changed in place.
+        lr: the learning rate of this step.
     """
     state[_STEP] += 1
     step = int(state[_STEP])
@@ -48,6 +48,6 @@ def adam_step_(values: Tensor, grad: Tensor, state: State, lr: float) -> None:
 
 
 def resize_adam_(state: State, origins: Tensor) -> None:
-    """After a resize: kept ranks keep their moments, new ones start at zero."""
+    """Reindexes the moments after a resize: kept ranks keep their moments, those of new ranks start at zero."""
     for name in (_MEAN, _SQUARE):
         state[name] = reindex_ranks(state[name], origins)

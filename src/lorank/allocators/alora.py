@@ -7,22 +7,27 @@
         give n_A new ranks to the modules that lost none this round
         train K2 epochs
 
-S is the negative cross-entropy; gates are one and frozen. IS is found by first-order estimates on 128 samples unless
-``scores="exact"`` asks for the paper's own evaluations on 32: against exact scores on 512 samples the estimates are
-on average as close, at about a thirtieth of the cost (``docs/scoring.md``). The budget R_target = Σ r_m holds from the
-first step: the run starts with the ranks that the adapter was made with (the paper: 8 everywhere), or with a budget
-that is named, as evenly as it allows.
+S is the negative cross-entropy; gates are one and frozen. By default IS is estimated to first order on 128 samples.
+``scores="exact"`` selects the paper's evaluations on 32 samples. Compared with exact scores on 512 samples, the
+estimates are on average as accurate, at about a thirtieth of the cost (``docs/scoring.md``). The budget
+R_target = Σ r_m holds from the first step: the run starts with the ranks that the adapter was made with (the paper: 8
+in every module), or with a given budget, distributed as evenly as possible.
 
-Where the paper is silent: n_A counts over all adapted modules. A module may fall to rank 0; it then has no score, so
-it counts as neither pruned nor important and receives nothing, unless ``retry_empty``. Exact ties are broken by module
-order, then rank order. A module that is full (r = min(d_in, d_out)) receives nothing, and its share goes to the others.
-If every module lost a rank, or every module that lost none is full, the total shrinks; a round never prunes the
-last rank. Under a named budget gifts are
-dealt as long as it has room for them, instead of n_A: a rank costs more parameters in one module than in another, so
-the number of ranks may change while the budget holds in every unit; what one round leaves over the next one gives. A
-module that cannot do without its last rank (DoRA) keeps it, and the next lowest rank is pruned. A new rank has A as at
-first initialisation, B = 0 and optimiser moments at zero. Where the length of an epoch is unknown, the run counts as
-ten epochs, the paper's longest.
+The paper does not specify the following.
+
+- n_A counts ranks over all adapted modules.
+- A module may fall to rank 0. It then has no score. It counts as neither pruned nor important and receives no ranks,
+  unless ``retry_empty`` is set.
+- Exact ties are broken by module order, then rank order.
+- A full module (r = min(d_in, d_out)) receives no ranks; the other modules receive its share.
+- If every module lost a rank, or every module that lost none is full, the total number of ranks shrinks. A round never
+  prunes the last rank.
+- Under a given budget, a round adds new ranks as long as the budget has room for them, instead of n_A. A rank costs
+  more parameters in one module than in another, so the number of ranks may change while the budget holds in every unit.
+  A later round can use the part of the budget that a round leaves unused.
+- A module that needs at least one rank (DoRA) keeps its last rank, and the next lowest rank is pruned instead.
+- A new rank has A as at first initialisation, B = 0 and optimiser moments at zero.
+- If the length of an epoch is unknown, the run counts as ten epochs, the longest training in the paper.
 """
 
 from __future__ import annotations
@@ -42,19 +47,21 @@ class ALoRA(RoundAllocator):
     """ALoRA, with the paper's settings as defaults.
 
     Args:
-        k1, k2, rounds, unit, per_round, retry_empty, budget: of the rounds, see
+        k1, k2, rounds, unit, per_round, retry_empty, budget: settings of the rounds, see
             :class:`~lorank.allocators.rounds.RoundAllocator`.
-        terms: which terms of IS count: ``"both"`` (the paper's), ``"without"`` or ``"alone"``.
-        scores: how IS is found: ``"first_order"`` (estimates by two backward passes, however many ranks there are),
-            ``"exact"`` (the paper's: two evaluations per rank) or ``"screen"`` (estimates for all, exact evaluations
-            until it is settled which ranks go: those that ``"exact"`` would prune, in less time where that can be).
-        samples: |B_val| where rows are given and a batch is made of them; None: 32, the paper's, and 128 for
-            ``first_order``. A ready batch is used as it is. ≥ 1.
-        engine: of exact evaluations: ``"exact"`` (prefix reuse, same scores) or ``"reference"`` (plain forwards).
+        terms: which terms of IS count: ``"both"`` (as in the paper), ``"without"`` or ``"alone"``.
+        scores: how IS is computed: ``"first_order"`` (estimates by two backward passes, for any number of ranks),
+            ``"exact"`` (as in the paper: two evaluations per rank) or ``"screen"`` (estimates for all ranks, then exact
+            evaluations until the ranks to prune are certain; it prunes the ranks that ``"exact"`` would prune, often in
+            less time).
+        samples: |B_val|, if rows are given and a batch is made of them; None: 32 as in the paper, or 128 for
+            ``first_order``. A batch that is given is used unchanged. ≥ 1.
+        engine: the engine of exact evaluations: ``"exact"`` (prefix reuse, same scores) or ``"reference"`` (plain
+            forward passes).
 
     Raises:
-        ScheduleError: a setting out of its range.
-        BudgetError: a budget that cannot be read; at the start of a run, one that does not fit the modules.
+        ScheduleError: a setting is out of its range.
+        BudgetError: the budget cannot be parsed; or, at the start of a run, it does not fit the modules.
     """
 
     terms: Literal["both", "without", "alone"] = "both"

@@ -1,10 +1,10 @@
-"""ALoRA-Sensi, a variant in the ALoRA paper (arXiv 2403.16187): its rounds, with AdaLoRA's score of a rank.
+"""ALoRA-Sensi, a variant in the ALoRA paper (arXiv 2403.16187): ALoRA's rounds, with AdaLoRA's score of a rank.
 
     S_i = s(λ_i) + mean_j s(A_ij) + mean_j s(B_ji)        s = smoothed sensitivity × uncertainty, λ = 1
 
-from the gradients of training itself (scoring/sensitivity.py): no held-out batch, no forward pass of its own. Gates are
-one, so none is there; λ's gradient follows from A's. A rank that is new starts with nothing measured. Rounds, budget
-and everything that a rank's score does not decide are ALoRA's (allocators/rounds.py).
+The score uses the gradients of training (scoring/sensitivity.py): it needs no held-out batch and no additional forward
+pass. Gates would be one, so there are none; the gradient of λ follows from that of A. The moving averages of a new rank
+start at 0. The rounds, the budget and all else are those of ALoRA (allocators/rounds.py).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class ALoRASensi(RoundAllocator):
     """ALoRA with sensitivity scores.
 
     Args:
-        k1, k2, rounds, unit, per_round, retry_empty, budget: of the rounds, see
+        k1, k2, rounds, unit, per_round, retry_empty, budget: settings of the rounds, see
             :class:`~lorank.allocators.rounds.RoundAllocator`.
-        beta1: β₁, how slowly the sensitivity forgets: 0.85, as in AdaLoRA. In (0, 1).
-        beta2: β₂, the same for its uncertainty: 0.85. In (0, 1).
+        beta1: β₁, the decay rate of the sensitivity's moving average: 0.85, as in AdaLoRA. In (0, 1).
+        beta2: β₂, the decay rate of the uncertainty's moving average: 0.85. In (0, 1).
 
     Raises:
-        ScheduleError: a setting out of its range.
-        BudgetError: a budget that cannot be read; at the start of a run, one that does not fit the modules.
+        ScheduleError: a setting is out of its range.
+        BudgetError: the budget cannot be parsed; or, at the start of a run, it does not fit the modules.
     """
 
     beta1: Annotated[float, Field(gt=0, lt=1)] = BETA

@@ -1,10 +1,10 @@
-"""What every rank allocator is: settings that do not change, a state apart from them, and one method.
+"""The base class of rank allocators: constant settings, a separate state, and one method that allocates ranks.
 
-A new method is one file here with one frozen dataclass. Its settings are the fields; :meth:`Allocator.allocate` says
-which ranks go and where new ones come; the other methods are hooks that do nothing unless it needs them. Most methods
-are made of three parts: a schedule (schedule.py), a scorer (:class:`lorank.scoring.Scorer`) and a reallocation
-(reallocation.py, pruning_budget.py). A new score under ALoRA's rounds is a
-:class:`~lorank.allocators.rounds.RoundAllocator` that names its scorer.
+A new method of rank allocation is one file with one frozen dataclass. Its fields are the settings.
+:meth:`Allocator.allocate` decides which ranks are pruned and which modules receive new ranks. The other methods of the
+class are optional hooks; by default they do nothing. Most allocators have three parts: a schedule (schedule.py), a
+scorer (:class:`lorank.scoring.Scorer`) and a reallocation (reallocation.py, pruning_budget.py). To use a new score in
+ALoRA's rounds, derive from :class:`~lorank.allocators.rounds.RoundAllocator` and define its scorer.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["Allocation", "Allocator", "Context", "State", "TrainingInfo"]
 
 @dataclass(frozen=True)
 class Allocation:
-    """A decision.
+    """A decision of an allocator.
 
     Args:
-        plan: per layer, the ranks to keep and how many to add.
-        scores: what it rests on: per layer, (r,) with one score per rank before the change, higher = keep.
+        plan: per layer, the ranks to keep and the number of ranks to add.
+        scores: the scores that were used: per layer, (r,) with one score per rank before the change, higher = keep.
         details: numbers for the history (loss, evaluations, seconds, …), JSON-serialisable.
-        active: per layer, how many of its ranks count, where some that are physically there are switched off.
+        active: per layer, the number of active ranks, if some of the stored ranks are switched off.
     """
 
     plan: Plan
@@ -41,61 +41,63 @@ class Allocation:
 
 
 class Allocator(ABC):
-    """Base of all methods. Subclasses are frozen dataclasses whose fields are the method's settings."""
+    """Base class of all methods. Subclasses are frozen dataclasses whose fields are the method's settings."""
 
     @property
     def needs_validation_batch(self) -> bool:
-        """Whether ranks are scored on a batch of held-out data, which the user must then give."""
+        """Whether ranks are scored on a batch of held-out data. If so, the user must give one."""
         return False
 
     @property
     def validation_samples(self) -> int:
-        """How many rows that batch should have, where it is made of rows. The ALoRA paper takes 32."""
+        """The number of rows to take for this batch, if the user gives rows. The ALoRA paper takes 32."""
         return 32
 
     @property
     def sees_gradients(self) -> bool:
-        """Whether :meth:`before_step` looks at the gradients of A and B, or changes them. Those of gates are always
-        there."""
+        """Whether :meth:`before_step` reads or changes the gradients of A and B. Gradients of gates always exist."""
         return False
 
     @property
     def own_backward(self) -> bool:
-        """Whether it makes backward passes of its own, outside the loop's."""
+        """Whether the method runs backward passes of its own, in addition to the training loop's."""
         return False
 
     moves_ranks: ClassVar[bool] = True
-    """False for a baseline that never allocates, so that a run without an allocation is no surprise."""
+    """False for a baseline that never allocates ranks. Then a run without an allocation is expected."""
 
     @abstractmethod
     def allocate(self, context: Context, state: State) -> Allocation | None:
-        """Decides where ranks go, when :meth:`due` says that it is time. None: everything stays as it is."""
+        """Decides which ranks are pruned and added. Called when :meth:`due` is true. None: no rank changes."""
 
     def due(self, step: int, run: TrainingInfo) -> bool:
         """Whether ranks are allocated after optimiser step ``step`` (from 1). A pure function of its arguments."""
         return False
 
     def heads_of(self, layers: AdapterLayers) -> Mapping[str, HeadGroups]:
-        """The heads that get ranks of their own, per layer. A new run's layers are brought into that form first."""
+        """Per layer, the attention heads with ranks of their own. A new run first converts its layers to this form."""
         return {}
 
     def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
-        """What the ranks must fit at the end of the run. None: nothing was named, and the method sets no bound."""
+        """The budget that the ranks must fit at the end of the run. None: there is no budget."""
         return None
 
     def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
-        """How a new run's ranks differ from those that the adapter was made with. A resumed run has its own."""
+        """The plan from the ranks that the adapter was made with to the initial ranks of a new run.
+
+        It is not used in a resumed run, which continues with its saved ranks.
+        """
         return {}
 
     def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
-        """Checks the settings against the run, sets gates where the method has them, and returns the first state.
+        """Checks the settings against the run, sets gates if the method needs them, and returns the initial state.
 
-        Called before training, also when a run is resumed; the state and the gates are then replaced by the saved ones.
+        Called before training, also in a resumed run. There the saved state and gates then replace these.
 
-        Every tensor of the state is made on the device where the method computes with it: beside the gates, beside a
-        weight, or on the CPU for a number that only the host reads. That is a contract: when a saved state is loaded,
-        each tensor is moved to the device that the tensor of the same name has here (one without a namesake: to the
-        adapter's), so no method moves what it has loaded.
+        Every tensor of the state must be created on the device where the method uses it: the device of the gates or of
+        a weight, or the CPU for a number that only Python code reads. When a saved state is loaded, each tensor is
+        moved to the device of the tensor with the same name in this state (without such a tensor, to the adapter's
+        device). Therefore no method needs to move a loaded tensor.
 
         Raises:
             ScheduleError: the settings do not fit the run or the layers.
@@ -103,26 +105,27 @@ class Allocator(ABC):
         return {}
 
     def before_step(self, context: Context, state: State) -> None:
-        """Before an optimiser step: gradients are there (clipped, if the loop clips), weights have not moved.
+        """Called before an optimiser step: gradients exist (clipped, if the loop clips), weights have not changed yet.
 
-        The place for statistics of gradients, and for adding a penalty's gradient in closed form, so that the loss
-        that the loop reports stays the task's own. ``context.step`` counts the steps done before this one. Gates that
-        are learned have their gradients in ``layers.gates.grad``, which is cleared after :meth:`after_step`.
+        Use it for statistics of gradients, and to add a penalty's gradient in closed form. Then the loss that the loop
+        reports remains the task's loss. ``context.step`` counts the steps done before this one. The gradients of
+        learned gates are in ``layers.gates.grad``, which is cleared after :meth:`after_step`.
         """
 
     def after_step(self, context: Context, state: State) -> None:
-        """After an optimiser step: the weights have moved. The place for a proximal step."""
+        """Called after an optimiser step, when the weights have changed. Use it for a proximal step, for example."""
 
     def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
-        """After ranks have moved: whatever the state holds per rank must follow, and new ranks need their gates.
+        """Called after a resize: reindexes the tensors of the state that have one entry per rank, and sets new gates.
 
         Args:
-            origins: (R,) int64, for each rank of all layers in order, where it was before, or −1 for a new one
-                (:func:`lorank.lora.rank_origins`). ``layers.gates.values`` has followed already, with 1 for new ranks.
+            origins: (R,) int64, for each rank of all layers in order, its index before the resize, or −1 for a new
+                rank (:func:`lorank.lora.rank_origins`). ``layers.gates.values`` is already reindexed, with 1 for new
+                ranks.
         """
 
     def finish(self, context: Context, state: State) -> Allocation | None:
-        """After the last step: the last decision. Then all gates are folded into B, and the adapter is plain."""
+        """The last decision, after the last step. Then all gates are folded into B, and the adapter is plain LoRA."""
         return None
 
     def schedule(self, run: TrainingInfo) -> list[int]:
@@ -130,6 +133,6 @@ class Allocator(ABC):
         return [step for step in range(1, run.total_steps + 1) if self.due(step, run)]
 
     def describe(self) -> dict[str, Any]:
-        """The method and its settings, as saved with a run and compared when one is resumed."""
+        """The method and its settings. They are saved with a run and compared when the run is resumed."""
         settings = asdict(self) if hasattr(self, "__dataclass_fields__") else {}  # type: ignore[call-overload]  # guarded just before
         return {"method": type(self).__name__, **settings}

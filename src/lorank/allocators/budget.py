@@ -1,4 +1,4 @@
-"""What an adapter may cost, in the unit that the user thinks in.
+"""The budget of an adapter, in a unit of the user's choice.
 
 Budget.parse(8)              8 ranks per module on average      Budget.parse("0.32%")   of the base model's parameters
 Budget.parse("120 ranks")    in all                             Budget.parse("8MB")     A and B in the saved file
@@ -36,7 +36,7 @@ _FORMS = {
 
 
 def _whole(value: object) -> object:
-    """2e6 is a whole number, however it is written."""
+    """Converts a float without a fractional part, such as 2e6, to an int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -45,20 +45,20 @@ Count = Annotated[int | None, Field(ge=1), BeforeValidator(_whole)]
 
 @settings(raises=BudgetError)
 class Budget:
-    """How much an adapter may cost. Any combination of limits; all of them hold together.
+    """The limits on the size of an adapter. Several limits can be combined; then all of them hold.
 
     Args:
-        ranks_per_module: on average over the modules. > 0.
-        ranks: over all modules together. ≥ 1.
-        parameters: numbers in A and B that are trained, over all modules. ≥ 1.
-        percent: the same as per cent of the base model's parameters, above 0 and at most 100. Packed weights (4-bit,
-            GPTQ) count as the numbers that they stand for; adapters and trained copies are not counted.
-        bytes: of A and B in the saved file, in the dtype that they have. ≥ 1.
-        max_lora_rank: the highest rank that any module may have, as servers limit it. ≥ 1. By itself it leaves the
-            number of ranks as it is.
+        ranks_per_module: ranks per module, on average over the modules. > 0.
+        ranks: ranks of all modules together. ≥ 1.
+        parameters: trained numbers in A and B, of all modules together. ≥ 1.
+        percent: trained numbers in A and B, in per cent of the base model's parameters. Above 0, at most 100. Packed
+            weights (4-bit, GPTQ) count as the numbers that they encode. Adapters and trained copies do not count.
+        bytes: size of A and B in the saved file, in their own dtype. ≥ 1.
+        max_lora_rank: the highest rank of any module, as inference servers limit it. ≥ 1. As the only limit, it does
+            not change the number of ranks.
 
     Raises:
-        BudgetError: no limit, or one out of its range.
+        BudgetError: there is no limit, or a limit is out of its range.
     """
 
     ranks_per_module: Annotated[float | None, Field(gt=0)] = None
@@ -71,11 +71,11 @@ class Budget:
     def __post_init__(self) -> None:
         if not self.named:
             names = ", ".join(field.name for field in fields(self))
-            raise BudgetError(f"a budget without a limit: name one of {names}, e.g. {EXAMPLES}")
+            raise BudgetError(f"the budget has no limit: give one of {names}, e.g. {EXAMPLES}")
 
     @property
     def named(self) -> dict[str, float]:
-        """The limits that are set, by their names."""
+        """The limits that are set, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -87,12 +87,12 @@ class Budget:
         ``"0.32% of base"``, ``"8MB"``, ``"8MiB"`` or ``"8000 bytes"``.
 
         Raises:
-            BudgetError: it is none of these.
+            BudgetError: ``spec`` has none of these forms.
         """
         if isinstance(spec, Budget):
             return spec
         if isinstance(spec, Mapping):
-            return cls(**{str(name): value for name, value in spec.items()})  # type: ignore[arg-type]  # it checks them
+            return cls(**{str(name): value for name, value in spec.items()})  # type: ignore[arg-type]  # cls checks the values
         if isinstance(spec, (int, float)) and not isinstance(spec, bool):
             return cls(ranks_per_module=spec)
         if isinstance(spec, str):
@@ -100,16 +100,16 @@ class Budget:
                 if found := form.fullmatch(spec.strip()):
                     power = _POWERS[(found.groupdict().get("power") or "").lower()]
                     value = float(found["number"]) * power
-                    # 4.1M is meant to be whole, and 4.1 · 10⁶ in floating point is not quite
+                    # 4.1M means a whole number, but 4.1 · 10⁶ in floating point is slightly different
                     rounded = round(value) if power > 1 else value
-                    return cls(**{unit: rounded})  # type: ignore[arg-type]  # as above
+                    return cls(**{unit: rounded})  # type: ignore[arg-type]  # cls checks the value
         raise BudgetError(f"budget {spec!r}: expected {EXAMPLES}")
 
     def resolve(self, layers: AdapterLayers) -> ResolvedBudget:
-        """This budget for one model: costs per rank and limits, and the cap min(d_in, d_out, ``max_lora_rank``).
+        """This budget for one model: the costs per rank, the limits, and the cap min(d_in, d_out, ``max_lora_rank``).
 
         Raises:
-            BudgetError: less than the modules need, or more than they can hold, so that it could not be used up.
+            BudgetError: the budget is less than the modules need, or more than they can hold.
         """
         trained = {name: _trained_cost(layer) for name, layer in layers.items()}
         saved = {
@@ -132,7 +132,7 @@ class Budget:
             constraints.append(Constraint("bytes", saved, self.bytes))
         cap = math.inf if self.max_lora_rank is None else self.max_lora_rank
         caps = {name: int(min(layer.max_rank, cap)) for name, layer in layers.items()}
-        if not constraints:  # a cap alone: as many ranks as there are, as far as the modules can hold them
+        if not constraints:  # only a cap: the present number of ranks, or as many as the modules can hold
             constraints.append(Constraint("ranks", each, min(layers.total_rank, sum(caps.values()))))
         minima = {name: getattr(layer, "min_rank", 0) for name, layer in layers.items()}
         made = ResolvedBudget(tuple(constraints), caps, minima)
@@ -141,66 +141,67 @@ class Budget:
 
 
 def as_budget(spec: BudgetLike) -> Budget | None:
-    """A setting as the budget that it names."""
+    """Parses a setting as a budget; None stays None."""
     return None if spec is None else Budget.parse(spec)
 
 
 BudgetLike: TypeAlias = Union[Budget, Mapping[str, float | None], str, float, int, None]  # noqa: UP007  # pydantic reads it
-"""What settings accept as a budget; None: the ranks that the adapter was made with."""
+"""The values that a setting accepts as a budget; None: the ranks that the adapter was made with."""
 BudgetSetting = Annotated[
     BudgetLike, BeforeValidator(as_budget), PlainSerializer(lambda budget: None if budget is None else budget.named)
 ]
-"""The field of a method for its budget: kept as a Budget, so that settings that mean the same are equal, and written
-out as a mapping of the limits that it has."""
+"""The type of a method's field for its budget. The value is stored as a Budget, so that settings with the same meaning
+are equal, and serialised as a mapping of its limits."""
 
 
 def resolve_budget(spec: BudgetLike, layers: AdapterLayers) -> ResolvedBudget | None:
-    """The limits that a setting stands for in a model, None for no budget."""
+    """The budget of a setting, resolved for a model; None if there is no budget."""
     return None if spec is None else Budget.parse(spec).resolve(layers)
 
 
 def uniform_plan(spec: BudgetLike, layers: AdapterLayers) -> Plan:
-    """From the ranks that an adapter was made with to the budget, as evenly as it goes.
+    """The plan from the adapter's present ranks to ranks that use up the budget, as evenly as possible.
 
-    Nothing happens without a budget, nor where the adapter's ranks already use it up: somebody has chosen them.
+    The plan is empty without a budget. It is also empty if the present ranks already use up the budget, because the
+    user may have chosen them.
     """
-    limits = resolve_budget(spec, layers)
-    if limits is None or limits.is_used_up_by(layers.ranks):
+    budget = resolve_budget(spec, layers)
+    if budget is None or budget.is_used_up_by(layers.ranks):
         return {}
     plan: dict[str, LayerPlan] = {}
-    for name, rank in limits.uniform().items():
+    for name, rank in budget.uniform().items():
         if rank != layers[name].rank:
             plan[name] = plan_for_rank(layers[name].rank, rank)
     return plan
 
 
 def _trained_cost(layer: AdapterLayer) -> int:
-    """Numbers per rank that are trained: d_in + d_out, or fewer for a layer that is stored per attention head."""
+    """Trained numbers per rank: d_in + d_out, or fewer for a layer with ranks per attention head."""
     return int(getattr(layer, "rank_parameters", layer.d_in + layer.d_out))
 
 
 def _floor(value: float) -> int:
-    """⌊value⌋, where 0.1 · 30 is 3."""
+    """⌊value⌋, tolerant of rounding errors: 0.1 · 30 gives 3."""
     return math.floor(value + 1e-6)
 
 
-def _check(limits: ResolvedBudget) -> None:
-    modules = len(limits.caps)
-    for constraint in limits.constraints:
-        # a file needs one rank somewhere: the cheapest, where no module needs one of its own
-        least = constraint.cost(limits.minima) or min(constraint.costs.values())
+def _check(budget: ResolvedBudget) -> None:
+    modules = len(budget.caps)
+    for constraint in budget.constraints:
+        # An adapter file needs at least one rank: if no module has a minimum, the cheapest rank.
+        least = constraint.cost(budget.minima) or min(constraint.costs.values())
         if constraint.limit < least:
             raise BudgetError(
                 f"the budget of {_amount(constraint, constraint.limit)} is less than the "
-                f"{_amount(constraint, least)} that {modules} modules need at least: name a larger one"
+                f"{_amount(constraint, least)} that {modules} modules need at least: give a larger budget"
             )
-    over = [c for c in limits.constraints if c.limit > c.cost(limits.caps)]
-    if len(over) == len(limits.constraints):
+    over = [c for c in budget.constraints if c.limit > c.cost(budget.caps)]
+    if len(over) == len(budget.constraints):
         first = over[0]
         raise BudgetError(
-            f"the budget of {_amount(first, first.limit)} is more than the {_amount(first, first.cost(limits.caps))} "
-            f"that {modules} modules can hold, with a rank of at most {max(limits.caps.values())} in each "
-            "(min(d_in, d_out), or max_lora_rank): name a smaller one, or adapt more modules"
+            f"the budget of {_amount(first, first.limit)} is more than the {_amount(first, first.cost(budget.caps))} "
+            f"that {modules} modules can hold, with a rank of at most {max(budget.caps.values())} in each "
+            "(min(d_in, d_out), or max_lora_rank): give a smaller budget, or adapt more modules"
         )
 
 

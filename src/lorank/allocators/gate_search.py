@@ -1,13 +1,13 @@
-"""Gates found by differentiable search, as in DARTS (arXiv 1806.09055): the score of a rank is its gate.
+"""Differentiable search of gates, as in DARTS (arXiv 1806.09055). The score of a rank is its gate.
 
     g = 2 σ(a')        ∂L_split/∂a' = ∂L_split/∂g · g (1 − g/2)
 
-First-order bi-level optimisation: A and B learn on the training data by the user's optimiser; after its step, one
-forward and backward pass on rows of a second split gives the gradient of a', with A and B as they are, and an Adam of
-its own moves a'. A new rank has a' = 0 and moments of zero.
+This is first-order bi-level optimisation. The user's optimiser trains A and B on the training data. After its step, one
+forward and one backward pass on rows of a second split give the gradient of a', with A and B constant, and a separate
+Adam updates a'. A new rank has a' = 0 and moments of zero.
 
-The pass on the split leaves no trace but a'. It is made in evaluation mode, since dropout would only add noise to what
-is measured, and in the model's own precision, outside the loop's autocast. The training pass leaves the gates out.
+The pass on the second split changes only a'. It runs in evaluation mode, because dropout would add noise to the
+gradient, and in the model's own precision, outside the loop's autocast. The training pass does not train the gates.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from lorank.scoring.preserve_state import preserve_state
 
 @dataclass(frozen=True)
 class GateSearchScorer(Scorer):
-    """Searches gates while a score is still to come; afterwards they stay as they were found.
+    """Scores every rank by its gate. The gates are searched until the last scoring; then they stay constant.
 
     Args:
         gate_lr: learning rate of a'. > 0.
         search_every: optimiser steps between two steps of a'. ≥ 1.
-        search_rows: rows of the split in each of them, taken in turn. ≥ 1.
+        search_rows: rows of the second split that each step of a' uses, taken in turn. ≥ 1.
     """
 
     gate_lr: float
@@ -87,7 +87,7 @@ class GateSearchScorer(Scorer):
             raise ValidationBatchError(
                 "gates are searched on a second split of the data: give validation_batch=…, with all its rows"
             )
-        rows = rows_in_turn(context.validation_batch, int(state["searched"]), self.search_rows)
+        rows = cyclic_rows(context.validation_batch, int(state["searched"]), self.search_rows)
         state["searched"] += 1
         model = unwrap_model(context.model)
         leaves = list(gates.leaves.values())
@@ -109,17 +109,22 @@ class GateSearchScorer(Scorer):
             values.copy_(2 * torch.sigmoid(alphas))
 
 
-def rows_in_turn(batch: Mapping[str, Any], turn: int, count: int) -> dict[str, Any]:
-    """The ``count`` rows that turn ``turn`` (from 0) has, going round and round; all of them where there are no more.
+def cyclic_rows(batch: Mapping[str, Any], turn: int, count: int) -> dict[str, Any]:
+    """The ``count`` rows of a batch that step ``turn`` (from 0) uses, starting again at row 0 after the last row.
 
     Args:
-        batch: tensors whose first axis counts rows, and anything else, which stays as it is.
+        batch: tensors whose first axis counts rows; other values are returned unchanged.
+        turn: the index of the step, ≥ 0.
+        count: the number of rows; all rows are returned if the batch has no more than ``count``.
+
+    Raises:
+        ValidationBatchError: the tensors do not all have the same number of rows.
     """
     sizes = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()}
     if len(sizes) != 1:
         raise ValidationBatchError(
-            f"the tensors of the validation batch have {sorted(sizes)} rows: expected the same number in each, so that "
-            "some can be taken in turn"
+            f"the tensors of the validation batch have {sorted(sizes)} rows: expected the same number of rows in each, "
+            "because each step uses some of them. Give tensors with one row per sample"
         )
     (rows,) = sizes
     if count >= rows:

@@ -1,21 +1,21 @@
-"""Ranks chosen from data before training begins, under the same budget as uniform ones.
+"""Initial ranks chosen from data before training, under the same budget as uniform ranks.
 
-**gradient**. At the start B = 0, so the model is the base model and the loss falls, to first order, by
+**gradient**. At the start B = 0, so the model is the base model. To first order, an update ΔW reduces the loss by
 
     L(W) − L(W + ΔW) ≈ −⟨G, ΔW⟩          G = ∂L/∂W of the frozen weight, over a few batches
 
-The step against the gradient that a rank-r update can take is, by Eckart–Young, the best rank-r part of −ηG with
-G = Σ_i σ_i u_i v_iᵀ: it wins η Σ_{i≤r} σ_i². LoRA takes that step on B, with A along v_1 … v_r and a factor s from the
-chain rule and another from ΔW = s B A, so the i-th rank of module m is worth
+By Eckart–Young, the best gradient step of rank r is the rank-r part of −ηG, with G = Σ_i σ_i u_i v_iᵀ. It reduces the
+loss by η Σ_{i≤r} σ_i². LoRA takes this step on B, with A along v_1 … v_r. The chain rule gives one factor s, and
+ΔW = s B A gives another. So the i-th rank of module m reduces the loss by
 
     η s_m² σ_{m,i}²
 
-with one learning rate η for all. Ranks go to the largest of these over all modules, as far as the budget allows. A
-keeps its ordinary random values: only how many rows it has is chosen. What this does not see: curvature, Adam's own
-scaling of each gradient, and that G changes while training.
+with the same learning rate η for all modules. The ranks with the largest values over all modules are chosen, as far as
+the budget allows. A keeps its random initial values; only its number of rows is chosen. This estimate ignores
+curvature, Adam's scaling of each gradient, and the change of G during training.
 
-**eva**. PEFT's own EVA (:mod:`lorank.lora.eva`), which looks at the inputs of each module instead of the loss: ranks go
-where they explain most of the inputs' variance, and A starts along those directions.
+**eva**. PEFT's EVA (:mod:`lorank.lora.eva`) uses the inputs of each module instead of the loss: the chosen ranks
+explain most of the inputs' variance, and A starts along these directions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lorank.scoring import weight_gradient_singular_values
 from lorank.scoring.loss import LossFn
 
 GROWTH = 4
-"""By gradient, a module may receive at most so many times the mean rank (and 16 in any case)."""
+"""For the method ``gradient``, the highest rank of a module as a multiple of the mean rank (but at least 16)."""
 
 
 def initial_ranks_(
@@ -48,7 +48,7 @@ def initial_ranks_(
     loss_fn: LossFn | None = None,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Gives each module of a fresh LoRA adapter a rank of its own, from data, before the optimiser is made.
+    """Chooses a rank from data for each module of a fresh LoRA adapter, before the optimiser is created.
 
         model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
         lorank.initial_ranks_(model, batches)
@@ -56,49 +56,49 @@ def initial_ranks_(
 
     Args:
         model: a model with a LoRA adapter that has not been trained (B = 0).
-        batches: a few batches of training data with ``labels``, e.g. 8 of 16 samples; kept in memory.
+        batches: a few batches of training data with ``labels``, e.g. 8 of 16 samples; all are kept in memory.
         method: ``"gradient"`` or ``"eva"``, see the top of this file.
-        budget: what the adapter may cost, see :class:`~lorank.allocators.budget.Budget`; None: as many ranks in all as
-            it has. EVA counts in ranks: its ranks are scaled in proportion to a budget in another unit.
-        adapter: name of the adapter; None: the active one.
+        budget: the adapter's budget, see :class:`~lorank.allocators.budget.Budget`; None: the adapter's present total
+            number of ranks. EVA counts in ranks; for a budget in another unit, its ranks are scaled in proportion.
+        adapter: name of the adapter; None: the active adapter.
         loss_fn: ``loss_fn(model, batch)`` → a scalar, in place of ``model(**batch).loss``; for ``"gradient"``.
-        seed: of the values of new ranks, and of the random directions for large matrices.
+        seed: seed of the values of new ranks, and of the random directions for large matrices.
 
     Returns:
         The rank of each module.
 
     Raises:
-        AdapterError: no LoRA adapter, or one that has been trained (or was made with B ≠ 0, as PiSSA's).
-        BudgetError: a budget that cannot be read or does not fit the modules; an unknown method.
-        ValidationBatchError: no batch, one that gives no loss, or too small a one for EVA.
+        AdapterError: there is no LoRA adapter, or it has already been trained (or was made with B ≠ 0, as by PiSSA).
+        BudgetError: the budget cannot be parsed or does not fit the modules; or the method is unknown.
+        ValidationBatchError: there is no batch, a batch gives no loss, or a batch is too small for EVA.
     """
     if method not in ("gradient", "eva"):
         raise BudgetError(f"initial ranks by {method!r}: expected 'gradient' or 'eva'")
     layers = find_layers(model, adapter)
     _check_fresh(layers)
-    limits = _limits(layers, budget)
+    resolved = _resolve(layers, budget)
     kept = list(batches)
     if method == "gradient":
-        mean_rank = sum(limits.uniform().values()) / len(layers)
+        mean_rank = sum(resolved.uniform().values()) / len(layers)
         most = max(16, round(GROWTH * mean_rank))
         values = weight_gradient_singular_values(model, layers, kept, most, loss_fn=loss_fn, seed=seed)
         worth = {name: (layers[name].scaling * sigma) ** 2 for name, sigma in values.items()}
-        ranks = {name: len(chosen) for name, chosen in limits.keep_best(worth).items()}
+        ranks = {name: len(chosen) for name, chosen in resolved.keep_best(worth).items()}
         resize_(layers, {name: plan_for_rank(layers[name].rank, rank) for name, rank in ranks.items()}, seed=seed)
     else:
-        _eva(layers, limits, kept, seed)
+        _eva(layers, resolved, kept, seed)
     return layers.ranks
 
 
-def _eva(layers: AdapterLayers, limits: ResolvedBudget, batches: list[Mapping[str, Any]], seed: int) -> None:
-    even = limits.uniform()
-    components = eva_components(layers, batches, even, limits.caps)
-    wanted = {name: max(limits.minima[name], len(components.get(name, range(even[name])))) for name in layers}
-    if not limits.is_used_up_by(wanted):
-        # In proportion: the last of a module's components matter least to it, and no module pays for the others. One
-        # that EVA gave nothing comes after all others have doubled.
-        standing = {name: -torch.arange(1, limits.caps[name] + 1) / max(rank, 0.5) for name, rank in wanted.items()}
-        wanted = {name: len(chosen) for name, chosen in limits.keep_best(standing).items()}
+def _eva(layers: AdapterLayers, budget: ResolvedBudget, batches: list[Mapping[str, Any]], seed: int) -> None:
+    even = budget.uniform()
+    components = eva_components(layers, batches, even, budget.caps)
+    wanted = {name: max(budget.minima[name], len(components.get(name, range(even[name])))) for name in layers}
+    if not budget.is_used_up_by(wanted):
+        # Scaled in proportion: each module first loses its least important components, in proportion to its rank. A
+        # module to which EVA gave no rank receives one only after the ranks of all others have doubled.
+        standing = {name: -torch.arange(1, budget.caps[name] + 1) / max(rank, 0.5) for name, rank in wanted.items()}
+        wanted = {name: len(chosen) for name, chosen in budget.keep_best(standing).items()}
     resize_(layers, {name: plan_for_rank(layers[name].rank, rank) for name, rank in wanted.items()}, seed=seed)
     with torch.no_grad():
         for name, found in components.items():
@@ -106,7 +106,7 @@ def _eva(layers: AdapterLayers, limits: ResolvedBudget, batches: list[Mapping[st
             layers[name].A[:rows].copy_(found[:rows])
 
 
-def _limits(layers: AdapterLayers, budget: BudgetLike) -> ResolvedBudget:
+def _resolve(layers: AdapterLayers, budget: BudgetLike) -> ResolvedBudget:
     if budget is not None:
         return Budget.parse(budget).resolve(layers)
     holds = sum(layer.max_rank for layer in layers.values())
@@ -115,9 +115,9 @@ def _limits(layers: AdapterLayers, budget: BudgetLike) -> ResolvedBudget:
 
 def _check_fresh(layers: AdapterLayers) -> None:
     for name, layer in layers.items():
-        start: Tensor = layer.A if layer.is_embedding else layer.B  # PEFT starts embeddings the other way round
+        start: Tensor = layer.A if layer.is_embedding else layer.B  # for embeddings PEFT sets A to zero instead of B
         if layer.rank and bool(start.detach().any()):
             raise AdapterError(
-                f"{name} already has an update (B ≠ 0): initial ranks are for a fresh adapter. Choose them right after "
-                "get_peft_model, and make the adapter without an init_lora_weights that sets B (PiSSA, OLoRA, LoftQ)"
+                f"{name} already has an update (B ≠ 0): initial ranks need a fresh adapter. Choose them right after "
+                "get_peft_model, and do not use an init_lora_weights that sets B (PiSSA, OLoRA, LoftQ)"
             )

@@ -1,10 +1,10 @@
-"""AdaLoRA's regulariser, which keeps P and Q near orthonormal, as its gradient in closed form.
+"""The gradient of AdaLoRA's regulariser in closed form. The regulariser keeps P and Q near orthonormal.
 
     R(P, Q) = ‖PᵀP − I‖² + ‖QQᵀ − I‖²        ∂R/∂P = 4 P (PᵀP − I)        ∂R/∂Q = 4 (QQᵀ − I) Q
 
 with the squared Frobenius norm, summed over the modules (arXiv 2303.10512, equations 4 and 5). P is B, (d_out, r), and
-Q is A, (r, d_in). Added to the gradients after the backward pass, it trains as a term of the loss would, and the loss
-that is reported, in training and in evaluation, stays the task's own.
+Q is A, (r, d_in). The gradient is added after the backward pass. This has the same effect as a term of the loss, but
+the reported loss, in training and in evaluation, remains the task's loss.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from lorank.lora import AdapterLayers
 
 @torch.no_grad()
 def add_orthogonality_gradient_(layers: AdapterLayers, gamma: float) -> None:
-    """Adds γ ∂R/∂A and γ ∂R/∂B to the gradients; a weight that has none (the loss did not reach it) is left alone."""
-    groups: dict[tuple[object, ...], list[tuple[Tensor, Tensor]]] = {}  # one product for all matrices of one shape
+    """Adds γ ∂R/∂A and γ ∂R/∂B to the gradients of A and B in place. A weight without a gradient is skipped."""
+    groups: dict[tuple[object, ...], list[tuple[Tensor, Tensor]]] = {}  # one product for all matrices of the same shape
     for layer in layers.values():
         for weight, by_rank in ((layer.A, False), (layer.B, True)):
             if weight.grad is None or not layer.rank:

@@ -1,12 +1,12 @@
-"""Which methods recipes can name: lorank's own, and those that other packages register.
+"""The methods that a recipe can name: lorank's own methods and those that other packages register.
 
 A package registers a method by a packaging entry point in the group ``lorank.allocators``:
 
     [project.entry-points."lorank.allocators"]
     magnitude = "my_package.magnitude:MagnitudePruning"
 
-The name is what stands in a recipe's ``allocator.name``; what it leads to is a frozen dataclass derived from
-:class:`lorank.Allocator`. A method that cannot be used never keeps the others from working.
+A recipe gives this name as ``allocator.name``. The entry point must refer to a frozen dataclass derived from
+:class:`lorank.Allocator`. A method that cannot be loaded does not affect the other methods.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lorank.allocators.base import Allocator
 GROUP = "lorank.allocators"
 """The group of entry points."""
 
-# Lorank's own methods stand here and are no entry points of its distribution: entry points are read from what pip wrote
-# when it installed, so in an editable installation a new method would be missing until somebody installs again. They
-# are loaded in the same way.
+# Lorank's own methods are listed here instead of in entry points of its distribution. Entry points are read from
+# metadata that pip writes when it installs a package, so in an editable installation a new method would be missing
+# until the next installation. The methods are loaded in the same way as entry points.
 OWN: Mapping[str, str] = {
     "static": "lorank.allocators.static:StaticLoRA",
     "alora": "lorank.allocators.alora:ALoRA",
@@ -36,22 +36,22 @@ OWN: Mapping[str, str] = {
     "adalora": "lorank.allocators.adalora:AdaLoRA",
     "sora": "lorank.allocators.sora:SoRA",
 }
-"""Lorank's own methods: the name in recipes, and where the class is."""
+"""Lorank's own methods: from the name in recipes to the module and class."""
 
 RESERVED = frozenset({"full"})
-"""Names that mean something else in recipes: full fine-tuning, which has no ranks."""
+"""Names with another meaning in recipes: ``full`` is full fine-tuning, which has no ranks."""
 
 logger = logging.getLogger("lorank")
 
 
 @dataclass(frozen=True)
 class Registry:
-    """The methods that are there.
+    """The installed methods.
 
     Args:
-        classes: by name, lorank's own first, the others in alphabetical order.
-        refused: by name, why a method that some package registers cannot be used. A name that is taken by one of
-            lorank's own methods is not among them, because it has a meaning.
+        classes: by name, lorank's own methods first, then the others in alphabetical order.
+        refused: by name, why a method that another package registers cannot be used. It does not contain a name that
+            lorank itself uses, because a recipe can still use this name.
     """
 
     classes: Mapping[str, type[Allocator]]
@@ -59,11 +59,11 @@ class Registry:
 
 
 def find_allocators() -> Registry:
-    """Imports all methods: lorank's own, and those of the packages that are installed beside it.
+    """Imports all methods: lorank's own methods and those of other installed packages.
 
-    What cannot be used is left out, with a warning that names the distribution and the reason: it cannot be imported,
-    is not a frozen dataclass derived from :class:`Allocator`, or its name is taken. Where two distributions register
-    different methods under one name, both are left out, since nobody could tell which of them a recipe means.
+    A method is left out if it cannot be imported, is not a frozen dataclass derived from :class:`Allocator`, or has a
+    name that lorank itself uses. A logged warning then names the distribution and the reason. If two distributions
+    register different methods under the same name, both are left out, because a recipe with this name is ambiguous.
     """
     classes = {name: EntryPoint(name, value, GROUP).load() for name, value in OWN.items()}
     refused: dict[str, str] = {}
@@ -73,14 +73,14 @@ def find_allocators() -> Registry:
     for name, entries in sorted(found.items()):
         who = " and ".join(sorted({_distribution(entry) for entry in entries}))
         if name in OWN or name in RESERVED:
-            _warn(name, who, "the name is taken by lorank itself. Ask its authors for another name")
+            _warn(name, who, "lorank itself uses this name. Ask the authors of the package for another name")
         elif len({entry.value for entry in entries}) > 1:
             refused[name] = f"{who} register different methods under this name. Uninstall one of them"
             _warn(name, who, refused[name])
         else:
             try:
                 classes[name] = _load(entries[0])
-            except (Exception, SystemExit) as error:  # whatever a module of somebody else does when it is imported
+            except (Exception, SystemExit) as error:  # a foreign module may raise any error when it is imported
                 reason = f"{type(error).__name__}: {error}"
                 refused[name] = f"the method that {who} registers as {entries[0].value!r} cannot be used. {reason}"
                 _warn(name, who, reason)
@@ -96,7 +96,7 @@ def _load(entry: EntryPoint) -> type[Allocator]:
     if inspect.isabstract(found):
         missing = ", ".join(sorted(found.__abstractmethods__))
         raise TypeError(f"{entry.value} is abstract: it must define {missing}")
-    # Of the class itself: one that only inherits from a dataclass has settings that are not fields.
+    # The parameters of the class itself: annotations of a class that only inherits from a dataclass are not fields.
     parameters = vars(found).get("__dataclass_params__")
     if not (dataclasses.is_dataclass(found) and parameters is not None and parameters.frozen):
         raise TypeError(f"{entry.value} is not a frozen dataclass: decorate the class with @dataclass(frozen=True)")
@@ -108,5 +108,5 @@ def _distribution(entry: EntryPoint) -> str:
 
 
 def _warn(name: str, who: str, reason: str) -> None:
-    # Logged and not raised as a Python warning, which "-W error" would make an error for all other methods.
+    # Logged instead of raised as a Python warning: with "-W error", such a warning would stop all other methods.
     logger.warning("the method %r of %s is left out: %s", name, who, reason)

@@ -1,6 +1,6 @@
-"""A budget resolved against a model: what one more rank costs in each module, and how much there is to spend.
+"""A budget resolved for a model: the cost of one more rank in each module, and the limit on the total cost.
 
-Everything here is a pure function of ranks (or scores) by module name.
+All functions here are pure functions of ranks (or scores) by module name.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Constraint:
     """Σ_m costs[m] · r_m ≤ limit.
 
     Args:
-        unit: the field of the budget that it comes from.
-        costs: what one rank of each module costs, ≥ 1.
-        limit: the most that all ranks together may cost.
-        unit_size: how much cost makes one of the user's own unit (a rank per module, a per cent of the base model).
+        unit: the field of the budget that the constraint belongs to.
+        costs: per module, the cost of one rank, ≥ 1.
+        limit: the highest total cost of all ranks.
+        unit_size: the cost of one unit that the user thinks in (one rank per module, one per cent of the base model).
     """
 
     unit: str
@@ -39,9 +39,9 @@ class ResolvedBudget:
     """All constraints of a budget, for one model.
 
     Args:
-        constraints: they hold together.
-        caps: per module, in the model's order, the most ranks that it may have.
-        minima: per module, the ranks that it cannot do without (0, or 1 where the format of the file needs one).
+        constraints: the constraints; all of them must hold.
+        caps: per module, in the model's order, the highest allowed rank.
+        minima: per module, the lowest allowed rank: 0, or 1 if the file format needs a rank (DoRA).
     """
 
     constraints: tuple[Constraint, ...]
@@ -49,27 +49,29 @@ class ResolvedBudget:
     minima: Mapping[str, int]
 
     def fits(self, ranks: Mapping[str, int]) -> bool:
-        """Whether ranks (by module) are within every constraint and cap."""
+        """Whether ``ranks`` (by module) are within every constraint and cap."""
         return all(rank <= self.caps[name] for name, rank in ranks.items()) and all(
             constraint.cost(ranks) <= constraint.limit for constraint in self.constraints
         )
 
     def used(self, ranks: Mapping[str, int]) -> dict[str, dict[str, float]]:
-        """Per unit that the budget was named in, what ``ranks`` use and what there is. JSON-serialisable."""
+        """Per unit of the budget, the amount that ``ranks`` use and the limit. JSON-serialisable."""
         return {c.unit: {"used": c.cost(ranks) / c.unit_size, "limit": c.limit / c.unit_size} for c in self.constraints}
 
     def room(self, ranks: Mapping[str, int], name: str) -> int:
-        """How many more ranks module ``name`` may receive if all others stay as they are. ≥ 0."""
+        """How many more ranks module ``name`` may receive if all other modules keep their ranks. ≥ 0."""
         spare = [(c.limit - c.cost(ranks)) // c.costs[name] for c in self.constraints]
         return max(0, min([self.caps[name] - ranks[name], *spare]))
 
     def is_used_up_by(self, ranks: Mapping[str, int]) -> bool:
-        """Whether ``ranks`` fit and no module could receive one more."""
+        """Whether ``ranks`` fit the budget and no module can receive one more rank."""
         return self.fits(ranks) and not any(self.room(ranks, name) for name in self.caps)
 
     def uniform(self) -> dict[str, int]:
-        """As even as possible: the highest rank that fits in every module (capped ones stay at their cap), and what is
-        left is dealt one by one, in module order, while it fits. Any two modules below their caps differ by at most 1.
+        """Ranks by module, as even as possible.
+
+        All modules get the highest rank that fits the budget, limited by their caps. Then each module, in order,
+        receives one more rank if it fits. Any two modules below their caps differ by at most 1.
         """
         low, high = 0, max(self.caps.values())
         while low < high:
@@ -82,10 +84,10 @@ class ResolvedBudget:
         return ranks
 
     def keep_best(self, scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """The ranks with the highest scores that fit, greedily from the highest.
+        """The ranks with the highest scores that fit the budget, chosen greedily from the highest score.
 
-        Where a rank does not fit, a lower one of a cheaper module still may. Every module first keeps the best of the
-        ranks that it cannot do without. Exact ties go by module order, then rank order.
+        If a rank does not fit, a rank with a lower score in a cheaper module may still fit. Every module first keeps
+        its best ranks up to its minimum. Exact ties are broken by module order, then rank order.
 
         Args:
             scores: per module (r,), higher = keep.
@@ -94,13 +96,16 @@ class ResolvedBudget:
             Per module, the indices of the ranks to keep, ascending.
 
         Raises:
-            BudgetError: a score is not a number.
+            BudgetError: a score is NaN.
         """
         owners = [(name, rank) for name, values in scores.items() for rank in range(len(values))]
         flat = torch.cat([values.detach().double().cpu() for values in scores.values()])  # (R,)
         if flat.isnan().any():
             name, rank = owners[int(flat.isnan().nonzero()[0])]
-            raise BudgetError(f"the score of rank {rank} of {name} is not a number: ranks cannot be ordered by it")
+            raise BudgetError(
+                f"the score of rank {rank} of {name} is NaN, so ranks cannot be ordered. Check that the weights and "
+                "the gradients are finite (training may have diverged)"
+            )
         best_first = [owners[i] for i in torch.sort(flat, descending=True, stable=True).indices.tolist()]
         kept: dict[str, list[int]] = {name: [] for name in scores}
         needed = []
@@ -121,12 +126,16 @@ class ResolvedBudget:
         return {name: tuple(sorted(some)) for name, some in kept.items()}
 
     def relaxed(self, start_ranks: Mapping[str, int], fraction: float) -> ResolvedBudget:
-        """ResolvedBudget on the way from ``start_ranks`` down to these: L becomes ⌊L + (cost(start) − L) · fraction⌋,
-        caps too.
+        """A budget between ``start_ranks`` and this one: each limit L becomes ⌊L + (cost(start) − L) · fraction⌋.
+
+        Caps change in the same way. A limit or cap that ``start_ranks`` do not exceed stays unchanged.
 
         Args:
-            start_ranks: ranks that are allowed at ``fraction`` 1. Where they are under the budget, L stays.
+            start_ranks: ranks that are allowed at ``fraction`` 1.
             fraction: from 1 (the start) to 0 (this budget).
+
+        Raises:
+            BudgetError: ``fraction`` is below 0 or above 1.
         """
         if not 0 <= fraction <= 1:
             raise BudgetError(f"fraction={fraction}: expected 0 (the budget itself) to 1 (the ranks at the start)")

@@ -1,7 +1,7 @@
 """ALoRA's rounds, for any scorer: train K1; then up to N_A times prune, reallocate, train K2.
 
-The schedule is :class:`~lorank.allocators.schedule.RoundSchedule`, the reallocation
-:func:`~lorank.allocators.reallocation.prune_and_reallocate`. What a rank is worth is the scorer of each method.
+The schedule is :class:`~lorank.allocators.schedule.RoundSchedule`, the reallocation is
+:func:`~lorank.allocators.reallocation.prune_and_reallocate`. Each method defines its own scorer.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ def _not_zero(rounds: object) -> object:
 
 @settings(raises=ScheduleError)
 class RoundAllocator(Allocator):
-    """Base of the methods with rounds. A subclass adds its own settings and its scorer.
+    """Base class of the methods with rounds. A subclass adds its own settings and its scorer.
 
     Args:
         k1: K1, how long to train before the first round: 1 epoch. > 0.
         k2: K2, how long to train between rounds: 0.25 epoch. > 0.
-        rounds: N_A, how many rounds at most: 8. ≥ 1. Rounds that would come at the run's last step or later are left
-            out, since a rank needs training.
+        rounds: N_A, the highest number of rounds: 8. ≥ 1. A round at the run's last step or later is left out, because
+            new ranks need training.
         unit: what ``k1`` and ``k2`` count, ``"epochs"`` or optimiser ``"steps"``.
         per_round: n_A, ranks pruned and given in each round, over all modules; None: as many as there are modules.
-        retry_empty: whether a module at rank 0 may receive ranks again. It then counts as a module that lost none,
-            behind all those that have a score.
-        budget: what the adapter may cost at any time, see :class:`~lorank.allocators.budget.Budget`; None: as many
-            ranks as it was made with.
+        retry_empty: whether a module at rank 0 may receive ranks again. It then counts as a module that lost none, less
+            important than all modules with a score.
+        budget: the adapter's budget at any time, see :class:`~lorank.allocators.budget.Budget`; None: the number of
+            ranks that the adapter was made with.
 
     Raises:
-        ScheduleError: a setting out of its range.
-        BudgetError: a budget that cannot be read; at the start of a run, one that does not fit the modules.
+        ScheduleError: a setting is out of its range.
+        BudgetError: the budget cannot be parsed; or, at the start of a run, it does not fit the modules.
     """
 
     k1: Annotated[float, Field(gt=0)] = 1.0
@@ -61,7 +61,7 @@ class RoundAllocator(Allocator):
     @property
     @abstractmethod
     def scorer(self) -> Scorer:
-        """What a rank is worth."""
+        """The scorer of the method."""
 
     @property
     def needs_validation_batch(self) -> bool:
@@ -112,7 +112,7 @@ class RoundAllocator(Allocator):
             count,
             {name: layer.max_rank for name, layer in layers.items()},
             self.retry_empty,
-            limits=budget,
+            budget=budget,
             minima=minima,
         )
         details = dict(found.details)
@@ -131,28 +131,28 @@ class RoundAllocator(Allocator):
         return RoundSchedule(self.k1, self.k2, self.rounds, self.unit)
 
     def _check_that_ranks_stay(self, layers: AdapterLayers, run: TrainingInfo) -> None:
-        """Raises ScheduleError if one round would leave less than must stay."""
+        """Raises ScheduleError if one round would leave fewer ranks than the minimum."""
         pruned = self._count(layers)
         plan = self.initial_plan(layers, run)
         total = sum(plan[name].rank if name in plan else layer.rank for name, layer in layers.items())
         needed = _needed(layers)
         if pruned > total - needed:
             raise ScheduleError(
-                f"{type(self).__name__} would prune n_A = {pruned} ranks in a round and the {len(layers)} modules have "
-                f"{total} in all, of which {needed} must stay: raise the rank in LoraConfig(r=…) or the budget, or "
-                "name a smaller per_round"
+                f"{type(self).__name__} would prune n_A = {pruned} ranks in a round, but the {len(layers)} modules "
+                f"have {total} in all, of which {needed} must stay: raise the rank in LoraConfig(r=…) or the budget, "
+                "or give a smaller per_round"
             )
 
     def _count(self, layers: AdapterLayers) -> int:
         return len(layers) if self.per_round is None else self.per_round
 
     def _to_prune(self, layers: AdapterLayers) -> int:
-        """n_A, or fewer where rounds have shrunk the total so far that less than must stay would be left."""
+        """n_A, or fewer if otherwise fewer ranks than the minimum would remain, because the total has shrunk."""
         return max(0, min(self._count(layers), layers.total_rank - _needed(layers)))
 
 
 def _needed(layers: AdapterLayers) -> int:
-    """The ranks that must stay, over all modules: at least one, since an adapter cannot be empty."""
+    """The lowest allowed total rank of all modules: at least one, because an adapter cannot be empty."""
     return max(1, sum(_minima(layers).values()))
 
 

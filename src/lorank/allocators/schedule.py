@@ -1,4 +1,4 @@
-"""When ranks move: pure functions of the optimiser step.
+"""The schedules of rank allocation, as pure functions of the optimiser step.
 
 rounds (ALoRA, arXiv 2403.16187):    K1, K1 + K2, K1 + 2 K2, …              N_A of them at most
 cubic (AdaLoRA, arXiv 2303.10512):   every ΔT steps from t_i to T − t_f     the budget falls as (1 − progress)³
@@ -14,20 +14,20 @@ from lorank.errors import ScheduleError
 from lorank.scoring.context import TrainingInfo
 
 PAPER_EPOCHS = 10.0
-"""ALoRA's longest training: what a run counts as where the length of an epoch is unknown."""
+"""The assumed number of epochs of a run if the length of an epoch is unknown: ALoRA's longest training."""
 
 T_INIT, T_FINAL, DELTA_T = 0.13, 0.48, 0.002
-"""The medians of the eight GLUE runs in AdaLoRA's scripts, as parts of the run."""
+"""The medians of the eight GLUE runs in AdaLoRA's scripts, as fractions of the run."""
 
 
 @dataclass(frozen=True)
 class RoundSchedule:
-    """Train K1, then up to N_A rounds with K2 of training between them. Rounds at the run's last step are left out.
+    """Training for K1, then up to N_A rounds with training for K2 between them. No round at the run's last step.
 
     Args:
         k1: K1, how long to train before the first round. > 0.
         k2: K2, how long to train between rounds. > 0.
-        rounds: N_A, how many rounds at most. ≥ 1.
+        rounds: N_A, the highest number of rounds. ≥ 1.
         unit: what ``k1`` and ``k2`` count, ``"epochs"`` or optimiser ``"steps"``.
     """
 
@@ -38,18 +38,18 @@ class RoundSchedule:
 
     def due(self, step: int, run: TrainingInfo) -> bool:
         """Whether a round comes after optimiser step ``step`` (from 1)."""
-        first, every = self._first_and_every(run)
+        first, every = self._first_and_interval(run)
         done, since = divmod(step - first, every)
         return since == 0 and 0 <= done < self.rounds and step < run.total_steps
 
     def last(self, run: TrainingInfo) -> int:
-        """The step of the last round; 0 where there is none."""
-        first, every = self._first_and_every(run)
+        """The step of the last round; 0 if there is no round."""
+        first, every = self._first_and_interval(run)
         if first >= run.total_steps:
             return 0
         return first + every * min(self.rounds - 1, (run.total_steps - 1 - first) // every)
 
-    def _first_and_every(self, run: TrainingInfo) -> tuple[int, int]:
+    def _first_and_interval(self, run: TrainingInfo) -> tuple[int, int]:
         if self.unit == "steps":
             return max(1, round(self.k1)), max(1, round(self.k2))
         return epochs_to_steps(self.k1, run, PAPER_EPOCHS), epochs_to_steps(self.k2, run, PAPER_EPOCHS)
@@ -57,11 +57,11 @@ class RoundSchedule:
 
 @dataclass(frozen=True)
 class CubicSchedule:
-    """A budget that stays at b0 until t_i, falls as a cube to b_T at T − t_f, and stays there.
+    """A budget that stays at b0 until t_i, then falls cubically to b_T at T − t_f, and stays at b_T.
 
     Args:
         t_init: t_i, steps before the budget begins to fall; None: 13 % of the run. ≥ 0.
-        t_final: t_f, steps with the final budget at the end of the run; None: 48 % of it. ≥ 0.
+        t_final: t_f, steps with the final budget at the end of the run; None: 48 % of the run. ≥ 0.
         delta_t: ΔT, steps between two prunings; None: 0.2 % of the run, at least 1. ≥ 1.
     """
 
@@ -72,10 +72,10 @@ class CubicSchedule:
     def due(self, step: int, run: TrainingInfo) -> bool:
         """Whether ranks are pruned after optimiser step ``step`` (from 1)."""
         end = self.end(run)
-        return step == end or (self.begin(run) < step < end and step % self._every(run) == 0)
+        return step == end or (self.begin(run) < step < end and step % self._interval(run) == 0)
 
     def fraction(self, step: int, run: TrainingInfo) -> float:
-        """Where the budget is between b0 (1) and b_T (0), after optimiser step ``step``."""
+        """The position of the budget between b0 (1) and b_T (0), after optimiser step ``step``."""
         begin, end = self.begin(run), self.end(run)
         if step <= begin:
             return 1.0
@@ -91,22 +91,22 @@ class CubicSchedule:
         return run.total_steps - t_final
 
     def check(self, run: TrainingInfo, method: str) -> None:
-        """Raises ScheduleError, in the name of ``method``, if no step of the run is left in which the budget falls."""
+        """Raises ScheduleError, with ``method`` in the message, if the budget has no step of the run to fall in."""
         t_init, t_final = self.begin(run), run.total_steps - self.end(run)
         if t_init + t_final >= run.total_steps:
             raise ScheduleError(
                 f"{method}(t_init={t_init}, t_final={t_final}) leaves no step in which the budget could fall, in a run "
-                f"of {run.total_steps} steps: name smaller ones, or train longer"
+                f"of {run.total_steps} steps: give smaller values, or train longer"
             )
 
-    def _every(self, run: TrainingInfo) -> int:
+    def _interval(self, run: TrainingInfo) -> int:
         return max(1, round(DELTA_T * run.total_steps)) if self.delta_t is None else self.delta_t
 
 
 def epochs_to_steps(epochs: float, run: TrainingInfo, assumed_epochs: float) -> int:
     """A duration in epochs as optimiser steps, at least 1.
 
-    Where the length of an epoch is unknown, the run is read as ``assumed_epochs`` epochs long.
+    If the length of an epoch is unknown, the run is assumed to last ``assumed_epochs`` epochs.
     """
     per_epoch = run.steps_per_epoch if run.steps_per_epoch is not None else run.total_steps / assumed_epochs
     return max(1, math.ceil(epochs * per_epoch - 1e-9))

@@ -1,12 +1,12 @@
-"""Settings that are checked where they are declared.
+"""Settings of methods, checked against the types and ranges of their declarations.
 
     @settings(raises=ScheduleError)
     class ALoRASensi(RoundAllocator):
         beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
 
-makes a frozen dataclass. Pydantic checks the type and the range of each field when an object is made, and the same
-bounds are in the JSON schema of a recipe. Conditions between fields stay in ``__post_init__``. One error lists all
-settings that are wrong, each as in ``ALoRASensi(beta1=2): expected a number above 0 and below 1``.
+makes a frozen dataclass. Pydantic checks the type and the range of each field when an object is created. The JSON
+schema of a recipe has the same bounds. Conditions between fields are checked in ``__post_init__``. One error lists all
+wrong settings, each as in ``ALoRASensi(beta1=2): expected a number above 0 and below 1``.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from lorank.errors import BudgetError, LorankError
 T = TypeVar("T")
 
 _CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""Strict: 2.5 is no count, and neither are "8" and True."""
+"""Strict: for an integer field, 2.5, "8" and True are errors."""
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 _BOUNDS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most"}
 _ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 _ROLE = re.compile(r":\w+:`~?(?:\w+\.)*(\w+)`")
 MAX_SHOWN = 80
-"""Characters of a wrong value in a message."""
+"""The most characters of a wrong value that a message shows."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, Field))
@@ -44,7 +44,7 @@ def settings(*, raises: type[LorankError]) -> Callable[[type[T]], type[T]]:
     """A decorator that makes a frozen dataclass with checked fields.
 
     Args:
-        raises: the error for wrong settings. If only a budget is wrong, the error is a BudgetError.
+        raises: the error type for wrong settings. If only budgets are wrong, a BudgetError is raised instead.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -59,13 +59,13 @@ def settings(*, raises: type[LorankError]) -> Callable[[type[T]], type[T]]:
                 raise _translated(error, made, raises) from None
 
         made.__init__ = init
-        return made  # type: ignore[no-any-return]  # the class that came in, as pydantic made it
+        return made  # type: ignore[no-any-return]  # the class cls, as pydantic made it
 
     return decorate
 
 
 def documented_settings(cls: type) -> dict[str, str]:
-    """What ``Args`` in the docstrings of a class and its bases say of each setting, by its name."""
+    """The description of each setting, by name, from ``Args`` in the docstrings of a class and its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, arguments = inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")
@@ -97,7 +97,7 @@ def _line(detail: Any, made: Any) -> str:
         return f"{made.__name__}({name}={value}): unknown setting; {known}"
     if kind == "unexpected_positional_argument":
         return f"{made.__name__}(…, {value}): expected at most {len(fields)} settings: {', '.join(fields)}"
-    if name not in fields:  # of the whole object
+    if name not in fields:  # the error concerns the whole object
         return f"{made.__name__}: {cause or detail['msg']}"
     wanted = _expected(fields[name]) if len(place) == 1 else None
     if kind == "missing":
@@ -108,7 +108,7 @@ def _line(detail: Any, made: Any) -> str:
 
 
 def _expected(field: FieldInfo) -> str | None:
-    """What a field takes, in words, from its type and its bounds; None where only pydantic's own message can say it."""
+    """The expected value of a field, in words, from its type and its bounds. None: use pydantic's own message."""
     kind: Any = field.annotation
     kinds = list(get_args(kind)) if get_origin(kind) in (Union, UnionType) else [kind]
     optional = NoneType in kinds
@@ -124,7 +124,7 @@ def _expected(field: FieldInfo) -> str | None:
 
 
 def _cause(detail: Any) -> Exception | None:
-    """The error that a validator of ours raised."""
+    """The error that one of our own validators raised, or None."""
     cause = detail.get("ctx", {}).get("error")
     return cause if isinstance(cause, Exception) else None
 

@@ -4,22 +4,23 @@
 
     g ← T_{η_t λ}(g − η_t ∂L0/∂g)      T_ξ(x) = sign(x) · max(|x| − ξ, 0)
 
-A gate that is exactly zero is a rank that can go, and from time to time those ranks are removed, with their optimiser
-moments. η_t is the gate's own learning rate on the main optimiser's schedule; L0 is the task's loss, unclipped.
+A rank whose gate is exactly zero can be removed. At regular intervals these ranks are removed, with their optimiser
+moments. η_t is the gate's own learning rate on the main optimiser's schedule; L0 is the task's loss, with unclipped
+gradients.
 
-The paper raises λ step by step and takes the sparsity that comes out. Here the user names a budget, so λ is steered: at
-every step it is what would, if nothing else moved, bring the largest gate outside the budget to zero at the step t_end
-where the budget is to be met,
+The paper raises λ step by step and accepts the sparsity that results. Here the user gives a budget, and λ is adapted to
+it. The budget must be met at step t_end. At every step, λ is chosen so that the largest gate outside the budget would
+reach zero at t_end if all other values stayed constant,
 
     λ_t = |u|_(k) / (η_t (t_end − t + 1))        u = g − η_t ∂L0/∂g,  k gates outside the budget
 
-and zero afterwards, so that what is left trains without the penalty. Counting the gates that are zero would tell
-nothing until the first ones arrive there, and then they arrive together; the distance left tells it all the way.
-A λ that is named stays as it is; what is then still over the budget at t_end goes by size.
+After t_end λ is zero, so that the remaining ranks train without the penalty. The number of zero gates would be a poor
+control signal: it stays 0 for a long time, and then many gates reach zero together. The distance to zero changes from
+the first step on. If the user gives λ, it stays constant; at t_end the smallest ranks above the budget are pruned.
 
-Gates start at one (the authors' code draws them from N(0, 1)): the adapter starts as it is, and which ranks go is
-decided by the data alone. The size of a rank's update is |g_i| ‖A_i‖ ‖B_i‖ s, for the scale of g_i alone means little:
-what the gate loses the vectors may have gained.
+Gates start at one (the authors' code draws them from N(0, 1)). So the adapter's initial output does not change, and
+only the data decide which ranks are pruned. The size of a rank's update is |g_i| ‖A_i‖ ‖B_i‖ s. The scale of g_i alone
+means little, because the vectors can grow while the gate shrinks.
 """
 
 from __future__ import annotations
@@ -40,24 +41,26 @@ from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayers
 
 PRUNE_EVERY = 0.02
+"""The interval between two removals of ranks, as a fraction of the run."""
 
 
 @settings(raises=ScheduleError)
 class SoRA(Allocator):
-    """SoRA. Make the adapter with more ranks than the budget; the paper starts at twice as many.
+    """SoRA. The adapter must start with more ranks than the budget; the paper starts with twice as many.
 
     Args:
-        l1: λ, the weight of ‖g‖₁ in the loss; None: steered, so that the budget is met by ``until``. > 0.
-        gate_lr: η, the gates' learning rate at the peak of the main schedule, which scales it: 10. A gate's gradient is
-            small (about 1e-3 on the model that lorank carries), and a gate that it does not move says nothing. > 0.
-        until: the part of the run after which the budget is met, and final. Above 0, at most 1.
+        l1: λ, the weight of ‖g‖₁ in the loss; None: adapted so that the budget is met by ``until``. > 0.
+        gate_lr: η, the gates' learning rate at the peak of the main schedule, which scales it: 10. It is high because a
+            gate's gradient is small (about 1e-3 on the model that comes with lorank), and a gate that does not move
+            carries no information. > 0.
+        until: the fraction of the run after which the budget is met and final. Above 0, at most 1.
         prune_every: optimiser steps between two removals of ranks whose gate is zero; None: 2 % of the run. ≥ 1.
-        budget: what the adapter may cost at the end, see :class:`~lorank.allocators.budget.Budget`; None: half of the
-            ranks that it was made with.
+        budget: the adapter's budget at the end, see :class:`~lorank.allocators.budget.Budget`; None: half of the ranks
+            that the adapter was made with.
 
     Raises:
-        ScheduleError: a setting out of its range; while training, a λ that has switched every rank off.
-        BudgetError: a budget that cannot be read; at the start of a run, one that does not fit the modules.
+        ScheduleError: a setting is out of its range; or, while training, λ has switched off every rank.
+        BudgetError: the budget cannot be parsed; or, at the start of a run, it does not fit the modules.
     """
 
     l1: Annotated[float | None, Field(gt=0)] = None
@@ -70,16 +73,16 @@ class SoRA(Allocator):
         return final_budget(self.budget, layers, run)
 
     def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
-        limits = self.resolve_budget(layers, run)
+        budget = self.resolve_budget(layers, run)
         if self.l1 is None:
-            warn_if_nothing_to_prune("SoRA", limits, run)
+            warn_if_nothing_to_prune("SoRA", budget, run)
         first = next(iter(layers.values())).A
         dtype = torch.promote_types(first.dtype, torch.float32)
         gates = layers.learn_gates(torch.ones(layers.total_rank, dtype=dtype)).values
-        costs = [[c.costs[name] for name in layers] for c in limits.constraints]
+        costs = [[c.costs[name] for name in layers] for c in budget.constraints]
         return {
             "costs": torch.tensor(costs, device=gates.device),  # (C, modules)
-            "limits": torch.tensor([c.limit for c in limits.constraints], device=gates.device),  # (C,)
+            "limits": torch.tensor([c.limit for c in budget.constraints], device=gates.device),  # (C,)
             "threshold": gates.new_zeros(()),
         }
 
@@ -93,7 +96,7 @@ class SoRA(Allocator):
         if self.l1 is not None:
             threshold = torch.full_like(moved[0], step_size * self.l1)
         else:
-            threshold = self._steered(moved, context, state)
+            threshold = self._threshold_for_budget(moved, context, state)
         gates.values.copy_(soft_threshold(moved, threshold))
         state["threshold"] = threshold
 
@@ -110,12 +113,12 @@ class SoRA(Allocator):
         return replace(allocation, details={**details, **allocation.details})
 
     def finish(self, context: Context, state: State) -> Allocation | None:
-        """What is over the budget (training stopped early) or has come to zero since the last removal goes."""
+        """Removes ranks above the budget (if training stopped early) and ranks whose gate has become zero."""
         allocation = self._prune(context, to_budget=True)
         return allocation if allocation.plan else None
 
-    def _steered(self, moved: Tensor, context: Context, state: State) -> Tensor:
-        """η_t λ_t, ().
+    def _threshold_for_budget(self, moved: Tensor, context: Context, state: State) -> Tensor:
+        """The threshold η_t λ_t for the adapted λ_t, ().
 
         Args:
             moved: u, (R,).
@@ -126,14 +129,14 @@ class SoRA(Allocator):
         sizes, order = moved.abs().sort(descending=True, stable=True)  # (R,)
         ranks = torch.tensor(list(context.layers.ranks.values()), device=moved.device)  # (modules,)
         costs = state["costs"].repeat_interleave(ranks, dim=1, output_size=len(moved))[:, order]  # (C, R)
-        over = costs.cumsum(1) > state["limits"].unsqueeze(1)  # (C, R), true from some rank on
+        over = costs.cumsum(1) > state["limits"].unsqueeze(1)  # (C, R), False up to a rank, then True
         return (sizes * over.any(0)).max() / left
 
     def _prune(self, context: Context, *, to_budget: bool) -> Allocation:
-        """Removes the ranks whose gate is zero, and with ``to_budget`` those with the smallest updates over it."""
+        """Removes the ranks whose gate is zero; with ``to_budget``, also the smallest ranks above the budget."""
         layers, run = context.layers, context.run
-        limits = self.resolve_budget(layers, run)
-        allowed = limits if to_budget else replace(limits, constraints=(), caps=layers.ranks)
+        budget = self.resolve_budget(layers, run)
+        allowed = budget if to_budget else replace(budget, constraints=(), caps=layers.ranks)
         gates = {name: (torch.ones(0) if x.gate is None else x.gate.detach().abs()) for name, x in layers.items()}
         sizes = {
             name: gates[name].double()
@@ -145,15 +148,15 @@ class SoRA(Allocator):
         if not any(gate.any() for gate in gates.values()):
             raise ScheduleError(
                 f"SoRA(l1={self.l1}, gate_lr={self.gate_lr}): at step {context.step} every gate is zero, so the whole "
-                "adapter is switched off. Name a smaller l1, or none: the penalty is then steered by the budget"
+                "adapter is switched off. Give a smaller l1, or no l1: then the penalty is adapted to the budget"
             )
         kept = {}
         for name, some in allowed.keep_best(sizes).items():
             alive = [rank for rank in some if gates[name][rank]]
-            spare = [rank for rank in some if not gates[name][rank]]  # what the module cannot be without stays at zero
-            kept[name] = sorted(alive + spare[: max(0, limits.minima[name] - len(alive))])
+            spare = [rank for rank in some if not gates[name][rank]]  # kept at zero if the minimum needs them
+            kept[name] = sorted(alive + spare[: max(0, budget.minima[name] - len(alive))])
         plan = plan_to_keep(kept, layers.ranks)
-        return Allocation(plan, gates, {"budget": limits.used({name: len(some) for name, some in kept.items()})})
+        return Allocation(plan, gates, {"budget": budget.used({name: len(some) for name, some in kept.items()})})
 
     def _end(self, run: TrainingInfo) -> int:
         """t_end, the step at which the budget is met."""

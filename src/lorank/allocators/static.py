@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., ICLR 2022, arXiv 2106.09685): the ranks stay as they are. The baseline of every comparison."""
+"""LoRA (Hu et al., ICLR 2022, arXiv 2106.09685) with constant ranks. It is the baseline of every comparison."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lorank.lora import AdapterLayers, Plan
 
 @settings(raises=ScheduleError)
 class StaticLoRA(Allocator):
-    """Plain LoRA: every module keeps one rank through the whole run.
+    """Plain LoRA: the rank of every module stays constant during the run.
 
     Args:
-        budget: what the adapter may cost, see :class:`~lorank.allocators.budget.Budget`; the run starts with ranks as
-            even as it allows. None: with those that the adapter was made with.
+        budget: the adapter's budget, see :class:`~lorank.allocators.budget.Budget`; the run starts with ranks as even
+            as possible. None: the ranks that the adapter was made with.
 
     Raises:
-        BudgetError: a budget that cannot be read; at the start of a run, one that does not fit the modules.
+        BudgetError: the budget cannot be parsed; or, at the start of a run, it does not fit the modules.
     """
 
     budget: BudgetSetting = None

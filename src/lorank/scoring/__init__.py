@@ -1,4 +1,4 @@
-"""What each rank is worth: functions from a model to one score per rank (higher = keep), and scorers."""
+"""Scores of ranks: functions from a model to one score per rank (higher = keep), and scorers that keep statistics."""
 
 from lorank.scoring.ablation import AblationResult, ablation_scores, validation_loss
 from lorank.scoring.ablation_scorer import AblationScorer

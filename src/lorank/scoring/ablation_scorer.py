@@ -1,4 +1,4 @@
-"""Ablation as a scorer: AB-LoRA's score of a rank (arXiv 2403.16187), exact, estimated or screened."""
+"""The ablation scorer: AB-LoRA's score of a rank (arXiv 2403.16187), exact, estimated or screened."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from lorank.scoring.variants import Terms
 AblationMethod: TypeAlias = Literal["first_order", "exact", "screen"]
 
 FIRST_ORDER_SAMPLES = 128
-"""|B_val| for ``first_order``: samples cost little there, and more of them win back what estimates lose
+"""|B_val| for ``first_order``. Samples cost little there, and more samples make up for the error of the estimates
 (``docs/scoring.md``)."""
 
 
 @dataclass(frozen=True)
 class AblationScorer(Scorer):
-    """IS(r) = S(M) − S(M without r) + S(M with r alone), on one fixed batch. Remembers nothing.
+    """Scores ranks by IS(r) = S(M) − S(M without r) + S(M with r alone), on one fixed batch. It keeps no state.
 
     Args:
         method: ``"first_order"`` (:func:`~lorank.scoring.first_order_scores`), ``"exact"``
             (:func:`~lorank.scoring.ablation_scores`) or ``"screen"`` (:func:`~lorank.scoring.screened_scores`).
         terms: which terms of IS count: ``"both"``, ``"without"`` or ``"alone"``.
-        samples: rows of the batch; None: 32, the paper's, and 128 for ``first_order``. ≥ 1.
-        engine: of exact evaluations, ``"exact"`` or ``"reference"``.
+        samples: number of rows of the batch; None: 32 as in the paper, or 128 for ``first_order``. ≥ 1.
+        engine: the engine of exact evaluations, ``"exact"`` or ``"reference"``.
 
     Raises:
-        ValueError: when scoring, a ``method``, ``terms`` or ``engine`` that is unknown.
+        ValueError: when scoring, if ``method``, ``terms`` or ``engine`` is unknown.
     """
 
     method: AblationMethod = "first_order"

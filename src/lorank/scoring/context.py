@@ -1,4 +1,4 @@
-"""What methods and their scorers know of the run that they serve, and the form of what they remember."""
+"""The inputs of allocators and scorers: the training run, the current step, and their own state."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lorank.lora.layer import AdapterLayers
 from lorank.scoring.work_sharding import Share
 
 State = dict[str, Tensor]
-"""A method's own memory: named tensors, saved and loaded as they are. Empty for a method without memory."""
+"""A method's own state: named tensors, saved and loaded unchanged. Empty for a method that keeps nothing."""
 
 
 @dataclass(frozen=True)
 class TrainingInfo:
-    """The run that ranks are allocated in.
+    """The training run in which ranks are allocated.
 
     Args:
         total_steps: optimiser steps of the whole run.
-        steps_per_epoch: optimiser steps of one pass over the training data, or None where nobody knows.
+        steps_per_epoch: optimiser steps of one pass over the training data, or None if unknown.
         seed: seed of the run.
-        initial_ranks: per module, the rank that the adapter was made with; a run that is resumed has the same.
+        initial_ranks: per module, the rank that the adapter was made with. A resumed run has the same initial ranks.
     """
 
     total_steps: int
@@ -35,7 +35,7 @@ class TrainingInfo:
 
 @dataclass(frozen=True)
 class Context:
-    """What an allocator or a scorer may look at when it decides.
+    """What an allocator or a scorer may read when it decides.
 
     Args:
         step: optimiser steps done so far (1 after the first).
@@ -44,10 +44,10 @@ class Context:
         layers: its LoRA layers.
         validation_batch: the batch that ranks are scored on, or None.
         loss_fn: the user's own loss ``(model, batch) -> scalar``, or None for the model's.
-        progress: called with (evaluations done, evaluations in all) during long scoring, or None.
+        progress: called with (evaluations done, evaluations in all) while ranks are scored, or None.
         lr: the optimiser's learning rate in this step.
-        peak_lr: the learning rate that its schedule is a multiple of.
-        share: this process's share of scoring, where several train the model together; None: it trains alone.
+        peak_lr: the peak learning rate, by which the schedule's factor is multiplied.
+        share: this process's share of scoring, if several processes train the model; None: there is one process.
     """
 
     step: int
@@ -63,14 +63,14 @@ class Context:
 
     @property
     def lr_factor(self) -> float:
-        """Where the learning-rate schedule is: 1 at its peak. 1 where there is no learning rate."""
+        """The learning rate divided by its peak: 1 at the peak. 1 if no learning rate is known."""
         return self.lr / self.peak_lr if self.peak_lr > 0 else 1.0
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of what each process found, (n,), alike in all of them to the last bit; alone, ``values``.
+        """The mean of ``values``, (n,), over all processes, bitwise equal in all of them; ``values`` if there is one.
 
-        Gradients of parameters and gates are averaged before a method sees them. What it evaluates by itself may differ
-        in its last bits between GPUs, and is averaged by this before anything rests on it.
+        Gradients of parameters and gates are averaged before a method receives them. A value that a method computes
+        itself may differ in its last bits between GPUs. It must be averaged by this function before a decision uses it.
         """
         if self.share is None:
             return values

@@ -1,4 +1,4 @@
-"""Exact losses of chosen variants: by the engine that was asked for, over all processes that share the work."""
+"""Exact losses of selected variants, by the requested engine, over all processes that share the work."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lorank.scoring.reference import ReferenceEngine
 from lorank.scoring.variants import (
     Engine,
     Gates,
+    IncompatibleError,
     Progress,
     Term,
-    Unsuited,
     VariantLosses,
-    Wanted,
+    VariantSelection,
     describe,
     describe_background,
-    flattened,
-    grouped,
-    nothing_known,
+    flatten_variants,
+    group_variants,
+    unknown_losses,
 )
-from lorank.scoring.work_sharding import Share, deal_out, exchange, in_dealt_order, largest_share
+from lorank.scoring.work_sharding import Share, exchange, largest_share, own_items, restore_order
 
 logger = logging.getLogger("lorank")
 EngineName = Literal["exact", "reference"]
@@ -37,14 +37,14 @@ class Evaluator:
 
     Args:
         batch: on the model's device.
-        engine: ``exact``; the reference takes over where that does not fit. Or ``reference``.
+        engine: ``exact`` or ``reference``. If the exact engine does not support the model, the reference engine runs.
         share: this process's share of the work; None: all of it.
-        progress: called with this process's (variants done, variants in all as far as they are known).
+        progress: called with this process's (variants done, variants in all as far as known).
 
     Attributes:
-        engine: the one that is used, after the first call.
-        notice: why it is not the one that was asked for, else None.
-        evaluations: how many variants were evaluated, by all processes.
+        engine: after the first call, the engine that is used.
+        notice: why the requested engine is not used, or None.
+        evaluations: number of variants that all processes have evaluated.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class Evaluator:
         self._made: Engine | None = None
         self._gates = Gates(layers)
 
-    def __call__(self, wanted: Wanted, backgrounds: Collection[Term]) -> VariantLosses:
+    def __call__(self, wanted: VariantSelection, backgrounds: Collection[Term]) -> VariantLosses:
         """The losses of the wanted variants, and of M (``without``) or the base (``alone``) if among ``backgrounds``.
 
         Raises:
-            ValidationBatchError: one of them, which is named, is not finite.
+            ValidationBatchError: a loss is NaN or infinite. The message names the variant.
         """
-        variants = flattened(wanted)
-        own = deal_out(variants, self._share)
+        variants = flatten_variants(wanted)
+        own = own_items(variants, self._share)
 
         def row() -> list[float]:
-            losses = self._evaluate(grouped(own), backgrounds)
+            losses = self._evaluate(group_variants(own), backgrounds)
             backs = [0.0 if loss is None else loss for loss in (losses.full, losses.base)]
             return [losses.evaluations, *backs, *(float(losses.variants[t][n][k]) for t, n, k in own)]
 
@@ -89,21 +89,21 @@ class Evaluator:
         found: dict[Term, float] = {"without": float(rows[0, 1]), "alone": float(rows[0, 2])}
         for term in sorted(backgrounds, reverse=True):  # "without" first
             require_finite(found[term], describe_background(term))
-        losses = nothing_known(self._layers, wanted)
-        for (term, name, k), loss in zip(variants, in_dealt_order(rows[:, 3:], len(variants)).tolist(), strict=True):
+        losses = unknown_losses(self._layers, wanted)
+        for (term, name, k), loss in zip(variants, restore_order(rows[:, 3:], len(variants)).tolist(), strict=True):
             losses[term][name][k] = require_finite(loss, describe(name, k, term))
         full, base = (found[t] if t in backgrounds else None for t in ("without", "alone"))
         return VariantLosses(full, base, losses, evaluations)
 
-    def _evaluate(self, wanted: Wanted, backgrounds: Collection[Term]) -> VariantLosses:
+    def _evaluate(self, wanted: VariantSelection, backgrounds: Collection[Term]) -> VariantLosses:
         if self.engine == "exact":
             try:
                 if self._loss_fn is not None:
-                    raise Unsuited("loss_fn may do anything with the model")
+                    raise IncompatibleError("loss_fn may use the model in any way")
                 if self._made is None:
                     self._made = ExactEngine(self._model, self._layers, self._batch, self._max_rows)
                 return self._run(self._made, wanted, backgrounds)
-            except Unsuited as reason:
+            except IncompatibleError as reason:
                 self.notice = (
                     "ablation runs one whole forward per variant: the exact engine does not fit "
                     f"{type(base_of(self._model)).__name__}, because {reason}"
@@ -115,7 +115,7 @@ class Evaluator:
             self._made = ReferenceEngine(self._model, self._layers, self._batch, self._loss_fn)
         return self._run(self._made, wanted, backgrounds)
 
-    def _run(self, engine: Engine, wanted: Wanted, backgrounds: Collection[Term]) -> VariantLosses:
+    def _run(self, engine: Engine, wanted: VariantSelection, backgrounds: Collection[Term]) -> VariantLosses:
         before = self._done
         self._total = before + engine.count(wanted, backgrounds)
 
@@ -125,6 +125,6 @@ class Evaluator:
 
         try:
             return engine.losses(wanted, backgrounds, report)
-        except Unsuited:
+        except IncompatibleError:
             self._done = before
             raise

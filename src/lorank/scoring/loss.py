@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from lorank.errors import ValidationBatchError
 
 LossFn = Callable[[nn.Module, Mapping[str, Any]], Tensor]
-IGNORED = -100  # the label that cross-entropy leaves out, in PyTorch and transformers alike
+IGNORED = -100  # the label that cross-entropy ignores, in PyTorch and in transformers
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile`` and ``DistributedDataParallel``.
 
-    Scoring needs neither: a compiled model would compile again for every variant, and a distributed one would wait for
-    processes that may not be scoring.
+    Scoring needs neither. A compiled model would be compiled again for every variant. A distributed model would wait
+    for processes that may not be scoring.
     """
     while True:
         inner = getattr(model, "_orig_mod", None)
@@ -41,8 +41,8 @@ def prepare_batch(model: nn.Module, batch: Mapping[str, Any], *, needs_labels: b
     """The batch on the model's device, checked.
 
     Args:
-        batch: name → tensor; with a loss function of the user's own, values may be anything.
-        needs_labels: False with a loss function of the user's own.
+        batch: name → tensor; with the user's own loss function, values may be anything.
+        needs_labels: whether labels are required: False with the user's own loss function.
 
     Raises:
         ValidationBatchError: not a mapping of tensors, empty, or without any label.
@@ -72,9 +72,9 @@ def prepare_batch(model: nn.Module, batch: Mapping[str, Any], *, needs_labels: b
     labels = values.get("labels")
     if needs_labels and isinstance(labels, Tensor) and bool((labels == IGNORED).all()):
         raise ValidationBatchError(
-            f"all {labels.numel()} labels of the validation batch are {IGNORED}, so that nothing is predicted and no "
-            "rank makes a difference. Give labels to at least one position; check that neither the prompt's mask nor "
-            "the truncation covers the answers"
+            f"all {labels.numel()} labels of the validation batch are {IGNORED}, so the loss ignores every position "
+            "and ranks cannot be scored. Give a label to at least one position; check that neither the prompt's mask "
+            "nor the truncation removes the answers"
         )
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
     return {
@@ -84,7 +84,7 @@ def prepare_batch(model: nn.Module, batch: Mapping[str, Any], *, needs_labels: b
 
 
 def forward_arguments(model: nn.Module) -> dict[str, Any]:
-    """Arguments added to every forward: no cache of keys and values, where the model would keep one."""
+    """Arguments added to every forward pass: ``use_cache=False``, if the model has a cache of keys and values."""
     parameters = inspect.signature(base_of(model).forward).parameters
     return {"use_cache": False} if "use_cache" in parameters else {}
 
@@ -94,8 +94,8 @@ def field(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def own_loss(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None) -> Tensor:
-    """The loss as training computes it: ``loss_fn(model, batch)``, or ``model(**batch).loss``.
+def detached_loss(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None) -> Tensor:
+    """The loss as training computes it, without its graph: ``loss_fn(model, batch)``, or ``model(**batch).loss``.
 
     Raises:
         ValidationBatchError: there is no loss, or it is not one number.
@@ -122,26 +122,26 @@ def require_finite(loss: Tensor | float, what: str) -> float:
     """The loss as a float.
 
     Args:
-        what: which variant of the model it belongs to, for the message.
+        what: the variant of the model, for the message.
 
     Raises:
-        ValidationBatchError: it is infinite or not a number.
+        ValidationBatchError: the loss is NaN or infinite.
     """
     value = float(loss)
     if not torch.isfinite(torch.tensor(value, dtype=torch.float64)):
         raise ValidationBatchError(
             f"the loss of {what} on the validation batch is {value}, so its ranks cannot be ordered. Check that the "
-            "weights are finite (training may have diverged), that the labels leave something to predict, and, in "
-            "float16, that nothing overflows"
+            "weights are finite (training may have diverged), that at least one label is not ignored, and, in float16, "
+            "that no value overflows"
         )
     return value
 
 
 def loss_with_graph(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None) -> Tensor:
-    """The loss as training computes it, ready for a backward pass.
+    """The loss as training computes it, with its graph for a backward pass.
 
     Raises:
-        ValidationBatchError: there is none, it is not one number, or it does not depend on the adapter.
+        ValidationBatchError: there is no loss, it is not one number, or it does not depend on the adapter.
     """
     loss = loss_fn(model, batch) if loss_fn is not None else field(model(**forward_arguments(model), **batch), "loss")
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -149,6 +149,6 @@ def loss_with_graph(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn 
         what = what if isinstance(loss, Tensor) else type(loss).__name__
         raise ValidationBatchError(
             f"the loss on a batch with {', '.join(batch)} is {what}; expected one number that depends on the adapter. "
-            "Give labels under the name that the model's forward expects, or loss_fn"
+            "Give labels under the name that the model's forward expects, or pass loss_fn"
         )
     return loss

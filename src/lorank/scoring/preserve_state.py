@@ -1,4 +1,4 @@
-"""Scoring leaves no trace: a context manager that puts everything back, also when it is left by an exception."""
+"""A context manager that restores the model after scoring, also after an exception."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ _ABSENT = object()
 
 @contextmanager
 def preserve_state(model: nn.Module, layers: AdapterLayers) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards everything is as it was.
+    """Sets evaluation mode without gradients, and restores the model afterwards.
 
-    Inside, modules are in evaluation mode, gradients are off, and compiled modules run uncompiled (a gate that changes
-    with every forward would make each of them compile again and again). Restored afterwards: each module's training
+    Inside, modules are in evaluation mode, gradients are off, and compiled modules run uncompiled, because a gate that
+    changes in every forward pass would make each of them compile again. Restored afterwards: each module's training
     mode, every layer's gate, instance-level ``forward`` methods, the random generators of the CPU and of each GPU in
-    use, and the module attributes that this changed. Parameters, their gradients and ``requires_grad`` are not touched.
+    use, and the module attributes that this function changed. Parameters, their gradients and ``requires_grad`` are not
+    changed.
 
-    A cache of autocast that was filled without gradients holds weights without gradients, and a training step in the
-    same autocast region would pick them up, so that its parameters learn nothing: the cache is emptied.
+    The cache of autocast is emptied. If it was filled without gradients, it holds weights without gradients. A training
+    step in the same autocast region would use these weights, and its parameters would not learn.
     """
     modules = list(model.modules())
     training = [module.training for module in modules]
     forwards = [module.__dict__.get("forward", _ABSENT) for module in modules]
     compiled = [module for module in modules if getattr(module, "_compiled_call_impl", None) is not None]
     calls = [module._compiled_call_impl for module in compiled]
-    held = RepackingPrevention(model)
+    repacking_prevention = RepackingPrevention(model)
     gates: list[Tensor | None] = [layer.gate for layer in layers.values()]
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch
     gpus = list(range(torch.cuda.device_count())) if in_use else []
     try:
         with torch.random.fork_rng(devices=gpus), torch.no_grad():
-            # Attributes, not eval(): some modules do more in train() than set a flag.
+            # The attribute is set directly: the train() method of some modules does more than set it.
             for module in modules:
                 module.training = False
             for module in compiled:
@@ -52,7 +53,7 @@ def preserve_state(model: nn.Module, layers: AdapterLayers) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
         for module, call in zip(compiled, calls, strict=True):
             module._compiled_call_impl = call
-        held.remove()
+        repacking_prevention.remove()
         for layer, gate in zip(layers.values(), gates, strict=True):
             layer.gate = gate
         torch.clear_autocast_cache()

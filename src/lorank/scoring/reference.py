@@ -1,4 +1,4 @@
-"""The naive engine: one whole forward per variant. Slow, works with every model, and obviously right."""
+"""The reference engine: one whole forward pass per variant. It is slow, simple and works with every model."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from typing import Any
 from torch import nn
 
 from lorank.lora.layer import AdapterLayers
-from lorank.scoring.loss import LossFn, own_loss, require_finite
+from lorank.scoring.loss import LossFn, detached_loss, require_finite
 from lorank.scoring.variants import (
     Gates,
     Term,
     VariantLosses,
-    Wanted,
+    VariantSelection,
     describe,
     describe_background,
-    flattened,
-    nothing_known,
+    flatten_variants,
+    unknown_losses,
 )
 
 
 class ReferenceEngine:
-    """Losses of variants, a whole forward each. Used inside :func:`~lorank.scoring.preserve_state.preserve_state`.
+    """Computes the loss of each variant by one whole forward pass.
+
+    Used inside :func:`~lorank.scoring.preserve_state.preserve_state`.
 
     Args:
-        layers: with the gates of M, whatever a later call finds them set to.
-        batch: on the model's device; run whole, whatever its size.
+        layers: the layers, with the gates of M when the engine is made.
+        batch: on the model's device; it is never split.
     """
 
     def __init__(
@@ -35,24 +37,26 @@ class ReferenceEngine:
         self.model, self.layers, self.batch, self.loss_fn = model, layers, batch, loss_fn
         self.gates = Gates(layers)
 
-    def losses(self, wanted: Wanted, backgrounds: Collection[Term], report: Callable[[int], None]) -> VariantLosses:
+    def losses(
+        self, wanted: VariantSelection, backgrounds: Collection[Term], report: Callable[[int], None]
+    ) -> VariantLosses:
         """The losses of the wanted variants, see :class:`~lorank.scoring.variants.Engine`.
 
         Raises:
-            ValidationBatchError: no loss, or one that is not finite.
+            ValidationBatchError: there is no loss, or it is NaN or infinite.
         """
         gates = self.gates
         evaluations = 0
 
         def loss(what: str) -> float:
             nonlocal evaluations
-            value = require_finite(own_loss(self.model, self.batch, self.loss_fn), what)
+            value = require_finite(detached_loss(self.model, self.batch, self.loss_fn), what)
             evaluations += 1
             report(1)
             return value
 
         found: dict[Term, float] = {}
-        variants = nothing_known(self.layers, wanted)
+        variants = unknown_losses(self.layers, wanted)
         for term in sorted({*wanted, *backgrounds}, reverse=True):  # "without" first
             gates.background(term)
             if term in backgrounds:
@@ -65,6 +69,6 @@ class ReferenceEngine:
                 gates.restore(name, term)
         return VariantLosses(found.get("without"), found.get("alone"), variants, evaluations)
 
-    def count(self, wanted: Wanted, backgrounds: Collection[Term]) -> int:
-        """How many variants a forward is needed for: every one."""
-        return len(flattened(wanted)) + len(backgrounds)
+    def count(self, wanted: VariantSelection, backgrounds: Collection[Term]) -> int:
+        """The number of forward passes: one per variant."""
+        return len(flatten_variants(wanted)) + len(backgrounds)

@@ -1,12 +1,13 @@
-"""First-order sensitivity: how much the loss would move if one rank were scaled a little.
+"""Saliency: how much the loss changes, to first order, if one rank is scaled by a small amount.
 
 With a gate per rank, y = W x + s · B (g ⊙ (A x)), the loss at g = 1 has
 
     ∂L/∂g_r = Σ_j A_rj ∂L/∂A_rj          score(r) = mean over batches of |∂L/∂g_r|
 
-since a gate g_r and a row A_r multiplied by g_r are the same. To first order |∂L/∂g_r| is what removing the rank costs.
-Near a minimum the gradient of the whole data is small for every rank, so the magnitude is taken per batch, where it
-does not cancel: smaller batches see more. One forward and one backward pass per batch, whatever the number of ranks.
+because a gate g_r has the same effect as a factor g_r on the row A_r. To first order, |∂L/∂g_r| is how much the loss
+changes if the rank is removed. Near a minimum the gradient over the whole data is small for every rank, because the
+gradients of samples cancel. Therefore the magnitude is taken per batch; smaller batches cancel less. The cost is one
+forward and one backward pass per batch and does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ def saliency_scores(
     *,
     loss_fn: LossFn | None = None,
 ) -> dict[str, Tensor]:
-    """Scores every rank by |∂L/∂g_r|, averaged over batches. A gate that a layer already has belongs to the model.
+    """Scores every rank by |∂L/∂g_r|, averaged over batches. A gate that a layer already has is part of the model.
 
-    The model is scored in evaluation mode and left as it was; no ``.grad`` is written.
+    The model is scored in evaluation mode and restored afterwards; no ``.grad`` is written.
 
     Args:
         model: the model that the layers belong to.
         layers: its LoRA layers.
-        batches: one or a few, each with the arguments of the model's forward, ``labels`` included.
+        batches: one or more batches, each with the arguments of the model's forward, including ``labels``.
         loss_fn: ``loss_fn(model, batch)`` → a scalar with a graph, in place of ``model(**batch).loss``.
 
     Returns:
         Per layer (r,) float64 on the CPU, ≥ 0, higher = keep.
 
     Raises:
-        ValidationBatchError: no batch, or one without labels, without a loss, or with a loss that is not finite.
+        ValidationBatchError: there is no batch; or a batch has no labels, no loss, or a loss that is NaN or infinite.
     """
     model = unwrap_model(model)
     alive = {name: layer for name, layer in layers.items() if layer.rank}
@@ -62,7 +63,7 @@ def saliency_scores(
                 gradients = torch.autograd.grad(loss, rows, allow_unused=True)
                 count += 1
                 for name, A, gradient in zip(alive, rows, gradients, strict=True):
-                    if gradient is not None:  # else the batch does not reach this module
+                    if gradient is not None:  # None: the loss of this batch does not depend on this module
                         scores[name] += (A.detach().double() * gradient.double()).sum(1).abs().cpu()  # (r, d_in) → (r,)
         finally:
             for A, before in zip(rows, wanted, strict=True):

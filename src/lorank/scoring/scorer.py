@@ -1,8 +1,8 @@
-"""What every scorer is: settings that do not change, a state apart from them, and one method that scores ranks.
+"""The base class of scorers: constant settings, a separate state, and one method that scores ranks.
 
-A new scorer is one file with one frozen dataclass. Its settings are the fields; :meth:`Scorer.score` gives one score
-per rank; the other methods are hooks that do nothing unless it needs them. When ranks are scored and what becomes of
-them is the allocator's own, which calls the hooks in the order in which they stand here.
+A new scorer is one file with one frozen dataclass. Its fields are the settings. :meth:`Scorer.score` returns one score
+per rank. The other methods are optional hooks; by default they do nothing. The allocator decides when ranks are scored
+and which ranks are pruned. It calls the hooks in the order of this file.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from lorank.lora.layer import AdapterLayers
 from lorank.scoring.context import Context, State, TrainingInfo
 
 Rank = tuple[str, int]
-"""One rank: its layer's name and its index there."""
+"""One rank: the name of its layer and its index in this layer."""
 Choose = Callable[[Mapping[str, Tensor]], Collection[Rank]]
-"""From scores, (r,) per layer, to the ranks that go. Where the score of a rank that stays rises, the same ranks must
-go."""
+"""A function from scores, (r,) per layer, to the ranks to prune. If the score of a rank that is kept rises, the
+function must return the same ranks as before."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the ranks are worth.
+    """The scores of all ranks.
 
     Attributes:
         values: one (r,) tensor per layer, higher = keep; (0,) for a layer of rank 0.
-        details: how the scores came about, for the history (loss, evaluations, …), JSON-serialisable.
+        details: how the scores were computed, for the history (loss, evaluations, …), JSON-serialisable.
     """
 
     values: Mapping[str, Tensor]
@@ -42,62 +42,64 @@ class Scorer(ABC):
 
     @property
     def needs_validation_batch(self) -> bool:
-        """Whether ranks are scored on a batch of held-out data, which the user must then give."""
+        """Whether ranks are scored on a batch of held-out data. If so, the user must give one."""
         return False
 
     @property
     def validation_samples(self) -> int:
-        """How many rows that batch should have, where it is made of rows. The ALoRA paper takes 32."""
+        """The number of rows to take for this batch, if the user gives rows. The ALoRA paper takes 32."""
         return 32
 
     @property
     def sees_gradients(self) -> bool:
-        """Whether :meth:`before_step` looks at the gradients of A and B."""
+        """Whether :meth:`before_step` reads the gradients of A and B."""
         return False
 
     @property
     def own_backward(self) -> bool:
-        """Whether it makes backward passes of its own, outside the loop's."""
+        """Whether the scorer runs backward passes of its own, in addition to the training loop's."""
         return False
 
     def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
-        """Sets gates where the scorer has them, and returns the first state.
+        """Sets gates if the scorer needs them, and returns the initial state.
 
-        Each tensor is made on the device that it is used on: see
+        Each tensor is created on the device on which it is used, see
         :meth:`Allocator.start <lorank.allocators.base.Allocator.start>`.
         """
         return {}
 
     def before_step(self, context: Context, state: State) -> None:
-        """Before an optimiser step that a score will follow: gradients are there, weights have not moved."""
+        """Called before each optimiser step until the last scoring: gradients exist, weights have not changed yet."""
 
     def after_step(self, context: Context, state: State) -> None:
-        """After an optimiser step, up to and with the one after which ranks are scored for the last time."""
+        """Called after each optimiser step, up to and including the step of the last scoring."""
 
     @abstractmethod
     def score(self, context: Context, state: State, choose: Choose) -> Scores:
-        """What every rank is worth now.
+        """Scores every rank.
 
         Args:
-            context: the model, its layers and the batch, as they are now.
-            state: what :meth:`start` returned and the hooks have changed.
-            choose: which ranks the allocator would prune under given scores. A scorer may use it to leave out work
-                that cannot change them.
+            context: the current model, its layers and the batch.
+            state: the state that :meth:`start` returned and the hooks have changed.
+            choose: returns the ranks that the allocator would prune under given scores. A scorer may use it to skip
+                work that cannot change this result.
 
         Raises:
-            ValidationBatchError: the batch is missing, or cannot be scored on.
+            ValidationBatchError: the batch is missing, or ranks cannot be scored on it.
         """
 
     def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
-        """After ranks have moved: whatever the state holds per rank must follow.
+        """Called after a resize: every tensor of the state that has one entry per rank must be reindexed.
 
         Args:
-            origins: (R,) int64, for each rank of all layers in order, where it was before, or −1 for a new one
-                (:func:`lorank.lora.rank_origins`). ``layers.gates.values`` has followed already, with 1 for new ranks.
+            origins: (R,) int64, for each rank of all layers in order, its index before the resize, or −1 for a new
+                rank (:func:`lorank.lora.rank_origins`). ``layers.gates.values`` is already reindexed, with 1 for new
+                ranks.
         """
 
     def end(self, context: Context, state: State) -> None:
-        """No score will be asked for any more: frees what the state keeps for scores alone.
+        """Frees the part of the state that only scores need, because no more scores will be computed.
 
-        Called after the last score, and again after every later optimiser step, which a resumed run may begin with.
+        Called after the last scoring, and again after every later optimiser step, because a resumed run may start at
+        such a step.
         """

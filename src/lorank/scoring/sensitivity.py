@@ -8,13 +8,13 @@ For every weight w of A, B and the gate λ, with the gradients of each training 
 
     S_i = s(λ_i) + mean_j s(A_ij) + mean_j s(B_ji)
 
-The gate needs no gradient of its own: the loss sees λ_i and A_i only as their product, so
+The gate needs no gradient of its own. The loss depends on λ_i and A_i only through their product, so
 
     λ_i · ∂L/∂λ_i = Σ_j A_ij · ∂L/∂A_ij
 
-which also holds where there is no gate (λ = 1), and keeps the three terms comparable when the loop clips the gradients
-of A and B. The memory is a flat dictionary of tensors, twice as many numbers as the adapter has, kept in float32 at
-least; a step is a handful of fused operations on lists of tensors.
+This also holds without a gate (λ = 1). It keeps the three terms comparable if the loop clips the gradients of A and B.
+The state is a flat dictionary of tensors. It has twice as many numbers as the adapter, in float32 at least. A step is a
+few fused operations on lists of tensors.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _MEAN, _UNCERTAINTY = "sensitivity", "uncertainty"
 
 @dataclass(frozen=True)
 class SensitivityScorer(Scorer):
-    """S_i of every rank, from the gradients of training itself. A rank that is new starts with nothing measured.
+    """Scores every rank by S_i, from the gradients of training. The moving averages of a new rank start at 0.
 
     Args:
-        beta1: β₁, how slowly the sensitivity forgets. In (0, 1).
-        beta2: β₂, the same for its uncertainty. In (0, 1).
+        beta1: β₁, the decay rate of the sensitivity's moving average. In (0, 1).
+        beta2: β₂, the decay rate of the uncertainty's moving average. In (0, 1).
     """
 
     beta1: float = BETA
@@ -53,7 +53,7 @@ class SensitivityScorer(Scorer):
         return True
 
     def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
-        """Ī = Ū = 0 for every weight of every layer, each where its weight is."""
+        """Ī = Ū = 0 for every weight of every layer, on the device of the weight."""
         state: State = {}
         for kind in (_MEAN, _UNCERTAINTY):
             for label, weight in _weights(layers).items():
@@ -66,7 +66,7 @@ class SensitivityScorer(Scorer):
 
     @torch.no_grad()
     def measure_(self, layers: AdapterLayers, state: State, gate_products: Tensor) -> None:
-        """One step of Ī and Ū, with the gradients that are in ``.grad`` now and weights that have not moved yet.
+        """Updates Ī and Ū with the current ``.grad`` and the weights before the optimiser step.
 
         Args:
             state: from :meth:`start`, changed in place.
@@ -74,7 +74,7 @@ class SensitivityScorer(Scorer):
         """
         weights = _weights(layers)
         sensitivities = list(
-            torch._foreach_mul(_precise(list(weights.values())), _precise([_gradient(w) for w in weights.values()]))
+            torch._foreach_mul(_upcast(list(weights.values())), _upcast([_gradient(w) for w in weights.values()]))
         )
         sensitivities.append(gate_products.clone())
         labels = [*weights, "gate"]
@@ -87,12 +87,12 @@ class SensitivityScorer(Scorer):
         torch._foreach_lerp_(uncertainties, sensitivities, 1 - self.beta2)
 
     def has_measured(self, state: State) -> bool:
-        """Whether anything has been measured yet, and is still kept."""
+        """Whether the state holds a measurement: at least one step was measured, and :meth:`end` was not called."""
         return f"{_MEAN}.gate" in state and bool(state[f"{_MEAN}.gate"].any())
 
     @torch.no_grad()
     def score(self, context: Context, state: State, choose: Choose | None = None) -> Scores:
-        """S_i of every rank: per layer (r,) float64 on the CPU, ≥ 0, higher = keep."""
+        """Scores every rank by S_i: per layer (r,) float64 on the CPU, ≥ 0, higher = keep."""
         layers = context.layers
         smoothed = {label: state[f"{_MEAN}.{label}"] * state[f"{_UNCERTAINTY}.{label}"] for label in _weights(layers)}
         gates = (state[f"{_MEAN}.gate"] * state[f"{_UNCERTAINTY}.gate"]).double().cpu()  # (R,)
@@ -105,7 +105,7 @@ class SensitivityScorer(Scorer):
         return Scores(dict(zip(layers, torch.split(scores, list(layers.ranks.values())), strict=True)))
 
     def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
-        """Kept ranks keep their Ī and Ū, new ones start at 0. Nothing to do once they have been dropped."""
+        """Kept ranks keep their Ī and Ū; those of new ranks start at 0. Does nothing after :meth:`end`."""
         if f"{_MEAN}.gate" not in state:
             return
         ranks = context.layers.ranks
@@ -127,18 +127,18 @@ class SensitivityScorer(Scorer):
 
 @torch.no_grad()
 def rank_products(layers: AdapterLayers) -> Tensor:
-    """λ_i · ∂L/∂λ_i = Σ_j A_ij · ∂L/∂A_ij for every rank, from the gradients that are there now.
+    """λ_i · ∂L/∂λ_i = Σ_j A_ij · ∂L/∂A_ij for every rank, from the current gradients.
 
     Returns:
         (R,), all layers in order, on the first layer's device; 0 where A has no gradient.
     """
-    groups: dict[tuple[object, ...], list[str]] = {}  # one product for all layers of one width
+    groups: dict[tuple[object, ...], list[str]] = {}  # one multiplication for all layers of the same width
     for name, layer in layers.items():
         groups.setdefault((layer.A.shape[1], layer.A.dtype, layer.A.device), []).append(name)
     products: dict[str, Tensor] = {}
     for names in groups.values():
-        A = _precise([layers[name].A for name in names])  # (r, d_in) each
-        gradients = _precise([_gradient(layers[name].A) for name in names])
+        A = _upcast([layers[name].A for name in names])  # (r, d_in) each
+        gradients = _upcast([_gradient(layers[name].A) for name in names])
         sums = (torch.cat(A) * torch.cat(gradients)).sum(1)  # (Σ r, d_in) → (Σ r,)
         products.update(zip(names, torch.split(sums, [len(rows) for rows in A]), strict=True))
     first = next(iter(layers.values())).A
@@ -152,12 +152,12 @@ def _weights(layers: AdapterLayers) -> Mapping[str, Tensor]:
 
 
 def _gradient(weight: Tensor) -> Tensor:
-    """A weight that the loss did not reach in this step has a gradient of zero."""
+    """The gradient of a weight; zero if the loss of this step does not depend on the weight."""
     return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
-def _precise(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """In float32 at least: a product of two float16 numbers may be below the smallest one."""
+def _upcast(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in float32 at least: a product of two float16 numbers may be too small for float16."""
     return [tensor.detach().to(_at_least_float32(tensor.dtype)) for tensor in tensors]
 
 

@@ -1,12 +1,13 @@
-"""Exact scores where they decide something, estimates elsewhere: the ranks that go are those of exact scores.
+"""Successive screening: exact scores for the ranks that may be pruned, estimates for the others.
 
-Two backward passes estimate every score (:mod:`lorank.scoring.taylor`). Ablations then follow from the lowest
-estimate upwards, the first quarter of all ranks, then a sixteenth at a time. What they have shown about the error of
-the estimates is assumed of the ranks that are left: none of those is lower than its estimate by more than twice the
-worst error so far. Where even that lower bound would not make one of them go, the set of ranks that go is settled.
+The pruned ranks are those that exact scores would prune. Two backward passes estimate every score
+(:mod:`lorank.scoring.taylor`). Then ranks are ablated in the order of their estimates, lowest first: a quarter of all
+ranks, then a sixteenth at a time. Each ablation shows the error of an estimate. The scores of the remaining ranks are
+assumed to be lower than their estimates by at most twice the largest error so far. Screening ends when these lower
+bounds would prune none of the remaining ranks.
 
-An assumption, not a proof: the error of ranks that were never looked at is unknown. How often it held is in
-``docs/scoring.md``.
+This is an assumption, not a proof: the errors of the remaining ranks are unknown. ``docs/scoring.md`` reports how often
+it held.
 """
 
 from __future__ import annotations
@@ -24,14 +25,23 @@ from lorank.scoring.loss import LossFn, prepare_batch, unwrap_model
 from lorank.scoring.preserve_state import preserve_state
 from lorank.scoring.scorer import Choose, Rank
 from lorank.scoring.taylor import GatePath, first_order_losses
-from lorank.scoring.variants import TERMS, Progress, Term, Terms, VariantLosses, Wanted, grouped, nothing_known
+from lorank.scoring.variants import (
+    TERMS,
+    Progress,
+    Term,
+    Terms,
+    VariantLosses,
+    VariantSelection,
+    group_variants,
+    unknown_losses,
+)
 from lorank.scoring.work_sharding import Share
 
-FIRST_SHARE = 1 / 4
-"""Of all ranks, how many are evaluated before the estimates' error is judged."""
-NEXT_SHARE = 1 / 16
-REACH = 2.0
-"""How many times the worst error so far the next may be."""
+FIRST_FRACTION = 1 / 4
+"""The fraction of all ranks that is evaluated before the lower bounds are used for the first time."""
+NEXT_FRACTION = 1 / 16
+ERROR_FACTOR = 2.0
+"""The assumed limit of an estimate's error, as a multiple of the largest error so far."""
 
 
 def screened_scores(
@@ -47,17 +57,17 @@ def screened_scores(
     progress: Progress | None = None,
     share: Share | None = None,
 ) -> AblationResult:
-    """Scores under which the same ranks go as under those of :func:`~lorank.scoring.ablation_scores`.
+    """Scores that prune the same ranks as the scores of :func:`~lorank.scoring.ablation_scores`.
 
-    Exact for the ranks that were evaluated, estimates for the others.
+    The scores are exact for the ranks that were evaluated, and estimates for the others.
 
     Args:
         model, layers, batch, terms, engine, loss_fn, max_rows, share: as for :func:`~lorank.scoring.ablation_scores`.
-        choose: which ranks go, of given scores: those of a method's round, or of a budget.
-        progress: called with (variants done, variants in all as far as they are known), those of this process.
+        choose: returns the ranks that given scores prune, in a round of a method or under a budget.
+        progress: called with (variants done, variants in all as far as known) of this process.
 
     Raises:
-        ValidationBatchError: the batch cannot be scored on, or a loss is not finite.
+        ValidationBatchError: ranks cannot be scored on the batch, or a loss is NaN or infinite.
         AdapterError: a layer has a gate per sample.
         ValueError: an unknown ``terms``, or ``max_rows`` below 1.
     """
@@ -87,9 +97,9 @@ def _screen(
     layers: AdapterLayers, estimates: Mapping[str, Tensor], choose: Choose, evaluate: Evaluator, terms: Terms
 ) -> tuple[dict[str, Tensor], float]:
     """The scores, and L(M)."""
-    losses = VariantLosses(None, None, nothing_known(layers, TERMS[terms]), 0)
+    losses = VariantLosses(None, None, unknown_losses(layers, TERMS[terms]), 0)
     waiting = _lowest_first(estimates)
-    first, following = (max(1, round(share * len(waiting))) for share in (FIRST_SHARE, NEXT_SHARE))
+    first, following = (max(1, round(share * len(waiting))) for share in (FIRST_FRACTION, NEXT_FRACTION))
     evaluated: set[Rank] = set()
     take = first
     while True:
@@ -110,17 +120,17 @@ def _screen(
 
 
 def _lowest_first(estimates: Mapping[str, Tensor]) -> list[Rank]:
-    """All ranks from the lowest estimate upwards; ties by layer, then rank. One that is no number comes first."""
+    """All ranks, lowest estimate first; ties by layer, then rank. A rank whose estimate is NaN comes first."""
     owners = [(name, k) for name, values in estimates.items() for k in range(len(values))]
     flat = torch.cat([*estimates.values()]).nan_to_num(nan=-torch.inf)  # (R,)
     return [owners[i] for i in torch.sort(flat, stable=True).indices.tolist()]
 
 
-def _variants(ranks: Collection[Rank], layers: AdapterLayers, terms: Terms) -> Wanted:
-    """Their variants, layer by layer in the model's order, ranks ascending."""
+def _variants(ranks: Collection[Rank], layers: AdapterLayers, terms: Terms) -> VariantSelection:
+    """The variants of ``ranks``, layer by layer in the model's order, ranks ascending."""
     place = {name: i for i, name in enumerate(layers)}
     ordered = sorted(ranks, key=lambda rank: (place[rank[0]], rank[1]))
-    return grouped([(term, name, k) for term in TERMS[terms] for name, k in ordered])
+    return group_variants([(term, name, k) for term in TERMS[terms] for name, k in ordered])
 
 
 def _merged(known: VariantLosses, new: VariantLosses) -> VariantLosses:
@@ -137,10 +147,10 @@ def _merged(known: VariantLosses, new: VariantLosses) -> VariantLosses:
 
 
 def _lower_bounds(estimates: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The exact score where there is one, elsewhere the estimate less what it may be wrong by."""
+    """The exact score if known, else the estimate minus the limit of its error."""
     errors = torch.cat([(exact[name] - values).abs() for name, values in estimates.items()])  # (R,)
     errors = errors[errors.isfinite()]
-    reach = REACH * float(errors.max()) if len(errors) else torch.inf
+    reach = ERROR_FACTOR * float(errors.max()) if len(errors) else torch.inf
     bounds = {}
     for name, values in estimates.items():
         lower = (values - reach).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

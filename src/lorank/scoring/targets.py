@@ -1,7 +1,8 @@
-"""What a batch asks the model to predict, and the cross-entropy of each variant of it.
+"""The labels of a batch, the logits that they belong to, and the cross-entropy of variants.
 
-Which logits the labels belong to is not looked up by the model's class: the form is the one that reproduces the model's
-own loss. Where none does (regression, label smoothing, a router's auxiliary loss, …), the exact engine steps aside.
+The form of the loss says which logits a label belongs to. It is not looked up by the model's class: it is the form that
+reproduces the model's own loss. If no form does (regression, label smoothing, a router's auxiliary loss, …), the exact
+engine is not used.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorank.scoring.loss import IGNORED, field
-from lorank.scoring.variants import Unsuited
+from lorank.scoring.variants import IncompatibleError
 
 Form = Literal["shifted", "unshifted", "pooled"]
 
@@ -28,8 +29,8 @@ class Targets:
     Attributes:
         form: ``shifted``: the logits at t belong to the label at t + 1 (causal language models); ``unshifted``: to the
             label at t (masked language models, token classification); ``pooled``: one label per sample.
-        labels: (m,), those that are not ignored.
-        positions: (m,), where: indices into the n · T positions, or into the n samples.
+        labels: (m,), the labels that are not ignored.
+        positions: (m,), the position of each label: an index into the n · T positions, or into the n samples.
     """
 
     form: Form
@@ -43,7 +44,7 @@ class Targets:
 
     @classmethod
     def of(cls, form: Form, labels: Tensor) -> Targets:
-        """labels: (n, T), or (n,) or (n, 1) where pooled."""
+        """The targets of ``labels``, (n, T), or (n,) or (n, 1) for the form ``pooled``."""
         if form == "shifted":
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (n, T)
         flat = labels.reshape(-1)  # (n · T,) or (n,)
@@ -54,7 +55,7 @@ class Targets:
         """The labelled positions of ``copies`` variants of the batch, stacked.
 
         Args:
-            x: (copies · n, T, d), or (copies · n, d) where pooled.
+            x: (copies · n, T, d), or (copies · n, d) for the form ``pooled``.
 
         Returns:
             (copies, m, d)
@@ -62,7 +63,7 @@ class Targets:
         return x.reshape(copies, -1, x.shape[-1])[:, self.positions]  # (copies, n · T, d) → (copies, m, d)
 
     def cross_entropy(self, logits: Tensor) -> Tensor:
-        """Summed over the labels: per label in float32 or better, the sum in float64.
+        """The cross-entropy, summed over the labels: each term in float32 or float64, the sum in float64.
 
         Args:
             logits: (copies, m, C)
@@ -73,7 +74,7 @@ class Targets:
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         labels = self.labels.to(logits.device)
-        # One variant at a time: cross-entropy needs a second array as large as its logits.
+        # One variant at a time, to save memory: cross-entropy allocates a second array as large as its logits.
         return torch.stack([F.cross_entropy(each, labels, reduction="none").double().sum() for each in logits])
 
 
@@ -81,15 +82,15 @@ def find_form(logits: Any, labels: Any, loss: Tensor) -> Form:
     """The form in which cross-entropy gives the model's own loss.
 
     Args:
-        logits: the model's, (n, T, C) or (n, C).
+        logits: the model's logits, (n, T, C) or (n, C).
         labels: (n, T), (n,) or (n, 1).
-        loss: the model's own.
+        loss: the model's own loss, ().
 
     Raises:
-        Unsuited: none does.
+        IncompatibleError: no form gives the model's own loss.
     """
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
-        raise Unsuited("its forward gives no logits, or its batch has no labels")
+        raise IncompatibleError("its forward gives no logits, or its batch has no labels")
     forms: list[Form] = []
     if not labels.is_floating_point() and labels.dtype != torch.bool:
         if logits.dim() == 3 and labels.shape == logits.shape[:2]:
@@ -102,11 +103,11 @@ def find_form(logits: Any, labels: Any, loss: Tensor) -> Form:
         if targets.count and int(targets.labels.max()) < logits.shape[-1] and int(targets.labels.min()) >= 0:
             mean = targets.cross_entropy(targets.select(logits, 1)) / targets.count  # (1,)
             difference[form] = abs(float(mean) - float(loss))
-    # The loss itself is rounded to its dtype, a few ulps with it; in float64 the model may still compute it in float32.
+    # The loss is rounded to its dtype, by a few ulps. In float64 the model may still compute it in float32, hence 1e-5.
     tolerance = (1e-5 + 4 * torch.finfo(loss.dtype).eps) * abs(float(loss)) + 1e-7
     best = min(difference, key=lambda form: difference[form], default=None)
     if best is None or difference[best] > tolerance:
-        raise Unsuited("its loss is not the mean cross-entropy of its logits and labels")
+        raise IncompatibleError("its loss is not the mean cross-entropy of its logits and labels")
     return best
 
 
@@ -117,18 +118,19 @@ def _logits(output: Any) -> Any:
 
 @dataclass(frozen=True)
 class Head:
-    """Makes the logits of labelled positions only, where the model lets that be done.
+    """Computes the logits of labelled positions only, if the model allows it.
 
     Attributes:
         model: the model.
-        module: its output embedding, whose input then is (1, copies · m, d); None: the whole sequence gets logits.
+        module: the output embedding of the model, which then receives (1, copies · m, d). None: logits are computed for
+            the whole sequence.
     """
 
     model: nn.Module
     module: nn.Module | None
 
     def losses(self, arguments: Mapping[str, Any], targets: Targets, copies: int) -> Tensor:
-        """One forward; cross-entropy summed over the labels, (copies,) float64."""
+        """Runs one forward pass; returns the cross-entropy summed over the labels, (copies,) float64."""
         with self._selecting(targets, copies):
             logits = _logits(self.model(**arguments))
         if self.module is None:
@@ -152,7 +154,7 @@ class Head:
 
 
 def output_embedding(base: nn.Module) -> nn.Module | None:
-    """The module that turns hidden states into logits over a vocabulary, if the model names one."""
+    """The module that maps hidden states to logits over a vocabulary, or None if the model has none."""
     get: Callable[[], Any] | None = getattr(base, "get_output_embeddings", None)
     try:
         module = get() if get is not None else None

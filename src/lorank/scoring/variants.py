@@ -5,7 +5,7 @@
     M without r one rank of one module gated off
     r alone     every other rank of every module gated off
 
-Both engines return :class:`VariantLosses`; only how fast they get there differs. Estimates take the same form.
+Both engines return the same :class:`VariantLosses`, at different speed. Estimates also have this form.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lorank.lora.layer import AdapterLayer, AdapterLayers
 Term = Literal["without", "alone"]
 Terms = Literal["both", "without", "alone"]
 Progress = Callable[[int, int], None]
-Wanted = Mapping[Term, Mapping[str, Sequence[int]]]
-"""Variants: per term and layer, of which ranks, in ascending order."""
+VariantSelection = Mapping[Term, Mapping[str, Sequence[int]]]
+"""A selection of variants: per term and layer, the indices of their ranks, ascending."""
 
 TERMS: Mapping[Terms, tuple[Term, ...]] = {
     "both": ("without", "alone"),
@@ -33,8 +33,11 @@ TERMS: Mapping[Terms, tuple[Term, ...]] = {
 }
 
 
-class Unsuited(Exception):
-    """The exact engine does not fit this model; the message says why. Never leaves the package: the reference runs."""
+class IncompatibleError(Exception):
+    """The exact engine does not support the model or the batch; the message gives the reason.
+
+    Internal: it is always caught, and the reference engine runs instead.
+    """
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,11 @@ class VariantLosses:
     """Losses of variants.
 
     Attributes:
-        full: L(M), or None where nobody asked for it.
-        base: L(base), likewise.
-        variants: per term and layer, the loss of each of its ranks' variants, (r,) float64 on the CPU; NaN for those
-            that nobody asked for.
-        evaluations: how many variants a forward was run for, M and the base included.
+        full: L(M), or None if it was not requested.
+        base: L(base), or None if it was not requested.
+        variants: per term and layer, the loss of the variant of each rank, (r,) float64 on the CPU; NaN for variants
+            that were not requested.
+        evaluations: number of variants that were evaluated by a forward pass, including M and the base model.
     """
 
     full: float | None
@@ -56,38 +59,45 @@ class VariantLosses:
 
 
 class Engine(Protocol):
-    """Whatever gives the losses of variants."""
+    """Computes the losses of variants."""
 
-    def losses(self, wanted: Wanted, backgrounds: Collection[Term], report: Callable[[int], None]) -> VariantLosses:
-        """The losses of the wanted variants, and of M (``without``) or the base (``alone``) where they are among the
-        backgrounds; ``report`` is called with how many more variants are done."""
+    def losses(
+        self, wanted: VariantSelection, backgrounds: Collection[Term], report: Callable[[int], None]
+    ) -> VariantLosses:
+        """The losses of the wanted variants.
+
+        Args:
+            wanted: the variants.
+            backgrounds: the models whose loss is also computed: M for ``without``, the base model for ``alone``.
+            report: called with the number of variants that were evaluated since the last call.
+        """
         ...
 
-    def count(self, wanted: Wanted, backgrounds: Collection[Term]) -> int:
-        """How many variants that takes a forward for."""
+    def count(self, wanted: VariantSelection, backgrounds: Collection[Term]) -> int:
+        """The number of variants, including backgrounds, that need a forward pass."""
         ...
 
 
-def every_rank(layers: AdapterLayers, terms: Collection[Term]) -> Wanted:
+def all_variants(layers: AdapterLayers, terms: Collection[Term]) -> VariantSelection:
     """The variants of all ranks."""
-    return {term: {name: range(layer.rank) for name, layer in in_order(layers)} for term in terms}
+    return {term: {name: range(layer.rank) for name, layer in layers_with_ranks(layers)} for term in terms}
 
 
-def flattened(wanted: Wanted) -> list[tuple[Term, str, int]]:
-    """The wanted variants one by one, always in the same order."""
+def flatten_variants(wanted: VariantSelection) -> list[tuple[Term, str, int]]:
+    """The wanted variants as a list of (term, layer, rank), always in the same order."""
     return [(term, name, k) for term, layers in wanted.items() for name, ranks in layers.items() for k in ranks]
 
 
-def grouped(variants: Collection[tuple[Term, str, int]]) -> Wanted:
-    """The opposite of :func:`flattened`."""
+def group_variants(variants: Collection[tuple[Term, str, int]]) -> VariantSelection:
+    """The inverse of :func:`flatten_variants`."""
     wanted: dict[Term, dict[str, list[int]]] = {}
     for term, name, k in variants:
         wanted.setdefault(term, {}).setdefault(name, []).append(k)
     return wanted
 
 
-def nothing_known(layers: AdapterLayers, terms: Collection[Term]) -> dict[Term, dict[str, Tensor]]:
-    """Losses to be filled in: per term and layer (r,) float64, all NaN."""
+def unknown_losses(layers: AdapterLayers, terms: Collection[Term]) -> dict[Term, dict[str, Tensor]]:
+    """Losses before any is computed: per term and layer (r,) float64, all NaN."""
     return {
         term: {name: torch.full((layer.rank,), torch.nan, dtype=torch.float64) for name, layer in layers.items()}
         for term in terms
@@ -97,7 +107,7 @@ def nothing_known(layers: AdapterLayers, terms: Collection[Term]) -> dict[Term, 
 class Gates:
     """Sets the gates of all layers to those of a variant.
 
-    A gate that the model already has (a learned one) belongs to M: a variant multiplies it by zeros and ones.
+    A gate that the model already has (a learned gate) is part of M: a variant multiplies it by zeros and ones.
 
     Args:
         layers: the layers, with the gates of M.
@@ -126,7 +136,7 @@ class Gates:
         return self._ones[name]
 
     def background(self, term: Term) -> None:
-        """Sets what surrounds the rank in question: M for ``without``, base for ``alone``."""
+        """Sets the gates of the model that variants start from: M for ``without``, the base model for ``alone``."""
         for name, layer in self.layers.items():
             layer.gate = self.own[name] if term == "without" else self._zeros[name]
 
@@ -142,15 +152,15 @@ class Gates:
 
 
 def inert_ranks(layer: AdapterLayer, gate: Tensor | None) -> list[int]:
-    """The ranks that add nothing: a row of A, a column of B or a gate that is all zeros."""
+    """The ranks without effect: their row of A, their column of B or their gate is zero."""
     alive = (layer.A.detach() != 0).any(dim=1) & (layer.B.detach() != 0).any(dim=0)  # (r,)
     if gate is not None:
         alive &= gate.detach().to(alive.device) != 0
     return [k for k, alive_k in enumerate(alive.tolist()) if not alive_k]
 
 
-def in_order(layers: AdapterLayers) -> Iterator[tuple[str, AdapterLayer]]:
-    """The layers that have a rank at all."""
+def layers_with_ranks(layers: AdapterLayers) -> Iterator[tuple[str, AdapterLayer]]:
+    """The layers whose rank is above 0."""
     return ((name, layer) for name, layer in layers.items() if layer.rank)
 
 
@@ -160,5 +170,5 @@ def describe(name: str, rank: int, term: Term) -> str:
 
 
 def describe_background(term: Term) -> str:
-    """What surrounds the variants of a term, in words."""
-    return "the model" if term == "without" else "the base model, all ranks off,"
+    """The model that the variants of a term start from, in words."""
+    return "the model" if term == "without" else "the base model (all ranks off)"

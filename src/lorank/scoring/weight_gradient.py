@@ -1,12 +1,14 @@
-"""Singular values of ∂L/∂W of frozen weights, from a few batches: where a low-rank update has most to win.
+"""Singular values of ∂L/∂W of frozen weights, from a few batches. They show where a low-rank update reduces the loss
+most.
 
-The gradient is never formed by autograd. A layer y = W x with inputs x and output gradients dy (one row per token) has
+Autograd does not compute this gradient. A layer y = W x with inputs x and output gradients dy (one row per token) has
 
     G = ∂L/∂W = Σ_tokens dy xᵀ          (d_out, d_in)
 
-so hooks on x and dy are enough: no ``.grad`` on the base, whose weights may be quantised. Small matrices are summed
-whole. For larger ones a randomised range finder (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.1) takes two
-passes over the batches and holds (k + p)(d_in + d_out) numbers, with p = 8 columns more than the k values wanted:
+so hooks on x and dy are enough. No ``.grad`` is needed on the base model, whose weights may be quantised. Small
+matrices are summed in full. For larger ones a randomised range finder (Halko, Martinsson & Tropp, SIAM Review 2011,
+algorithm 4.1) takes two passes over the batches and stores (k + p)(d_in + d_out) numbers, for k singular values and
+p = 8 additional columns:
 
     Y = G Ω = Σ dy (xᵀ Ω),  Q = orth(Y)          Z = Qᵀ G = Σ (Qᵀ dy) xᵀ,   σ(Z) ≈ σ(G), never above
 """
@@ -26,8 +28,8 @@ from lorank.scoring.loss import LossFn, loss_with_graph, prepare_batch, require_
 from lorank.scoring.preserve_state import preserve_state
 
 OVERSAMPLING = 8
-WHOLE = 2**18
-"""A gradient of at most so many numbers (1 MiB in float32) is summed whole, and its singular values are exact."""
+FULL_GRADIENT_SIZE = 2**18
+"""A gradient of at most this many numbers (1 MiB in float32) is summed in full; its singular values are exact."""
 
 
 def weight_gradient_singular_values(
@@ -41,31 +43,31 @@ def weight_gradient_singular_values(
 ) -> dict[str, Tensor]:
     """The largest singular values of the gradient of the mean loss over ``batches``, in evaluation mode.
 
-    The model is left as it was, no ``.grad`` is written.
+    The model is restored afterwards; no ``.grad`` is written.
 
     Args:
         model: the model that the layers belong to.
-        layers: its LoRA layers. Their update is part of the function, and zero for a fresh adapter.
-        batches: one or a few, each with the arguments of the model's forward, ``labels`` included.
-        count: k, how many values per layer at most.
+        layers: its LoRA layers. Their update is part of the model; it is zero for a fresh adapter.
+        batches: one or more batches, each with the arguments of the model's forward, including ``labels``.
+        count: k, the most singular values per layer.
         loss_fn: ``loss_fn(model, batch)`` → a scalar with a graph, in place of ``model(**batch).loss``.
-        seed: of the random directions Ω; the global random state is neither read nor advanced.
+        seed: seed of the random directions Ω; the global random state is neither read nor changed.
 
     Returns:
         Per layer (min(count, d_in, d_out),) float64 on the CPU, descending.
 
     Raises:
-        ValidationBatchError: no batch, or one without labels, without a loss, or with a loss that is not finite.
+        ValidationBatchError: there is no batch; or a batch has no labels, no loss, or a loss that is NaN or infinite.
     """
     if not batches:
         raise ValidationBatchError("there is no batch to take gradients on: give at least one")
     model = unwrap_model(model)
     sums = {
-        name: _Sum(layer, min(count, layer.max_rank), seed * 1_000_003 + index)
+        name: _GradientSum(layer, min(count, layer.max_rank), seed * 1_000_003 + index)
         for index, (name, layer) in enumerate(layers.items())
     }
     passes = 1 if all(one.is_whole for one in sums.values()) else 2
-    with preserve_state(model, layers), torch.enable_grad(), _watched(layers, sums) as leaves:
+    with preserve_state(model, layers), torch.enable_grad(), _gradient_hooks(layers, sums) as leaves:
         for _ in range(passes):
             for batch in batches:
                 loss = loss_with_graph(model, prepare_batch(model, batch, needs_labels=loss_fn is None), loss_fn)
@@ -76,13 +78,13 @@ def weight_gradient_singular_values(
     return {name: one.singular_values() / len(batches) for name, one in sums.items()}
 
 
-class _Sum:
-    """One layer's G, or what the range finder keeps of it."""
+class _GradientSum:
+    """The sum over batches of one layer's G, or of the range finder's projection of G."""
 
     def __init__(self, layer: AdapterLayer, count: int, seed: int) -> None:
         self.layer, self.count = layer, count
         width = min(count + OVERSAMPLING, layer.max_rank)
-        self.is_whole = layer.d_in * layer.d_out <= max(WHOLE, width * (layer.d_in + layer.d_out))
+        self.is_whole = layer.d_in * layer.d_out <= max(FULL_GRADIENT_SIZE, width * (layer.d_in + layer.d_out))
         self.total: Tensor | None = None
         self.done = False
         generator = torch.Generator().manual_seed(seed % 2**63)
@@ -91,7 +93,7 @@ class _Sum:
 
     @torch.no_grad()
     def add(self, x: Tensor, dy: Tensor) -> None:
-        """x: (…, d_in), or token ids (…); dy: (…, d_out)."""
+        """Adds one call of the layer. x: (…, d_in), or token ids (…); dy: (…, d_out)."""
         if self.done:
             return
         dy = dy.reshape(-1, self.layer.d_out).float()  # (tokens, d_out)
@@ -104,7 +106,7 @@ class _Sum:
     def end_pass(self) -> None:
         if self.omega is not None and self.q is None:
             self.q = None if self.total is None else torch.linalg.qr(self.total).Q
-            self.done = self.q is None  # no batch reaches this layer
+            self.done = self.q is None  # the loss of no batch depends on this layer
             self.total = None
         else:
             self.done = True
@@ -132,10 +134,10 @@ class _Sum:
 
 
 @contextmanager
-def _watched(layers: AdapterLayers, sums: Mapping[str, _Sum]) -> Iterator[list[Tensor]]:
-    """Hooks that hand every layer's x and dy to its sum; yields the tensors that a backward pass must reach."""
+def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, _GradientSum]) -> Iterator[list[Tensor]]:
+    """Hooks that pass every layer's x and dy to its sum. Yields A and B of all layers, for the backward pass."""
 
-    def watch(one: _Sum) -> Any:
+    def watch(one: _GradientSum) -> Any:
         def after_forward(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
                 x = inputs[0].detach()

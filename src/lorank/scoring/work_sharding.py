@@ -1,7 +1,8 @@
-"""Scoring shared out over processes that hold the same model: each evaluates some of the ranks, all get all scores.
+"""Scoring distributed over processes that hold the same model: each evaluates some of the ranks, all get all scores.
 
-Nothing here knows how processes talk. Whoever does gives a :class:`Share`; the methods of this package then deal their
-work by position (the same in every process, since model and batch are) and exchange results in one gather.
+How processes communicate is defined elsewhere: the caller passes a :class:`Share`. The functions of this package
+distribute their work by position, which is the same in every process, because model and batch are the same. One gather
+exchanges the results.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Share(Protocol):
     """One process's share of scoring.
 
     Attributes:
-        index: which process this is, 0 ≤ index < count.
-        count: how many there are. All hold the same model and the same batch, and call the same scorer.
+        index: the index of this process, 0 ≤ index < count.
+        count: the number of processes. All hold the same model and the same batch, and call the same scorer.
     """
 
     @property
@@ -32,9 +33,9 @@ class Share(Protocol):
     def count(self) -> int: ...
 
     def gather(self, values: Tensor) -> Tensor:
-        """What every process gave, (count, n) float64 on the CPU, row i from process i; equal in all of them.
+        """The values of all processes, (count, n) float64 on the CPU, row i from process i; equal in all processes.
 
-        Waits for all processes: each calls it equally often. It must not change a bit of what it carries.
+        Waits for all processes, so each must call it equally often. It must transfer every value bitwise unchanged.
 
         Args:
             values: (n,) float64 on the CPU, with the same n in every process.
@@ -42,23 +43,23 @@ class Share(Protocol):
         ...
 
 
-def deal_out(items: Sequence[T], share: Share | None) -> list[T]:
-    """This process's items: every ``count``-th, so that neighbours, which cost about the same, go to all in turn."""
+def own_items(items: Sequence[T], share: Share | None) -> list[T]:
+    """This process's items: every ``count``-th. Neighbours cost about the same, so the work is even."""
     return list(items) if share is None else list(items[share.index :: share.count])
 
 
 def exchange(own: Callable[[], Sequence[float]], length: int, share: Share | None) -> Tensor:
-    """``own()`` of every process, (count, length) float64, without a share (1, length).
+    """The result of ``own()`` in every process, (count, length) float64; without a share (1, length).
 
-    A process that fails must not leave the others waiting: it takes part in the gather all the same, and then raises;
-    so do the others, with an error that says where it happened.
+    If ``own()`` fails in one process, this process still takes part in the gather, so that the others do not wait
+    forever. Then it raises its error. The other processes raise an error that names the failed process.
 
     Args:
-        own: computes this process's numbers, ``length`` of them at most; the rest is filled up with zeros.
+        own: computes this process's values, at most ``length``; the rest of its row is filled with zeros.
 
     Raises:
-        Exception: this process's own.
-        LorankError: another process's.
+        Exception: the error of ``own()`` in this process.
+        LorankError: ``own()`` has failed in another process.
     """
     row = torch.zeros(1 + length, dtype=torch.float64)  # [failed, values …]
     failure: Exception | None = None
@@ -78,17 +79,17 @@ def exchange(own: Callable[[], Sequence[float]], length: int, share: Share | Non
     failed = rows[:, 0].nonzero().flatten().tolist()
     if failed:
         raise LorankError(
-            f"scoring failed in process {', '.join(map(str, failed))} of {share.count}, whose own message says why; no "
-            "process has moved a rank"
+            f"scoring failed in process {', '.join(map(str, failed))} of {share.count}; the error message of that "
+            "process gives the reason. No rank was moved in any process"
         )
     return rows[:, 1:]
 
 
-def in_dealt_order(rows: Tensor, total: int) -> Tensor:
-    """Dealt results in the order of the items they belong to: (count, ⌈total / count⌉) → (total,)."""
-    return rows.T.reshape(-1)[:total]  # item i was dealt to process i % count, as its (i // count)-th
+def restore_order(rows: Tensor, total: int) -> Tensor:
+    """The results of all processes in the order of the items: (count, ⌈total / count⌉) → (total,)."""
+    return rows.T.reshape(-1)[:total]  # item i belongs to process i % count, as its (i // count)-th item
 
 
 def largest_share(total: int, share: Share | None) -> int:
-    """How many of ``total`` items the process with most of them has: what every row is padded to."""
+    """The largest number of items of one process, out of ``total``. Every row is padded to this length."""
     return total if share is None else -(-total // share.count)

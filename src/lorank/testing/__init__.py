@@ -1,4 +1,4 @@
-"""For authors of methods: the tests that every method must pass, to be run by pytest from any package.
+"""The conformance suite for authors of methods. pytest runs these tests from any package; every method must pass them.
 
     import lorank.testing
 
@@ -6,7 +6,7 @@
         def make(self, budget=None):
             return MagnitudePruning(budget=budget)
 
-pytest itself is not a dependency of lorank, and nothing here imports it.
+pytest is not a dependency of lorank, and this package does not import it.
 """
 
 from lorank.testing.conformance import AllocatorConformance, Loop

@@ -1,4 +1,4 @@
-"""Something around every call of a method's hooks: what a hook must not touch is looked at before and after."""
+"""Context managers around every call of a method's hooks. They check that a hook does not change what it must not."""
 
 from __future__ import annotations
 
@@ -28,36 +28,37 @@ HOOKS = (
     "after_resize",
     "finish",
 )
-"""In the order in which a run calls them."""
+"""The hooks, in the order in which a run calls them."""
 
 MOVES_WEIGHTS = ("start", "after_step")
-"""Hooks that may write to weights: to draw a new adapter's directions, and for a proximal step."""
+"""Hooks that may write to weights: ``start`` to draw a new adapter's vectors, ``after_step`` for a proximal step."""
 
 Around = Callable[[str, Any], AbstractContextManager[None]]
-"""From the name of a hook and its first argument (layers, a context or a step) to what stands around the call."""
+"""A function from a hook's name and its first argument (layers, a context or a step) to the context manager around the
+call."""
 
 
 @contextmanager
 def around_hooks(kind: type[Allocator], around: Around) -> Iterator[None]:
-    """While it lasts, every hook of the class is called inside ``around(name, first argument)``."""
+    """Inside, every hook of the class is called inside ``around(name, first argument)``."""
     with ExitStack() as stack:
         for name in HOOKS:
-            stack.enter_context(patch.object(kind, name, _watched(name, getattr(kind, name), around)))
+            stack.enter_context(patch.object(kind, name, _wrapped(name, getattr(kind, name), around)))
         yield
 
 
-def _watched(name: str, hook: Callable[..., Any], around: Around) -> Callable[..., Any]:
+def _wrapped(name: str, hook: Callable[..., Any], around: Around) -> Callable[..., Any]:
     @wraps(hook)
-    def watched(self: Allocator, first: Any, *others: Any, **named: Any) -> Any:
+    def wrapped(self: Allocator, first: Any, *others: Any, **named: Any) -> Any:
         with around(name, first):
             return hook(self, first, *others, **named)
 
-    return watched
+    return wrapped
 
 
 @contextmanager
-def weights_stay(hook: str, first: Any) -> Iterator[None]:
-    """Raises AssertionError where a hook changes the model: weights, buffers, what is trained, the mode."""
+def weights_unchanged(hook: str, first: Any) -> Iterator[None]:
+    """Raises AssertionError if a hook changes the model's weights, buffers, ``requires_grad`` or training mode."""
     model = _model_of(first)
     if model is None or hook in MOVES_WEIGHTS:
         yield
@@ -69,29 +70,29 @@ def weights_stay(hook: str, first: Any) -> Iterator[None]:
     changed += [name for name in after if name not in before]
     if changed:
         raise AssertionError(
-            f"{hook} changed the model: {', '.join(changed[:5])}{', …' if len(changed) > 5 else ''}. A hook decides "
-            "and lorank carries it out: return ranks in a plan instead of writing to A and B, look at weights through "
-            ".detach(), and put back what scoring changes. Weights may be written in start and after_step alone"
+            f"{hook} changed the model: {', '.join(changed[:5])}{', …' if len(changed) > 5 else ''}. A hook returns a "
+            "plan, and lorank carries it out: do not write to A and B, read weights through .detach(), and restore "
+            "everything that scoring changes. Only start and after_step may write to weights"
         )
 
 
 @contextmanager
-def random_numbers_stay(hook: str, first: Any) -> Iterator[None]:
-    """Raises AssertionError where a hook uses the global generators of PyTorch, NumPy or Python."""
+def random_state_unchanged(hook: str, first: Any) -> Iterator[None]:
+    """Raises AssertionError if a hook uses the global random generators of PyTorch, NumPy or Python."""
     before = _random_state()
     yield
     changed = [name for name, state in _random_state().items() if not _equal(state, before[name])]
     if changed:
         raise AssertionError(
-            f"{hook} used or changed the global random state of {' and '.join(changed)}, on which dropout and the "
-            "order of the user's data rest. Draw from a generator of your own: "
+            f"{hook} used or changed the global random state of {' and '.join(changed)}, which determines dropout and "
+            "the order of the user's data. Draw random numbers from a separate generator: "
             "torch.Generator().manual_seed(run.seed * 1_000_003 + step)"
         )
 
 
 @contextmanager
-def other_random_numbers(hook: str, first: Any) -> Iterator[None]:
-    """Another global random state while the hook runs, and the former one afterwards."""
+def with_other_random_state(hook: str, first: Any) -> Iterator[None]:
+    """Sets another global random state while the hook runs, and restores the previous state afterwards."""
     states = _random_state()
     torch.default_generator.manual_seed(987_654_321)
     np.random.seed(987_654_321)  # noqa: NPY002  # the global state is the point
@@ -109,7 +110,7 @@ def _model_of(first: Any) -> nn.Module | None:
 
 
 def _snapshot(model: nn.Module) -> dict[str, Any]:
-    # Parameters and buffers, and not the state dict, which shows B multiplied by the gates; those may change.
+    # Parameters and buffers instead of the state dict: there B is multiplied by the gates, which may change.
     found: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
         found[name] = parameter.detach().clone()

@@ -1,4 +1,4 @@
-"""A process of its own, with transformers and PEFT and without lorank: what an adapter is to whoever receives it."""
+"""A separate process with transformers and PEFT but without lorank. It loads an adapter as any user of it would."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# It answers one case per line, so that many adapters share the seconds in which the libraries are imported.
+# The process handles one case per line, so that the libraries, which take seconds to import, are imported only once.
 SCRIPT = """
 import json, os, sys, traceback, warnings
 answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what libraries print is no answer
+os.dup2(2, 1)  # keeps the output of libraries apart from the answers
 warnings.simplefilter("ignore")
 import torch, transformers
 from peft import PeftModel
@@ -61,19 +61,19 @@ class PlainPeft:
     def logits(
         self, base: str | Path, adapter: str | Path, batch: Mapping[str, Tensor], auto: str = "AutoModelForCausalLM"
     ) -> dict[str, Tensor]:
-        """What the base model with the adapter answers.
+        """The logits of the base model with the adapter.
 
         Args:
             base: folder of the base model.
             adapter: folder of the adapter.
-            batch: what the model takes; labels are left out.
-            auto: the class of transformers that loads the base model.
+            batch: the arguments of the model's forward; labels are left out.
+            auto: the name of the transformers class that loads the base model.
 
         Returns:
-            ``logits``, and ``merged``: the same after ``merge_and_unload``.
+            ``logits``, and ``merged``: the logits after ``merge_and_unload``.
 
         Raises:
-            AssertionError: PEFT cannot load it; the message has the process's own traceback.
+            AssertionError: PEFT cannot load the adapter (the message has the traceback), or the process has ended.
         """
         folder = Path(self._scratch.name)
         inputs, out = folder / "batch.pt", folder / "out.pt"
@@ -102,7 +102,7 @@ class PlainPeft:
 
 @cache
 def plain_peft() -> PlainPeft:
-    """One such process for all that ask; it ends with this process."""
+    """The process that all callers share. It ends when the calling process ends."""
     process = PlainPeft()
     atexit.register(process.close)
     return process

@@ -1,4 +1,4 @@
-"""Models that train a dozen steps in a fraction of a second. They are made from a configuration: nothing is loaded."""
+"""Models that train a dozen steps in a fraction of a second. They are made from a configuration, without any files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class TinyModel:
     """A model for the conformance suite.
 
     Args:
-        make: makes it, each time with the same weights.
-        batch: from a number to a batch, which is what the model takes: a mapping of tensors, labels included. The same
-            number gives the same batch.
-        auto: the class of transformers that loads it again, for example ``"AutoModelForCausalLM"``.
+        make: creates the model, each time with the same weights.
+        batch: a function from a number to a batch: a mapping from the names of the model's arguments to tensors,
+            including ``labels``. The same number gives the same batch.
+        auto: the name of the transformers class that loads the saved model, for example ``"AutoModelForCausalLM"``.
     """
 
     make: Callable[[], PreTrainedModel]
@@ -46,7 +46,7 @@ def _llama() -> PreTrainedModel:
 
 
 def _tokens(number: int) -> dict[str, Tensor]:
-    """Four rows of random tokens, (4, 10), of which some end early; the loss does not count what is missing."""
+    """Four rows of random tokens, (4, 10). Some rows are shorter; their padding has no labels."""
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(3, VOCABULARY, (4, 10), generator=generator)
     lengths = torch.tensor([10, 9, 8, 7])

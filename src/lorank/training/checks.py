@@ -77,7 +77,7 @@ def check_batch(run: RunState) -> None:
             f"{type(run.allocator).__name__} scores ranks on a fixed batch of held-out data, and none was given: use "
             "attach(…, validation_batch=batch), where model(**batch) gives a loss (32 samples in the paper)"
         )
-    validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, first_look=True)
+    validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
 
 
 def check_optimizer_state(run: RunState) -> None:

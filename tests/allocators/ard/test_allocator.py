@@ -188,13 +188,13 @@ def test_the_last_resize_rounds_every_head() -> None:
 def test_a_run_ends_at_or_under_its_budget(budget: Any, settings: dict[str, Any]) -> None:
     """λ is given no time to help: the last resize alone must hold the budget, and use what it can."""
     ranks, _ = run_loop(ARDLoRA(budget=budget, alpha_lr=1e-3, resize_every=3, **settings), 10)
-    limits, found = ranks.budget, ranks.layers.ranks
-    assert limits.fits(found)
+    resolved, found = ranks.budget, ranks.layers.ranks
+    assert resolved.fits(found)
     for name, heads in ranks.history[-1].details["head_ranks"].items():
         assert sum(heads) == found[name]
         assert min(heads) >= settings.get("min_rank", 1)
     if "max_lora_rank" not in str(budget):
-        spare = [1 - use["used"] / use["limit"] for use in limits.used(found).values()]
+        spare = [1 - use["used"] / use["limit"] for use in resolved.used(found).values()]
         assert min(spare) < 0.3  # one rank of the FFN is the most that may be left over in the smallest of these
 
 
@@ -284,7 +284,7 @@ def test_a_diverged_gradient_leaves_alpha_alone() -> None:
         ({"min_rank": -1}, "min_rank=-1"),
         ({"gain": 0.0}, "gain=0"),
         ({"reach": 1.5}, "reach=1.5"),
-        ({"l1": 0.0, "budget": 8}, "0 stays 0"),
+        ({"l1": 0.0, "budget": 8}, "would stay 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) -> None:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 import lorank
 from lorank.allocators import ARDLoRA
-from lorank.allocators.ard.diagnostics import look_, start_diagnostics, warn_, watch_
+from lorank.allocators.ard.diagnostics import count_reversals_, diagnose_, start_diagnostics, warn_
 from tests.allocators import runs
 from tests.allocators.runs import run_loop
 from tests.models import adapted, tiny_llama, token_batch
@@ -30,7 +30,7 @@ def start(groups: int = 20, rank: int = 8) -> dict[str, Tensor]:
 
 
 def quiet(state: dict[str, Tensor], **changes: Any) -> list[str]:
-    return look_(state, **{"total": 160.0, "at_minimum": 0.2, "loss": None, **changes})
+    return diagnose_(state, **{"total": 160.0, "at_minimum": 0.2, "loss": None, **changes})
 
 
 def test_a_healthy_run_shows_nothing() -> None:
@@ -38,7 +38,7 @@ def test_a_healthy_run_shows_nothing() -> None:
     rounded = torch.full((20,), 8)
     for look in range(12):
         rounded = rounded - (torch.arange(20) % 5 == look).long()  # ranks fall, each a few times, none turns back
-        watch_(state, rounded)
+        count_reversals_(state, rounded)
         assert quiet(state, total=160.0 - look, at_minimum=0.05 * look, loss=4.0 - 0.1 * look) == []
 
 
@@ -59,8 +59,8 @@ def test_explosion_needs_twice_the_ranks_that_still_grow() -> None:
 def test_oscillation_needs_many_groups_that_turn_back_often() -> None:
     state, few = start(), start()
     for step in range(8):
-        watch_(state, torch.full((20,), 8) - torch.tensor([step % 2] * 5 + [0] * 15))
-        watch_(few, torch.full((20,), 8) - torch.tensor([step % 2] * 2 + [0] * 18))
+        count_reversals_(state, torch.full((20,), 8) - torch.tensor([step % 2] * 5 + [0] * 15))
+        count_reversals_(few, torch.full((20,), 8) - torch.tensor([step % 2] * 2 + [0] * 18))
     assert quiet(state) == ["oscillation"]
     assert quiet(few) == []
     for _ in range(3):

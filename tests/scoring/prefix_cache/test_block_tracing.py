@@ -7,8 +7,8 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from lorank.lora import find_layers
 from lorank.scoring import ablation_scores
-from lorank.scoring.prefix_cache.block_tracing import tracing
-from lorank.scoring.variants import Unsuited
+from lorank.scoring.prefix_cache.block_tracing import trace_blocks
+from lorank.scoring.variants import IncompatibleError
 from tests.models import adapted, class_batch, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
 
@@ -51,7 +51,7 @@ def test_only_labelled_positions_get_logits() -> None:
 
 def trace(model, batch, head=None):
     layers = find_layers(model)
-    with torch.no_grad(), tracing(model, layers, len(batch["labels"]), head) as seen:
+    with torch.no_grad(), trace_blocks(model, layers, len(batch["labels"]), head) as seen:
         model(**batch)
     return layers, seen()
 
@@ -115,9 +115,9 @@ class Added(Parallel):
 @pytest.mark.parametrize("kind", [Parallel, Twice, Backwards, Added])
 def test_modules_that_are_no_chain(kind) -> None:
     model = kind()
-    with tracing(model, {}, 2, None) as seen:
+    with trace_blocks(model, {}, 2, None) as seen:
         model(torch.ones(2, 3, 4))
-    with pytest.raises(Unsuited, match="no chain of blocks"):
+    with pytest.raises(IncompatibleError, match="no chain of blocks"):
         seen()
 
 
@@ -153,7 +153,7 @@ def test_a_side_path_around_the_blocks_is_noticed() -> None:
     layers = find_layers(model)
     result = ablation_scores(model, layers, token_batch())
     assert result.engine == "reference"
-    assert "where a plain forward gives" in result.notice
+    assert "but a plain forward pass gives" in result.notice
 
 
 def test_blocks_that_write_into_their_input() -> None:

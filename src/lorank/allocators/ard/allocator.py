@@ -5,19 +5,22 @@ Every attention head h of every layer l, and every module without heads, has a L
     r = max(1, round(r0 · α))       α ≥ 0, initially 1
     L = L_task + λ (Σ |α| + β Σ (α_t − α_{t−1})²)
 
-Where the paper is silent: rank i of a group is multiplied by a soft mask, so that the loss reaches α,
+A head, or a module without heads, is called a group. The paper does not say how the loss depends on α. Here a soft mask
+multiplies rank i of a group:
 
     m_i = σ((r0·α − i − ½) / τ)        τ falls from ``tau_start`` to ``tau_end``
 
-Stored are the ranks whose mask exceeds ε, and at least r; they move at most every ``resize_every`` steps, and only in
-groups where that number has been another one for ``hold`` steps. A rank that enters has B = 0. ∂L/∂α follows from the
-gates' gradients in closed form, as does the penalty's gradient, so that the loss that a loop reports is the task's own.
-α has an Adam of its own; its learning rate follows the schedule of the user's optimiser (ranks settle as weights do).
-The last resize rounds: r as above, of what is there; where a budget is named, of what is there the ranks with the
-highest r0·α − i stay, as many as fit: rounded one by one, groups would leave a part of it unused. It comes after the
-last step, or after the part ``settle`` of the run: then α and the masks stand still, and the weights of the ranks that
-stay have the rest of the run to make up for those that went. In the end the masks are folded into B, and the heads of a
-module become one plain LoRA.
+The ranks whose mask exceeds ε are stored, and at least r ranks. The layers are resized at most every ``resize_every``
+steps, and only in groups whose required number of ranks has differed from the stored number for ``hold`` steps. A new
+rank has B = 0. The gradient ∂L/∂α follows in closed form from the gates' gradients. The penalty's gradient also has a
+closed form, so the loss that a loop reports is the task's loss. A separate Adam updates α. Its learning rate follows
+the schedule of the user's optimiser, so that ranks converge together with the weights.
+
+The last resize rounds the stored ranks to r as above. If a budget is given, the stored ranks with the highest r0·α − i
+are kept instead, as many as fit; rounding each group on its own would leave a part of the budget unused. The last
+resize comes after the last step, or after the fraction ``settle`` of the run. Afterwards α and the masks are constant,
+and the remaining ranks are trained for the rest of the run to compensate for the removed ones. At the end the masks are
+folded into B, and the heads of a module become one plain LoRA.
 """
 
 from __future__ import annotations
@@ -61,31 +64,32 @@ class ARDLoRA(Allocator):
     """ARD-LoRA, with the paper's settings as defaults.
 
     Args:
-        r0: ranks of every group where α = 1; None: the rank that the adapter was made with, at most what a head can
-            hold (its width). ≥ 1.
-        heads: ``"auto"``: every attention head has a rank of its own, a module without heads has one; ``"module"``: all
-            modules have one.
-        head_overrides: per module name (or its end), its heads, or None for none, where they are not found by
-            themselves.
-        budget: what the ranks must fit at the end; λ is then driven towards it. None: whatever the penalty leaves.
-            A rank of a head counts as one rank, and as the d_in + d_head (or d_head + d_out) numbers that it trains.
-        l1: λ, the strength of the penalty: 0.01. ≥ 0. With a budget, what it begins with.
+        r0: ranks of every group at α = 1; None: the rank that the adapter was made with, but at most the width of the
+            head. ≥ 1.
+        heads: ``"auto"``: every attention head has its own rank, and a module without heads has one rank;
+            ``"module"``: every module has one rank.
+        head_overrides: per module name (or the end of a name), its heads, or None for a module without heads. For
+            modules whose heads are not found automatically.
+        budget: the budget at the end of the run; λ is then adapted to it. None: only the penalty decides. A rank of a
+            head counts as one rank, and as d_in + d_head (or d_head + d_out) trained parameters.
+        l1: λ, the strength of the penalty: 0.01. ≥ 0. With a budget, the initial value of λ.
         tv: β, the weight of the penalty's temporal term: 0.1. ≥ 0.
-        l1_term: whether the penalty has the term Σ|α|; off, only λ β Σ (α_t − α_{t−1})² is left (the paper's ablation).
-        alpha_lr: η_α, of α's Adam: 5e-5, times where the optimiser's schedule is. > 0. An α moves by about this much
-            in a step, so a short run needs a larger one (the run says so).
+        l1_term: whether the penalty has the term Σ|α|; if False, only λ β Σ (α_t − α_{t−1})² remains (the paper's
+            ablation).
+        alpha_lr: η_α, the learning rate of α's Adam: 5e-5, multiplied by the factor of the optimiser's schedule. > 0.
+            α changes by about this value in a step, so a short run needs a higher one (lorank then logs a warning).
         tau_start: τ at the beginning, in ranks. > 0.
         tau_end: τ at the end, in ranks. > 0, at most ``tau_start``.
-        epsilon: ε, the mask from which on a rank is there physically. Above 0, below ½.
-        resize_every: steps between physical resizes. ≥ 1.
-        hold: for how many steps in a row a group must need another number of ranks before it gets it. ≥ 1.
-        min_rank: the fewest ranks of a group: 1, the paper's. 0 lets heads and modules go altogether.
+        epsilon: ε, the lowest mask with which a rank is stored. Above 0, below ½.
+        resize_every: steps between resizes of the layers. ≥ 1.
+        hold: for how many steps in a row a group must need another number of ranks before it is resized. ≥ 1.
+        min_rank: the lowest rank of a group: 1, as in the paper. With 0, heads and modules can lose all ranks.
         gain: how fast λ follows the budget. > 0.
-        reach: the part of the run after which the ranks should be at the budget. Above 0, at most 1.
-        settle: the part of the run after which the last resize comes. Above 0, at most 1: after the last step.
+        reach: the fraction of the run after which the ranks should meet the budget. Above 0, at most 1.
+        settle: the fraction of the run after which the last resize comes. Above 0, at most 1 (after the last step).
 
     Raises:
-        ScheduleError: a setting out of its range.
+        ScheduleError: a setting is out of its range.
     """
 
     r0: Annotated[int | None, Field(ge=1)] = None
@@ -109,47 +113,47 @@ class ARDLoRA(Allocator):
     def __post_init__(self) -> None:
         if self.tau_end > self.tau_start:
             raise ScheduleError(f"ARDLoRA(tau_end={self.tau_end}): expected at most tau_start={self.tau_start}")
-        if self._driven and self.l1 == 0:
+        if self._lambda_follows_budget and self.l1 == 0:
             raise ScheduleError(
-                "ARDLoRA(l1=0, budget=…): lambda is driven to the budget by factors, and 0 stays 0. Begin with a small "
-                "one, e.g. l1=0.001, or leave the budget to the last resize with l1_term=False"
+                "ARDLoRA(l1=0, budget=…): lambda is adapted to the budget by multiplication, so it would stay 0. Start "
+                "with a small value, e.g. l1=0.001, or set l1_term=False: then only the last resize enforces the budget"
             )
 
     @property
-    def _driven(self) -> bool:
-        """Whether λ follows a budget."""
+    def _lambda_follows_budget(self) -> bool:
+        """Whether λ is adapted to a budget."""
         return self.budget is not None and self.l1_term
 
     def heads_of(self, layers: AdapterLayers) -> Mapping[str, HeadGroups]:
         return head_groups(layers, self.head_overrides) if self.heads == "auto" else {}
 
     def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
-        limits = resolve_budget(self.budget, layers)
+        budget = resolve_budget(self.budget, layers)
         if not self.min_rank and any(layer.min_rank for layer in layers.values()):
             raise ScheduleError("ARDLoRA(min_rank=0): a module with DoRA needs a rank; use min_rank=1")
-        if limits is None:
+        if budget is None:
             return None
-        limits = replace(limits, minima={name: self.min_rank * size for name, size in group_sizes(layers).items()})
-        if not limits.fits(limits.minima):
+        budget = replace(budget, minima={name: self.min_rank * size for name, size in group_sizes(layers).items()})
+        if not budget.fits(budget.minima):
             used = ", ".join(
-                f"{use['used']:g} of {use['limit']:g} {u}" for u, use in limits.used(limits.minima).items()
+                f"{use['used']:g} of {use['limit']:g} {u}" for u, use in budget.used(budget.minima).items()
             )
             raise BudgetError(
                 f"the budget cannot hold min_rank={self.min_rank} for each of the {sum(group_sizes(layers).values())} "
-                f"groups ({used}): name a larger one (ranks of all heads count), or min_rank=0, or heads='module'"
+                f"groups ({used}): give a larger budget (the ranks of all heads count), min_rank=0 or heads='module'"
             )
-        return limits
+        return budget
 
     def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
         r0, caps = base_ranks(layers, run, self.r0), group_caps(layers)
         return plan_for_groups(layers, stored_ranks(r0, self.tau_start, self.epsilon, self.min_rank, caps))
 
     def due(self, step: int, run: TrainingInfo) -> bool:
-        settling = self._settling(run)
+        settling = self._last_resize_step(run)
         return step < run.total_steps and (step == settling or (step < settling and step % self.resize_every == 0))
 
-    def _settling(self, run: TrainingInfo) -> int:
-        """The step after which the ranks are rounded for good."""
+    def _last_resize_step(self, run: TrainingInfo) -> int:
+        """The step of the last resize, after which the ranks stay constant."""
         return max(1, round(self.settle * run.total_steps))
 
     def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
@@ -174,24 +178,24 @@ class ARDLoRA(Allocator):
             **start_adam(alpha),
             **diagnostics.start_diagnostics(rounded_ranks(r0, self.min_rank, caps), float(r0.sum())),
         }
-        limits = self.resolve_budget(layers, run)
-        if limits is not None:
-            state |= controller.start_control(limits, group_owners(layers), r0)
+        budget = self.resolve_budget(layers, run)
+        if budget is not None:
+            state |= controller.start_control(budget, group_owners(layers), r0)
         return state
 
     def before_step(self, context: Context, state: State) -> None:
         if not context.step:
-            diagnostics.begin_(state, self._loss(context))
+            diagnostics.record_initial_loss_(state, self._loss(context))
 
     @torch.no_grad()
     def after_step(self, context: Context, state: State) -> None:
-        """α's own step, after the optimiser's; then the masks follow it."""
+        """Updates α after the optimiser step, then the masks."""
         gates, run = context.layers.gates, context.run
         assert gates is not None
-        if context.step > self._settling(run):
+        if context.step > self._last_resize_step(run):
             return
         alpha, r0, member, position = (state[key] for key in ("alpha", "r0", "member", "position"))
-        # The forward pass had the masks of the step before.
+        # The forward pass used the masks of the previous step.
         tau = temperature(context.step - 1, run.total_steps, self.tau_start, self.tau_end)
         gradient = torch.nan_to_num(gates.grad, nan=0.0, posinf=0.0, neginf=0.0)
         gradient = task_gradient(gradient, gates.values, r0, member, position, tau)  # (G,)
@@ -200,26 +204,26 @@ class ARDLoRA(Allocator):
         adam_step_(alpha, gradient, state, self.alpha_lr * context.lr_factor)
         alpha.clamp_min_(0)
         effective = r0 * alpha  # (G,)
-        if self._driven:
+        if self._lambda_follows_budget:
             target = controller.target_use(context.step, run.total_steps, state["budget.first"], self.reach)
-            controller.drive_(state, effective, self.l1, self.gain, target)
+            controller.update_lambda_(state, effective, self.l1, self.gain, target)
         self._set_masks(context, state)
         wanted = self._wanted(context, state)
         state["held"] = torch.where(wanted == state["counts"], 0, state["held"] + 1)
-        diagnostics.watch_(state, rounded_ranks(effective, self.min_rank, state["caps"]))
+        diagnostics.count_reversals_(state, rounded_ranks(effective, self.min_rank, state["caps"]))
 
     @torch.no_grad()
     def allocate(self, context: Context, state: State) -> Allocation | None:
-        if context.step == self._settling(context.run):
+        if context.step == self._last_resize_step(context.run):
             return self._round(context, state)
         counts = torch.where(state["held"] >= self.hold, self._wanted(context, state), state["counts"])
         plan = plan_for_groups(context.layers, at_least_one(counts, state["r0"] * state["alpha"]))
         loss = self._loss(context)
         effective = state["r0"] * state["alpha"]
         rounded = rounded_ranks(effective, self.min_rank, state["caps"])
-        at_minimum = self._fallen(state, rounded)
-        found = diagnostics.look_(state, float(effective.sum()), at_minimum, loss)
-        news = diagnostics.warn_(
+        at_minimum = self._fraction_at_minimum(state, rounded)
+        found = diagnostics.diagnose_(state, float(effective.sum()), at_minimum, loss)
+        warned = diagnostics.warn_(
             state,
             found,
             context.step,
@@ -228,7 +232,7 @@ class ARDLoRA(Allocator):
             alpha_lr=self.alpha_lr,
             loss=math.nan if loss is None else loss,
         )
-        if not plan and not news:
+        if not plan and not warned:
             return None
         return self._allocation(context, state, plan, rounded, {"signatures": found, "loss": loss})
 
@@ -244,14 +248,14 @@ class ARDLoRA(Allocator):
         return self._round(context, state)
 
     def _round(self, context: Context, state: State) -> Allocation:
-        """The last resize. Of ranks that were rounded before it changes nothing."""
+        """The last resize. If the ranks are already rounded, nothing changes."""
         effective = state["r0"] * state["alpha"]
-        # A rank that was never trained is not worth storing, so at most what is there.
-        limits = self.resolve_budget(context.layers, context.run)
-        if limits is None:
+        # At most the stored ranks: a rank that was never trained is useless.
+        budget = self.resolve_budget(context.layers, context.run)
+        if budget is None:
             ranks = torch.minimum(rounded_ranks(effective, self.min_rank, state["caps"]), state["counts"]).cpu()
         else:
-            ranks = clip_to_budget(limits, context.layers, state["counts"].cpu(), effective.cpu(), self.min_rank)
+            ranks = clip_to_budget(budget, context.layers, state["counts"].cpu(), effective.cpu(), self.min_rank)
         ranks = at_least_one(ranks, effective.cpu())
         return self._allocation(context, state, plan_for_groups(context.layers, ranks), ranks, {"final": True})
 
@@ -265,8 +269,8 @@ class ARDLoRA(Allocator):
         tau = temperature(context.step, context.run.total_steps, self.tau_start, self.tau_end)
         return stored_ranks(state["r0"] * state["alpha"], tau, self.epsilon, self.min_rank, state["caps"])
 
-    def _fallen(self, state: State, rounded: Tensor) -> float:
-        """The part of the groups that has fallen to its minimum, 0 where a budget leaves no choice."""
+    def _fraction_at_minimum(self, state: State, rounded: Tensor) -> float:
+        """The fraction of the groups that have fallen to their minimum. 0 if the budget allows no more than that."""
         least = torch.full_like(state["r0"], self.min_rank)  # (G,)
         could = rounded_ranks(state["r0"], self.min_rank, state["caps"]) > self.min_rank  # (G,)
         if not could.any() or (self.budget is not None and float(controller.soft_use(state, least)) > 0.9):
@@ -278,14 +282,14 @@ class ARDLoRA(Allocator):
             return None
         try:
             loss = float(validation_loss(context.model, context.layers, context.validation_batch, context.loss_fn))
-        except ValidationBatchError:  # it was scored at the start: now it is not finite
+        except ValidationBatchError:  # the batch was valid at the start, so now the loss is NaN or infinite
             loss = math.nan
         return float(context.mean(torch.tensor([loss], dtype=torch.float64)))
 
     def _allocation(
         self, context: Context, state: State, plan: Plan, ranks: Tensor, more: Mapping[str, Any]
     ) -> Allocation:
-        """With, per rank that is there, r0·α − i as its score, and the ranks of every head in the history."""
+        """The allocation, with r0·α − i as the score of each stored rank and the ranks of every head as details."""
         alpha, effective, layers = state["alpha"], (state["r0"] * state["alpha"]).cpu(), context.layers
         scores = effective[state["member"].cpu()] - state["position"].cpu()  # (R,)
         by_head = torch.split(ranks.cpu(), list(group_sizes(layers).values()))
@@ -313,8 +317,8 @@ class ARDLoRA(Allocator):
         reach = self.alpha_lr * run.total_steps * r0
         if reach < 1:
             logger.warning(
-                "ARDLoRA will not move a single rank: with alpha_lr=%g and %d steps an r0·alpha of %g can move by "
-                "about %.2g ranks, half of that under a learning rate that decays. Name a larger one, e.g. "
+                "ARDLoRA will not move a single rank: with alpha_lr=%g and %d steps, r0·alpha = %g can change by only "
+                "about %.2g ranks, or half of that if the learning rate decays. Give a higher alpha_lr, e.g. "
                 "alpha_lr=%.1g, with which a rank can halve",
                 self.alpha_lr,
                 run.total_steps,

@@ -1,11 +1,12 @@
-"""The four ways in which ARD-LoRA fails, as its paper lists them, seen while they happen.
+"""Diagnostics for the four failure modes of ARD-LoRA that its paper lists.
 
-- rank collapse: nearly all groups are at their minimum: λ is too high.
-- rank explosion: the ranks have doubled and still grow: λ is too low.
-- oscillation: the ranks of many groups go up and down again and again: β is too low.
-- no convergence: the validation loss never falls below where it began: the learning rates do not fit each other.
+- rank collapse: nearly all groups are at their minimum. λ is too high.
+- rank explosion: the ranks have doubled and still grow. λ is too low.
+- oscillation: the ranks of many groups rise and fall repeatedly. β is too low.
+- no convergence: the validation loss never falls below its initial value. The learning rates do not fit each other.
 
-They are looked at whenever ranks may move. Each is named in the history for as long as it lasts, and warned of once.
+The checks run whenever ranks may move. The history names each failure at every check that finds it. A warning is logged
+only the first time.
 """
 
 from __future__ import annotations
@@ -21,27 +22,30 @@ from lorank.allocators.base import State
 logger = logging.getLogger("lorank")
 
 SIGNATURES = ("rank_collapse", "rank_explosion", "oscillation", "no_convergence")
-COLLAPSED = 0.95  # part of the groups at their minimum
-EXPLODED = 2.0  # times the ranks at the start
-RISING = 3  # looks in a row in which the total rose
-REVERSALS, OSCILLATING, WINDOW = 4, 0.1, 4  # reversals of a group, part of the groups, looks that they are counted over
-PATIENCE, FALLEN = 5, 0.001  # looks before a loss must have fallen, by this part of itself
+COLLAPSE_FRACTION = 0.95  # collapse: fraction of the groups at their minimum
+EXPLOSION_FACTOR = 2.0  # explosion: total ranks as a multiple of the ranks at the start
+RISING_CHECKS = 3  # explosion: consecutive checks in which the total rose
+MIN_REVERSALS = 4  # oscillation: reversals of a group's rank
+OSCILLATION_FRACTION = 0.1  # oscillation: fraction of the groups with so many reversals
+REVERSAL_WINDOW = 4  # oscillation: checks over which reversals are counted
+PATIENCE = 5  # no convergence: checks before the loss must have fallen
+MIN_DECREASE = 0.001  # no convergence: the required decrease, as a fraction of the initial loss
 
 _REMEDIES = {
     "rank_collapse": "nearly all ranks are at their minimum: lambda is too high. Lower l1 (now {strength:.3g}), or "
-    "name a budget and let lambda follow it",
+    "give a budget, to which lambda is then adapted",
     "rank_explosion": "the ranks have more than doubled and still grow: lambda is too low. Raise l1 (now "
-    "{strength:.3g}), or name a budget",
-    "oscillation": "ranks go up and down again and again: beta is too low. Raise tv (now {tv:.3g}) or lower alpha_lr "
-    "(now {alpha_lr:.3g})",
+    "{strength:.3g}), or give a budget",
+    "oscillation": "ranks rise and fall repeatedly: beta is too low. Raise tv (now {tv:.3g}) or lower alpha_lr (now "
+    "{alpha_lr:.3g})",
     "no_convergence": "the validation loss ({loss:.4g}) has not fallen since training began: the learning rates do not "
-    "fit each other. Change the optimiser's (lower where the loss rises, higher where it stands still), or lower "
-    "alpha_lr (now {alpha_lr:.3g})",
+    "fit each other. Change the optimiser's learning rate (lower if the loss rises, higher if it is constant), or "
+    "lower alpha_lr (now {alpha_lr:.3g})",
 }
 
 
 def start_diagnostics(rounded: Tensor, total: float) -> State:
-    """The memory of the diagnostics. ``rounded``: r of every group, (G,); ``total``: Σ r0·α."""
+    """The initial state of the diagnostics. ``rounded``: r of every group, (G,); ``total``: Σ r0·α."""
     return {
         "seen.rounded": rounded.clone(),
         "seen.direction": torch.zeros_like(rounded),
@@ -53,58 +57,58 @@ def start_diagnostics(rounded: Tensor, total: float) -> State:
     }
 
 
-def begin_(state: State, loss: float | None) -> None:
-    """Before the first step: where the validation loss begins."""
+def record_initial_loss_(state: State, loss: float | None) -> None:
+    """Stores the validation loss before the first step."""
     if loss is not None and not len(state["seen.losses"]):
         state["seen.losses"] = state["seen.losses"].new_tensor([loss])
 
 
-def watch_(state: State, rounded: Tensor) -> None:
-    """Every step: counts how often each group's rank turns back."""
+def count_reversals_(state: State, rounded: Tensor) -> None:
+    """Counts the reversals of each group's rank. Called after every step. ``rounded``: r of every group, (G,)."""
     change = torch.sign(rounded - state["seen.rounded"])  # (G,)
     state["seen.reversals"] += (change * state["seen.direction"] < 0).to(rounded.dtype)
     state["seen.direction"] = torch.where(change != 0, change, state["seen.direction"])
     state["seen.rounded"] = rounded.clone()
 
 
-def look_(state: State, total: float, at_minimum: float, loss: float | None) -> list[str]:
-    """The signatures that show now.
+def diagnose_(state: State, total: float, at_minimum: float, loss: float | None) -> list[str]:
+    """The signatures of the failures that are present now.
 
     Args:
         total: Σ r0·α over all groups.
-        at_minimum: the part of the groups that has fallen to its minimum though a budget, if there is one, allows more.
-        loss: on the validation batch; None: there is none, and no convergence cannot be seen.
+        at_minimum: the fraction of the groups that have fallen to their minimum although the budget allows more.
+        loss: the loss on the validation batch; None: there is no batch, and ``no_convergence`` is not checked.
     """
     totals = torch.cat([state["seen.totals"], state["seen.totals"].new_tensor([total])])
-    # The first is kept to compare with, of the others as many as a rise is judged by.
-    state["seen.totals"] = torch.cat([totals[:1], totals[1:][-RISING - 1 :]])
+    # Keeps the initial total, for comparison, and as many of the last totals as the check for a rise needs.
+    state["seen.totals"] = torch.cat([totals[:1], totals[1:][-RISING_CHECKS - 1 :]])
     found = []
-    if at_minimum >= COLLAPSED:
+    if at_minimum >= COLLAPSE_FRACTION:
         found.append("rank_collapse")
     recent = state["seen.totals"][1:]
-    if total >= EXPLODED * float(totals[0]) and len(recent) > RISING and bool((recent.diff() > 0).all()):
+    if total >= EXPLOSION_FACTOR * float(totals[0]) and len(recent) > RISING_CHECKS and bool((recent.diff() > 0).all()):
         found.append("rank_explosion")
-    if float((state["seen.reversals"] >= REVERSALS).double().mean()) > OSCILLATING:
+    if float((state["seen.reversals"] >= MIN_REVERSALS).double().mean()) > OSCILLATION_FRACTION:
         found.append("oscillation")
     state["seen.looks"] += 1
-    if int(state["seen.looks"]) % WINDOW == 0:
+    if int(state["seen.looks"]) % REVERSAL_WINDOW == 0:
         state["seen.reversals"] = torch.zeros_like(state["seen.reversals"])
     if loss is not None:
         losses = torch.cat([state["seen.losses"], state["seen.losses"].new_tensor([loss])])
         state["seen.losses"] = losses
         best = float(losses[1:].nan_to_num(math.inf).min()) if len(losses) > PATIENCE else -math.inf
-        if best >= float(losses[0]) * (1 - FALLEN) or not math.isfinite(loss):
+        if best >= float(losses[0]) * (1 - MIN_DECREASE) or not math.isfinite(loss):
             found.append("no_convergence")
     return found
 
 
 def warn_(state: State, found: list[str], step: int, **settings: float) -> bool:
-    """Warns of every signature that was not warned of before. Whether there was one."""
-    news = False
+    """Logs a warning for every signature that has none yet. Returns whether a warning was logged."""
+    warned = False
     for name in found:
         index = SIGNATURES.index(name)
         if not state["seen.warned"][index]:
             state["seen.warned"][index] = True
-            news = True
+            warned = True
             logger.warning("ARDLoRA, step %d, %s: %s", step, name.replace("_", " "), _REMEDIES[name].format(**settings))
-    return news
+    return warned

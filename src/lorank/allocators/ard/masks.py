@@ -1,10 +1,10 @@
-"""ARD-LoRA's mathematics: from α to masks and ranks, and from the masks' gradient to α's.
+"""ARD-LoRA's mathematics: masks and ranks from α, and the gradient of α from the masks' gradient.
 
-G groups (heads, or whole modules), R ranks stored in all, each with its group and its position i in it:
+There are G groups (heads, or whole modules) and R stored ranks in all. Each rank has a group and a position i in it:
 
     m_i = σ((r0·α − i − ½) / τ)        r = max(r_min, ⌊r0·α + ½⌋)
 
-Everything is one operation over all ranks or all groups, and deterministic on every device.
+Every function is vectorised over all ranks or all groups, and deterministic on every device.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 def temperature(step: int, total_steps: int, start: float, end: float) -> float:
-    """τ after ``step`` of ``total_steps`` steps: falls geometrically from ``start`` to ``end``."""
+    """τ after ``step`` of ``total_steps`` steps. It falls geometrically from ``start`` to ``end``."""
     done = min(1.0, step / total_steps)
     return float(start * (end / start) ** done)
 
 
 def layout(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every stored rank, its group and its position there.
+    """The group of every stored rank, and its position in the group.
 
     Args:
         counts: (G,) int64, the ranks stored for each group.
@@ -38,7 +38,7 @@ def layout(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masks(effective: Tensor, member: Tensor, position: Tensor, tau: float) -> Tensor:
-    """m, (R,). ``effective``: r0·α, (G,)."""
+    """The masks m of all ranks, (R,). ``effective``: r0·α of every group, (G,)."""
     return torch.sigmoid((effective[member] - position - 0.5) / tau)
 
 
@@ -52,7 +52,7 @@ def task_gradient(gradient: Tensor, values: Tensor, r0: Tensor, member: Tensor, 
         tau: τ, as in the forward pass.
     """
     through = gradient * values * (1 - values)  # (R,)
-    # Summed per group in a grid, one row per group: adding at indices has no fixed order on a GPU.
+    # Summed in a grid with one row per group: index_add has no fixed order of summation on a GPU.
     width = int(position.max()) + 1 if len(position) else 0
     grid = through.new_zeros(len(r0), width)  # (G, most ranks of a group)
     grid[member, position] = through
@@ -60,19 +60,19 @@ def task_gradient(gradient: Tensor, values: Tensor, r0: Tensor, member: Tensor, 
 
 
 def penalty_gradient(alpha: Tensor, before: Tensor, strength: Tensor | float, tv: float, l1_term: bool) -> Tensor:
-    """λ sign(α) + 2 λ β (α_t − α_{t−1}), (G,); without the first term where ``l1_term`` is off."""
+    """λ sign(α) + 2 λ β (α_t − α_{t−1}), (G,); without the first term if ``l1_term`` is False."""
     smooth = 2 * strength * tv * (alpha - before)
     return smooth + strength * torch.sign(alpha) if l1_term else smooth
 
 
 def rounded_ranks(effective: Tensor, min_rank: int, caps: Tensor) -> Tensor:
-    """r = max(r_min, ⌊r0·α + ½⌋), at most what a group can hold, (G,) int64."""
+    """r = max(r_min, ⌊r0·α + ½⌋), limited by the group's cap, (G,) int64."""
     ranks = torch.floor(effective + 0.5).long().clamp_min(min_rank)
     return torch.minimum(ranks, caps)
 
 
 def stored_ranks(effective: Tensor, tau: float, epsilon: float, min_rank: int, caps: Tensor) -> Tensor:
-    """How many ranks a group needs physically: those whose mask exceeds ε, and at least r, (G,) int64."""
+    """The number of ranks to store for each group: those whose mask exceeds ε, and at least r, (G,) int64."""
     reach = effective - 0.5 + tau * math.log((1 - epsilon) / epsilon)  # m_i > ε for i below this
     ranks = torch.maximum(torch.ceil(reach).long(), rounded_ranks(effective, min_rank, caps))
     return torch.minimum(ranks, caps)

@@ -1,4 +1,4 @@
-"""From the ranks that groups should have to plans for layers, and the last rounding, which keeps to a budget."""
+"""Plans for layers from the ranks of groups, and the last rounding, which respects a budget."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from lorank.lora import AdapterLayers, Plan, plan_for_heads, plan_for_rank
 
 
 def plan_for_groups(layers: AdapterLayers, wanted: Tensor) -> Plan:
-    """Takes every group to ``wanted`` ranks, (G,): the first ones stay, new ones follow. Names what changes."""
+    """The plan that gives every group ``wanted`` ranks, (G,): the first ranks are kept, new ranks are appended.
+
+    It contains only the layers that change.
+    """
     plan = {}
     by_layer = torch.split(wanted.cpu(), list(group_sizes(layers).values()))
     for (name, layer), ranks in zip(layers.items(), by_layer, strict=True):
@@ -23,7 +26,7 @@ def plan_for_groups(layers: AdapterLayers, wanted: Tensor) -> Plan:
 
 
 def at_least_one(ranks: Tensor, effective: Tensor) -> Tensor:
-    """``ranks``, or, where not one is left in all groups, one for the group with the highest r0·α: a file needs it."""
+    """``ranks``; if all are 0, the group with the highest r0·α gets one rank, because an adapter file needs one."""
     if not ranks.any():
         ranks = ranks.clone()
         ranks[effective.argmax()] = 1
@@ -31,25 +34,31 @@ def at_least_one(ranks: Tensor, effective: Tensor) -> Tensor:
 
 
 def clip_to_budget(
-    limits: ResolvedBudget, layers: AdapterLayers, ranks: Tensor, effective: Tensor, min_rank: int
+    budget: ResolvedBudget, layers: AdapterLayers, ranks: Tensor, effective: Tensor, min_rank: int
 ) -> Tensor:
-    """All ``ranks`` where they fit a budget, else the best of them that do: by r0·α − i, highest first.
+    """``ranks`` if they fit the budget, else the best of them that fit: by r0·α − i, highest first.
 
-    A rank's score falls with its position in its group, and all ranks of a module cost the same, so that what a group
-    keeps are its first ranks, and at least ``min_rank`` of them.
+    A rank's score falls with its position in its group, and all ranks of a module cost the same. Therefore a group
+    keeps its first ranks, and at least ``min_rank`` of them.
 
     Args:
-        ranks: those that there are, of every group, (G,).
+        ranks: the stored ranks of every group, (G,).
         effective: r0·α of every group, (G,).
+        min_rank: the lowest rank of a group, ≥ 0.
+
+    Returns:
+        The ranks of every group, (G,).
     """
     sizes = group_sizes(layers)
     totals = [int(some.sum()) for some in torch.split(ranks, list(sizes.values()))]
-    if limits.fits(dict(zip(sizes, totals, strict=True))):
+    if budget.fits(dict(zip(sizes, totals, strict=True))):
         return ranks
     member, position = layout(ranks)
     scores = (effective[member] - position).masked_fill(position < min_rank, torch.inf)  # (R,)
     by_layer = dict(zip(sizes, torch.split(scores, totals), strict=True))
     owners = dict(zip(sizes, torch.split(member, totals), strict=True))
-    kept = limits.keep_best(by_layer)
-    staying = torch.cat([owners[name][list(indices)] for name, indices in kept.items()])  # groups of ranks that stay
+    kept = budget.keep_best(by_layer)
+    staying = torch.cat(
+        [owners[name][list(indices)] for name, indices in kept.items()]
+    )  # the groups of the ranks to keep
     return torch.bincount(staying, minlength=len(ranks))

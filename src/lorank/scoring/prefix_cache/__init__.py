@@ -1,1 +1,1 @@
-"""The exact engine: losses of ablated variants, with what they share computed once."""
+"""The exact engine: losses of ablated variants, with their common computations done once."""

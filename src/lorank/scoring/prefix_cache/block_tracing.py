@@ -1,7 +1,7 @@
-"""Finding the blocks that a model runs one after another, by watching one forward.
+"""Finds the blocks that a model runs one after another, by tracing one forward pass.
 
-No model's class or attribute names are known here. A chain of blocks is a list of modules of which each was called
-once, in order, with the hidden state that the one before it returned.
+This does not depend on a model's class or attribute names. A chain of blocks is a list of modules that are each called
+once, in order. Each receives the hidden state that the previous module returned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorank.lora.layer import AdapterLayers
-from lorank.scoring.variants import Unsuited
+from lorank.scoring.variants import IncompatibleError
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Block:
     """One block.
 
     Attributes:
-        module: what is skipped.
-        extra: how many values follow the hidden state in the tuple that it returns; None: there is no tuple.
-        last: no block follows that takes this one's output as its input.
+        module: the module that can be skipped.
+        extra: the number of values after the hidden state in the returned tuple; None: the block returns no tuple.
+        last: whether the block is the last of its chain, so that no block takes its output as input.
     """
 
     module: nn.Module
@@ -33,21 +33,25 @@ class Block:
     last: bool
 
     def pass_through(self, hidden: Tensor) -> Tensor | tuple[Tensor | None, ...]:
-        """What it returns when skipped. The values after the hidden state concern the next block, skipped as well."""
+        """The output of the block when it is skipped.
+
+        The values after the hidden state are None: only the next block uses them, and it is skipped as well.
+        """
         return hidden if self.extra is None else (hidden, *[None] * self.extra)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward showed.
+    """The result of tracing one forward pass.
 
     Attributes:
-        blocks: all blocks in the order they ran; of several chains (an encoder's and a decoder's) one after the other.
-        start: per layer, how many blocks were through when it first ran: all of them can be skipped when it is ablated.
-        per_sample: the layers whose input has the samples on its first axis, so that a gate per sample fits.
-        head: the module that makes logits ran once, on (samples, tokens, width).
-        tokens: positions per sample of the largest hidden state.
-        dtypes: the dtypes that blocks and layers computed in.
+        blocks: all blocks in the order in which they ran. Several chains (an encoder's and a decoder's) are joined.
+        start: per layer, the number of blocks that had finished when the layer first ran. All of them can be skipped
+            when the layer is ablated.
+        per_sample: the layers whose input has the samples on its first axis, so that they can take a gate per sample.
+        head: whether the module that computes logits ran once, on (samples, tokens, width).
+        tokens: the number of positions per sample of the largest hidden state.
+        dtypes: the dtypes in which blocks and layers computed.
     """
 
     blocks: tuple[Block, ...]
@@ -58,14 +62,14 @@ class Trace:
     dtypes: frozenset[torch.dtype]
 
 
-def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The hidden state that a block is called with: its first argument, or the one of that name."""
+def hidden_state_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The hidden state with which a block is called: its first argument, or the argument ``hidden_states``."""
     return args[0] if args else kwargs.get("hidden_states")
 
 
 @dataclass
 class _Chain:
-    """A container whose members may be a chain of blocks; what is known of it so far."""
+    """A container whose members may be a chain of blocks, with the calls recorded so far."""
 
     members: list[nn.Module]
     valid: bool = True
@@ -73,14 +77,14 @@ class _Chain:
     entered: list[int] = field(default_factory=list)  # times
     left: list[int] = field(default_factory=list)
     extras: list[int | None] = field(default_factory=list)
-    hidden: Tensor | None = None  # what the member now running was given, then what it returned
+    hidden: Tensor | None = None  # the input of the running member, later its output
     tokens: int = 0
     dtypes: set[torch.dtype] = field(default_factory=set)
 
     def enter(self, index: int, hidden: Any, time: int) -> None:
         self.valid &= index == self.ran == len(self.left) and _is_hidden_state(hidden)
         if self.valid and index:
-            self.valid = _same(hidden, self.hidden)
+            self.valid = _is_same_tensor(hidden, self.hidden)
         self.ran += 1
         self.entered.append(time)
         self.hidden = hidden if self.valid else None
@@ -104,27 +108,27 @@ class _Chain:
 
 
 def _is_hidden_state(x: Any) -> bool:
-    """(samples, …, width)"""
+    """Whether ``x`` can be a hidden state, (samples, …, width)."""
     return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 and x.numel() > 0
 
 
-def _same(new: Tensor, old: Tensor | None) -> bool:
-    """Whether a block takes exactly what the one before it returned. A hook may have moved it to another device."""
+def _is_same_tensor(new: Tensor, old: Tensor | None) -> bool:
+    """Whether a block's input is the previous block's output. A hook may have moved it to another device."""
     return old is not None and (new is old or (new.shape == old.shape and torch.equal(new, old.to(new.device))))
 
 
 @contextmanager
-def tracing(
+def trace_blocks(
     model: nn.Module, layers: AdapterLayers, rows: int, head: nn.Module | None
 ) -> Iterator[Callable[[], Trace]]:
-    """Watches the one forward that runs inside; the function it gives then says what was seen.
+    """Traces the one forward pass that runs inside. Yields a function that returns the trace afterwards.
 
     Args:
-        rows: samples in that forward.
-        head: the module that makes logits, which will see chosen positions only and no samples.
+        rows: the number of samples in this forward pass.
+        head: the module that computes logits. When variants run, it receives labelled positions instead of samples.
 
-    Raises (the function):
-        Unsuited: no chain of blocks was found.
+    Raises:
+        IncompatibleError: raised by the yielded function if no chain of blocks was found.
     """
     clock = 0
 
@@ -139,12 +143,12 @@ def tracing(
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module)
     ]
     first: dict[str, tuple[int, torch.Size]] = {}  # layer → time of its first call, and its input's shape
-    heads: list[tuple[int, torch.Size]] = []  # the same for each call of the head
+    heads: list[tuple[int, torch.Size]] = []  # time and input shape of each call of the head
     dtypes: set[torch.dtype] = set()
 
     def watch(chain: _Chain, index: int, member: nn.Module, hooks: ExitStack) -> None:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            chain.enter(index, hidden_of(args, kwargs), tick())
+            chain.enter(index, hidden_state_of(args, kwargs), tick())
 
         def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             chain.leave(output, tick())
@@ -158,7 +162,7 @@ def tracing(
 
         def done(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor):
-                dtypes.add(output.dtype)  # under autocast, not that of the hidden states
+                dtypes.add(output.dtype)  # under autocast it differs from the dtype of the hidden states
 
         hooks.callback(layers[name].module.register_forward_pre_hook(call).remove)
         hooks.callback(layers[name].module.register_forward_hook(done).remove)
@@ -166,22 +170,25 @@ def tracing(
     def call_head(_: nn.Module, args: tuple[Any, ...]) -> None:
         heads.append((tick(), _shape(args)))
 
-    def seen() -> Trace:
+    def read_trace() -> Trace:
         head_time = heads[0][0] if heads else clock + 1
-        chosen = _choose([c for c in chains if c.complete and c.left[-1] < head_time], layers)
+        chosen = _select_chains([c for c in chains if c.complete and c.left[-1] < head_time], layers)
         if not chosen:
-            raise Unsuited("it has no chain of blocks, each called once and taking what the one before it returned")
+            raise IncompatibleError(
+                "it has no chain of blocks, each called once and taking what the one before it returned"
+            )
         inside = {id(m): i for i, member in enumerate(_members(chosen)) for m in member.modules()}
         ends = sorted(time for chain in chosen for time in chain.left)
         start, per_sample = {}, set()
         for name, layer in layers.items():
             block = inside.get(id(layer.module))
-            if name not in first:  # it did not run now, but might in a variant: skip only what surely ran before
+            if name not in first:  # it did not run now but may run in a variant: skip only the blocks before its own
                 start[name] = 0 if block is None else block
                 continue
             time, shape = first[name]
             start[name] = sum(end < time for end in ends)
-            # Two axes inside a block may be (tokens picked by a router, width): not samples, whatever their number.
+            # An input with two axes inside a block may be (tokens selected by a router, width). Its first axis then
+            # does not count samples, even if its length is the number of samples.
             samples = shape[:1] == (rows,) and (len(shape) > 2 or block is None)
             if samples and not layer.is_embedding and time < head_time:
                 per_sample.add(name)
@@ -191,7 +198,7 @@ def tracing(
         return Trace(tuple(_blocks(chosen)), start, frozenset(per_sample), head_fits, tokens, computed_in)
 
     with ExitStack() as hooks:
-        # The head's hook comes first, so that a head which is a layer itself is seen to run after it.
+        # The head's hook is called first: if the head is itself a layer, the layer's time is then after the head's.
         if head is not None:
             hooks.callback(head.register_forward_pre_hook(call_head, prepend=True).remove)
         for chain in chains:
@@ -199,7 +206,7 @@ def tracing(
                 watch(chain, index, member, hooks)
         for name in layers:
             watch_layer(name, hooks)
-        yield seen
+        yield read_trace
 
 
 def _shape(args: tuple[Any, ...]) -> torch.Size:
@@ -216,8 +223,8 @@ def _blocks(chains: list[_Chain]) -> Iterator[Block]:
             yield Block(member, extra, index == len(chain.members) - 1)
 
 
-def _choose(chains: list[_Chain], layers: AdapterLayers) -> list[_Chain]:
-    """The chains that ran one after the other, in that order; of nested ones, those with the most adapter layers."""
+def _select_chains(chains: list[_Chain], layers: AdapterLayers) -> list[_Chain]:
+    """The chains that ran one after the other, in this order. Of nested chains, those with the most adapter layers."""
     modules = {id(layer.module) for layer in layers.values()}
 
     def adapted(chain: _Chain) -> int:

@@ -1,4 +1,4 @@
-"""Whether the exact engine fits a model, shown by one watched forward and one comparison."""
+"""Checks whether the exact engine supports a model, by one traced forward pass and one comparison."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from lorank.errors import AdapterError
 from lorank.lora.layer import AdapterLayers
-from lorank.scoring.loss import base_of, field, forward_arguments, own_loss, require_finite
-from lorank.scoring.microbatch import is_by_sample, repeated, rows_of
-from lorank.scoring.prefix_cache.block_tracing import tracing
+from lorank.scoring.loss import base_of, detached_loss, field, forward_arguments, require_finite
+from lorank.scoring.microbatch import count_samples, has_one_row_per_sample, repeat_batch
+from lorank.scoring.prefix_cache.block_tracing import trace_blocks
 from lorank.scoring.prefix_cache.variant_runner import ModelFit, VariantRunner
 from lorank.scoring.targets import Head, Targets, find_form, output_embedding
-from lorank.scoring.variants import Gates, Unsuited, describe, in_order
+from lorank.scoring.variants import Gates, IncompatibleError, describe, layers_with_ranks
 
-# Stacking fills a device that one batch leaves idle. A CPU is busy with 512 tokens: two variants took up to a
-# third longer together than one after the other. A GPU wants more (its figure is reasoned, not measured). The logits
-# are bounded apart: 2²⁸ in float32 are 1 GiB.
+# Stacking variants uses a device better if one batch is too small for it. For a CPU 512 tokens are enough: two variants
+# took up to a third longer together than one after the other. A GPU needs more; its figure is an estimate, not a
+# measurement. The number of logits is limited separately: 2²⁸ in float32 are 1 GiB.
 TOKENS_PER_FORWARD: Mapping[str, int] = {"cpu": 512}
 TOKENS_PER_FORWARD_GPU = 16_384
 LOGITS_PER_FORWARD = 2**28
@@ -28,32 +28,33 @@ LOGITS_PER_FORWARD = 2**28
 def check_compatibility(
     model: nn.Module, layers: AdapterLayers, part: Mapping[str, Any], max_rows: int | None
 ) -> ModelFit:
-    """Watches one forward of M, and compares the engine's loss of one ablated variant with a plain forward's.
+    """Traces one forward pass of M, and compares the engine's loss of one ablated variant with a plain forward pass.
 
     Raises:
-        Unsuited: anything does not fit or differs.
+        IncompatibleError: the engine does not support the model, its loss or its batch, or the losses differ.
     """
     try:
         return _find_fit(model, layers, part, max_rows)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AdapterError) as error:
-        raise Unsuited(f"its forward raised {type(error).__name__}: {error}") from error
+        raise IncompatibleError(f"its forward raised {type(error).__name__}: {error}") from error
 
 
 def _find_fit(model: nn.Module, layers: AdapterLayers, part: Mapping[str, Any], max_rows: int | None) -> ModelFit:
-    rows = rows_of(part)
-    by_sample = is_by_sample(part, rows)
-    # One sample looks like any other axis of length one: it is watched twice over, unless it may not be stacked anyway.
+    rows = count_samples(part)
+    by_sample = has_one_row_per_sample(part, rows)
+    # A single sample cannot be told from another axis of length 1. It is therefore traced twice in one batch, unless
+    # stacking is not allowed.
     copies = 2 if rows == 1 and by_sample and max_rows != 1 else 1
     embedding = output_embedding(base_of(model))
-    with tracing(model, layers, rows * copies, embedding) as seen:
-        watched = repeated(part, copies)
+    with trace_blocks(model, layers, rows * copies, embedding) as read_trace:
+        watched = repeat_batch(part, copies)
         output = model(**forward_arguments(model), **watched)
-    trace = seen()
+    trace = read_trace()
     loss, logits = field(output, "loss"), field(output, "logits")
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise Unsuited("its forward gives no loss under that name")
+        raise IncompatibleError("its forward gives no loss under that name")
     require_finite(loss, "the model")
     form = find_form(logits, watched["labels"], loss)
     selecting = embedding is not None and trace.head and form != "pooled"
@@ -72,19 +73,19 @@ def _find_fit(model: nn.Module, layers: AdapterLayers, part: Mapping[str, Any], 
     dtypes = {*trace.dtypes, logits.dtype}
     del output, logits
     if layers.total_rank:
-        _rehearse(found, layers, part, float(loss), dtypes)
+        _check_one_variant(found, layers, part, float(loss), dtypes)
     return found
 
 
-def _rehearse(
+def _check_one_variant(
     found: ModelFit, layers: AdapterLayers, part: Mapping[str, Any], loss: float, dtypes: set[torch.dtype]
 ) -> None:
-    """Compares L(M) and one L(M without r), with as many blocks skipped as ever, with plain forwards."""
+    """Compares the engine's L(M) and one L(M without r) with plain forward passes, with the most blocks skipped."""
     gates = Gates(layers)
     runner = VariantRunner(found, layers, gates, part, {})
-    # The last layer that can be stacked; of its ranks, the one with the largest update.
+    # The last layer whose variants can be stacked; of its ranks, the rank with the largest update.
     name = max(
-        (name for name, _ in in_order(layers)),
+        (name for name, _ in layers_with_ranks(layers)),
         key=lambda name: (name in found.trace.per_sample, found.trace.start[name]),
     )
     layer = layers[name]
@@ -95,16 +96,18 @@ def _rehearse(
     with runner.patched():
         losses = runner.losses(name, torch.stack([variant, ones]), "without") / runner.targets.count  # (2,)
     layer.gate = variant
-    expected = (float(own_loss(found.model, part, None)), loss)
+    expected = (float(detached_loss(found.model, part, None)), loss)
     gates.restore(name, "without")
     tolerance = _tolerance(dtypes, runner.targets.labels.device) * abs(loss)
     for value, wanted, what in zip(losses.tolist(), expected, (describe(name, k, "without"), "the model"), strict=True):
         if not abs(value - wanted) <= tolerance:
-            raise Unsuited(f"the loss of {what} came out as {value:.9g}, where a plain forward gives {wanted:.9g}")
+            raise IncompatibleError(
+                f"the engine's loss of {what} is {value:.9g}, but a plain forward pass gives {wanted:.9g}"
+            )
 
 
 def _tolerance(dtypes: set[torch.dtype], device: torch.device) -> float:
-    """How far two ways to compute one loss may differ by rounding alone, relative to it."""
+    """How far two computations of the same loss may differ by rounding, relative to the loss."""
     if dtypes & {torch.float16, torch.bfloat16} or (
         device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     ):
