@@ -1,7 +1,7 @@
-"""What benchmarks compare: one frozen base model, shared by all, with PEFT's adapters and lorank's methods on it.
+"""The contenders of benchmarks: one frozen base model, shared by all, with PEFT's adapters and with lorank's methods.
 
-lorank's come by the public ``lorank.attach`` with its defaults, so their steps hold all that a method does per step.
-Nothing is allocated while steps are timed: the runs that methods believe to be in are too long for that.
+lorank's methods use the public ``lorank.attach`` with its defaults, so a timed step includes all work of the method. No
+allocation happens while steps are timed, because the configured run is too long to reach one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorank.lora import AdapterLayer, HeadGroups, head_groups
 
 RANK = 8
 LONG = 100_000
-"""Optimiser steps of the run that every method believes to be in."""
+"""Optimiser steps of the configured run: more than any benchmark takes, so no allocation is due."""
 Batch = dict[str, Tensor]
 
 
@@ -30,10 +30,10 @@ class Base:
     """A frozen model.
 
     Args:
-        shape: its shape, and that of its batch.
-        device: where it is.
-        dtype: of its weights and of the adapters on it.
-        quantised: ``"nf4"``: every linear map but the head in bitsandbytes' 4 bits; ``"plain"``: none.
+        shape: the shapes of the model and of its batch.
+        device: the model's device.
+        dtype: the data type of its weights and of the adapters.
+        quantised: ``"nf4"``: all linear maps except the head in bitsandbytes' 4 bits; ``"plain"``: not quantised.
     """
 
     shape: Shape
@@ -55,7 +55,7 @@ class Base:
         return model.requires_grad_(False).train()
 
     def batch(self, model: nn.Module) -> Batch:
-        """Random tokens, every position labelled."""
+        """Random tokens; every position has a label."""
         size = (self.shape.rows, self.shape.tokens)
         ids = torch.randint(3, model.config.vocab_size, size, generator=torch.Generator().manual_seed(1))
         ids = ids.to(self.device)
@@ -63,11 +63,11 @@ class Base:
 
 
 def to_nf4_(model: nn.Module) -> None:
-    """Every linear map but the head in 4 bits, quantised from the weights that are there."""
+    """Quantises all linear maps except the head to 4 bits, in place."""
     import bitsandbytes as bnb
 
     bnb.nn.Linear4bit.support_avx512bf16_for_cpu = (
-        False  # as docs of quantised bases say: it repacks, and stops gradients
+        False  # it repacks the weights, and gradients no longer pass through them
     )
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
@@ -86,14 +86,16 @@ def to_nf4_(model: nn.Module) -> None:
             new.weight = bnb.nn.Params4bit(W.detach(), requires_grad=False, quant_type="nf4", module=new)
             new.bias = child.bias
             setattr(parent, name, new.to(W.device))  # quantises
-    model.is_loaded_in_4bit = True  # how PEFT knows
+    model.is_loaded_in_4bit = True  # PEFT reads this attribute
 
 
 class Contender:
     """A model with its optimiser; a call is one training step.
 
     Args:
-        after: called with the number of the step, after the optimiser's.
+        model: the model with its adapter.
+        batch: the batch of every step.
+        after: called with the step's number after the optimiser's step.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, after: Callable[[int], None] = lambda step: None) -> None:
@@ -105,7 +107,7 @@ class Contender:
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.trained)
 
     def __call__(self) -> None:
@@ -120,8 +122,9 @@ class Maker:
     """Makes contenders on one base.
 
     Args:
-        base: the model they share.
-        dropout: of LoRA's input.
+        base: the model that all contenders share.
+        dropout: dropout of LoRA's input.
+        rank: rank of every adapted module.
     """
 
     def __init__(self, base: Base, dropout: float, *, rank: int = RANK) -> None:
@@ -130,12 +133,12 @@ class Maker:
         self.batch = base.batch(self.model)
 
     def copy(self) -> nn.Module:
-        """Modules of its own, the base's weights shared."""
+        """A copy of the modules that shares the base's weights."""
         weights = [*self.model.parameters(), *self.model.buffers()]
         return copy.deepcopy(self.model, {id(weight): weight for weight in weights})
 
     def floor(self) -> Contender:
-        """The frozen model with one trainable bias at its input: the least that any adapter must pay."""
+        """The frozen model with one trainable bias at its input: the lowest cost that any adapter can have."""
         model = self.copy()
         embedding = model.get_input_embeddings()
         W = embedding.weight
@@ -147,7 +150,8 @@ class Maker:
         """The model with PEFT's LoRA.
 
         Args:
-            fresh: B = 0, as an adapter starts; else random, as one that has been trained.
+            fresh: B = 0, as in a new adapter; else B is random, as in a trained adapter.
+            settings: further fields of ``LoraConfig``.
         """
         common: dict[str, Any] = {"r": self.rank, "lora_alpha": self.rank, "init_lora_weights": fresh}
         common |= {"lora_dropout": self.dropout, "target_modules": self.base.shape.targets}
@@ -155,7 +159,7 @@ class Maker:
         return get_peft_model(self.copy(), config, autocast_adapter_dtype=False).train()
 
     def peft_adalora(self) -> Contender:
-        """PEFT's AdaLoRA, with the call that its users must make in every step."""
+        """PEFT's AdaLoRA, with the call that its users must add to every step."""
         config = AdaLoraConfig(
             init_r=self.rank,
             target_r=self.rank // 2,
@@ -171,7 +175,7 @@ class Maker:
         return Contender(model, self.batch, model.base_model.update_and_allocate)
 
     def attached(self, allocator: lorank.Allocator, *, total_steps: int = LONG, **lora: Any) -> Contender:
-        """One of lorank's methods, as ``lorank.attach`` sets it up."""
+        """One of lorank's methods, set up by ``lorank.attach``."""
         contender = Contender(self.peft(**lora), self.batch)
         contender.ranks = lorank.attach(
             contender.model,
@@ -184,27 +188,30 @@ class Maker:
         return contender
 
     def ard(self) -> Contender:
-        """ARD-LoRA with about as many parameters as the others: heads share out what their module's LoRA would have."""
+        """ARD-LoRA with about as many parameters as the others: the heads of a module share the parameters of its
+        LoRA."""
         layers = lorank.find_layers(self.peft(fresh=True))
         groups = head_groups(layers)
-        # It stores a rank more than r0 at first.
+        # ARD-LoRA starts with one rank more than r0.
         r0 = {
-            name: max(1, round(self.rank * (layer.d_in + layer.d_out) / _numbers_per_rank(layer, groups.get(name))) - 1)
+            name: max(
+                1, round(self.rank * (layer.d_in + layer.d_out) / _parameters_per_rank(layer, groups.get(name))) - 1
+            )
             for name, layer in layers.items()
         }
         patterns = {f"^{name}$": rank for name, rank in r0.items()}
         return self.attached(lorank.ARDLoRA(), fresh=True, rank_pattern=patterns)
 
 
-def _numbers_per_rank(layer: AdapterLayer, groups: HeadGroups | None) -> int:
-    """What a module with a rank of one per group trains."""
+def _parameters_per_rank(layer: AdapterLayer, groups: HeadGroups | None) -> int:
+    """Trained parameters of a module with one rank per group."""
     if groups is None:
         return layer.d_in + layer.d_out
     return groups.count * (groups.size + (layer.d_in if groups.kind == "rows" else layer.d_out))
 
 
 def contenders(base: Base, dropout: float) -> dict[str, Contender]:
-    """The rows of the table, by name."""
+    """The contenders by name, one per row of the table."""
     make = Maker(base, dropout)
     return {
         "floor": make.floor(),

@@ -1,4 +1,4 @@
-"""The ways to score ranks that benchmarks/scores.py compares, each with what it cost."""
+"""The scoring methods that benchmarks/scores.py compares, each with its cost."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Scores of all ranks, (R,), higher = keep, and what they took.
+    """Scores of all ranks and their cost.
 
     Attributes:
+        scores: (R,), higher = keep.
         seconds: processor time.
-        evaluations: forward passes of a variant.
+        evaluations: number of evaluated variants.
     """
 
     scores: Tensor
@@ -47,9 +48,9 @@ def exact(model: nn.Module, layers: AdapterLayers, batch: Batch) -> Estimate:
 
 
 def truth(model: nn.Module, layers: AdapterLayers, task: Task, examples: Sequence[Example], width: int = 64) -> Tensor:
-    """Exact scores on many samples, (R,): those of similar length together, each part weighted by its labels.
+    """Exact scores on many samples, (R,): a mean over batches of samples of similar length, weighted by their labels.
 
-    IS is linear in the losses, so the weighted mean of the parts' scores is the score on all of them.
+    IS is linear in the losses, so the weighted mean of the batches' scores is the score on all samples.
     """
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
     total, labels = torch.zeros(layers.total_rank, dtype=torch.float64), 0
@@ -66,7 +67,7 @@ def first_order(model: nn.Module, layers: AdapterLayers, batch: Batch) -> Estima
 
 
 def screen(model: nn.Module, layers: AdapterLayers, batch: Batch, count: int) -> Estimate:
-    """Settles which ``count`` ranks are the lowest."""
+    """Scores by successive screening, until the ``count`` lowest ranks are certain."""
     owners = [(name, k) for name, layer in layers.items() for k in range(layer.rank)]
 
     def lowest(scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
@@ -76,7 +77,7 @@ def screen(model: nn.Module, layers: AdapterLayers, batch: Batch, count: int) ->
 
 
 def second_order(model: nn.Module, layers: AdapterLayers, batch: Batch, draws: int) -> Estimate:
-    """First order, and half the Hessian's diagonal at both ends: L(M without r) gets + ½ H_rr, and so L(r alone)."""
+    """First order plus half the Hessian's diagonal at both ends: + ½ H_rr for L(M without r) and for L(r alone)."""
     start = time.process_time()
     scores = flat(first_order_scores(model, layers, batch).scores)
     without, alone = (hessian_diagonal(model, layers, batch, t, draws) for t in (1.0, 0.0))
@@ -84,15 +85,17 @@ def second_order(model: nn.Module, layers: AdapterLayers, batch: Batch, draws: i
 
 
 def alone_exact(model: nn.Module, layers: AdapterLayers, few: Batch, many: Batch) -> Estimate:
-    """The curved term, "r alone", evaluated on ``few`` samples; "without r" to first order on ``many``."""
+    """The strongly curved term, "r alone", evaluated on ``few`` samples; "without r" to first order on ``many``."""
     start = time.process_time()
     without = flat(first_order_scores(model, layers, many, terms="without").scores)
-    alone = ablation_scores(model, layers, few, terms="alone")  # L(base) − L(r alone): a constant beside IS's
+    alone = ablation_scores(
+        model, layers, few, terms="alone"
+    )  # L(base) − L(r alone): differs from IS's term by a constant
     return Estimate(without + flat(alone.scores), time.process_time() - start, alone.evaluations)
 
 
 def plain_seconds(model: nn.Module, layers: AdapterLayers, batch: Batch, turns: int = 8) -> float:
-    """What exact scores take by plain forward passes: the median of one, times 2 R + 1."""
+    """Seconds of exact scores with plain forward passes: the median of one pass, times 2 R + 1."""
     times = []
     for _ in range(turns):
         start = time.process_time()

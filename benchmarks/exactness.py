@@ -1,8 +1,8 @@
 """Measures how exact lorank is, and prints the table of docs/exactness.md:  python benchmarks/exactness.py
 
-Each line is the largest relative deviation found: of a whole tensor, ‖actual − expected‖ / ‖expected‖, and of its worst
-entry, max|actual − expected| / max|expected|. The bound is on the first. Small random models, fixed seeds, a minute on
-one core.
+Each line gives the largest relative deviation found: of a whole tensor, ‖actual − expected‖ / ‖expected‖, and of its
+worst entry, max|actual − expected| / max|expected|. The bound applies to the whole tensor. The models are small and
+random, the seeds are fixed; it takes a minute on one core.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 Deviation = tuple[float, float]
-"""Of the whole tensor, of its worst entry."""
+"""Relative deviation of the whole tensor, and of its worst entry."""
 Lines = Iterator[tuple[str, Deviation, float]]
 
 
@@ -61,7 +61,7 @@ def worse(one: Deviation, other: Deviation) -> Deviation:
 
 
 def output_change_of_a_resize() -> Lines:
-    """100 random prunes (of ranks whose gate is 0) and growths in a row; B wanders as if it trained."""
+    """100 random resizes in a row: ranks with gate 0 are pruned, new ranks are added; noise on B replaces training."""
     for name, (make, lora, batch_of) in MODELS.items():
         for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
             model = adapted(make(), **lora).to(dtype).eval()
@@ -82,7 +82,7 @@ def output_change_of_a_resize() -> Lines:
                     worst = worse(worst, relative(model(**batch).logits, expected))
                     for layer in layers.values():
                         noise = torch.randn(layer.B.shape, generator=generator).to(dtype)
-                        layer.B.mul_(0.9).add_(noise, alpha=0.08)  # settles near the 0.2 that it starts from
+                        layer.B.mul_(0.9).add_(noise, alpha=0.08)  # stays near its initial size of 0.2
             label = str(dtype).removeprefix("torch.")
             yield f"output after a resize, 100 in a row, {name} ({label})", worst, bound
 
@@ -93,14 +93,14 @@ def _random_change(rank: int, generator: torch.Generator) -> LayerPlan:
 
 
 def pruned_against_masked() -> Lines:
-    """50 steps with ranks removed, against the same ranks zeroed before every step; GPT-2 and its loss in float64.
+    """50 steps with ranks removed, compared with the same ranks set to zero before every step; all in float64.
 
-    The learning rate is one at which training is stable: at 1e-2 AdamW on this random model is chaotic, and what
-    another order of sums rounds differently (1e-16) grows a thousandfold every ten steps.
+    Training is stable at this learning rate. At 1e-2, AdamW on this random model is chaotic: a rounding difference of
+    1e-16 grows a thousandfold every ten steps.
     """
     make_model, lora, batch_of = MODELS["GPT-2, Conv1D"]
     for name, make in OPTIMIZERS.items():
-        pruned = adapted(make_model(), **lora).double().eval()  # no dropout: the two would draw different masks
+        pruned = adapted(make_model(), **lora).double().eval()  # no dropout: the two models would draw different masks
         masked = copy.deepcopy(pruned)
         optimizers = {model: make(trainable(model)) for model in (pruned, masked)}
         layers, masked_layers = lorank.find_layers(pruned), lorank.find_layers(masked)
@@ -136,7 +136,7 @@ def pruned_against_masked() -> Lines:
 
 @torch.no_grad()
 def _zero(layers: lorank.lora.AdapterLayers, names: list[str], ranks: list[int], optimizer) -> None:
-    """Weights and moments of some ranks to zero."""
+    """Sets weights and moments of some ranks to zero."""
     for name in names:
         for parameter, where in ((layers[name].A, (ranks,)), (layers[name].B, (slice(None), ranks))):
             for tensor in (parameter, *optimizer.state[parameter].values()):

@@ -1,4 +1,4 @@
-"""Derivatives of the loss with respect to gates at any gates, and the diagonal of its Hessian by random signs."""
+"""Derivatives of the loss with respect to gates, at any gate values; the diagonal of its Hessian by random signs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lorank.scoring.microbatch import TOKENS_PER_PASS, split_into_passes
 from lorank.scoring.preserve_state import preserve_state
 
 EPSILON = 0.1
-"""Half the distance of a central difference between gradients; a gate goes from 0 to 1."""
+"""Half the distance of a central difference of gradients; a gate ranges from 0 to 1."""
 
 
 def gradient(model: nn.Module, layers: AdapterLayers, batch: Mapping[str, Tensor], gates: Tensor) -> Tensor:
-    """∂L/∂g at ``gates``, both (R,) over all layers in turn; float64."""
+    """∂L/∂g at ``gates``, both (R,) over all layers in order; float64."""
     sizes = [layer.rank for layer in layers.values()]
     leaf = gates.float().requires_grad_()
     sums = torch.zeros(len(gates), dtype=torch.float64)
@@ -35,9 +35,10 @@ def gradient(model: nn.Module, layers: AdapterLayers, batch: Mapping[str, Tensor
 def hessian_diagonal(
     model: nn.Module, layers: AdapterLayers, batch: Mapping[str, Tensor], t: float, draws: int, seed: int = 0
 ) -> Tensor:
-    """The diagonal of ∂²L/∂g² at gates that are all ``t``, (R,): Hutchinson's estimate, z ⊙ H z over random signs z.
+    """The diagonal of ∂²L/∂g² with all gates at ``t``, (R,): Hutchinson's estimate, the mean of z ⊙ H z over random
+    signs z.
 
-    H z is a central difference of two gradients: 2 · ``draws`` passes forward and back.
+    H z is a central difference of two gradients, so this takes 2 · ``draws`` forward and backward passes.
     """
     generator = torch.Generator().manual_seed(seed)
     point = torch.full((layers.total_rank,), t, dtype=torch.float64)
@@ -50,6 +51,6 @@ def hessian_diagonal(
 
 
 def label_count(batch: Mapping[str, Tensor]) -> int:
-    """How many labels the loss is the mean of; a sequence's first one is never predicted."""
+    """The number of labels in the mean loss; the first label of a sequence is never predicted."""
     labels = batch["labels"]
     return int((labels[:, 1:] if labels.dim() == 2 else labels).ne(IGNORED).sum())

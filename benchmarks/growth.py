@@ -1,22 +1,22 @@
-"""How costs grow with a model, its ranks and its sequences, and what the exact engine saves:
+"""How costs grow with the model, its ranks and its sequences, and the savings of the exact engine:
 python -m benchmarks.growth [--help]
 
-First table, a Llama of which one thing at a time grows; every linear map but the head adapted, every position labelled:
+First table: a Llama, and one of its sizes grows at a time. All linear maps except the head are adapted, and every
+position has a label.
 
     step          one training step (forward, backward, AdamW) with lorank's static LoRA, ms; and over PEFT's LoRA
     exact         one round of ALoRA's exact scores on the same batch, in training steps; first order: by gradients
-    reallocation  every module loses its worst rank and gets a new one, AdamW's moments following, in training steps
+    reallocation  every module loses its worst rank and gets a new rank, with AdamW's moments, in training steps
 
-Second table: what each method does in a step beside the model's own work (its hooks before and after the optimiser's
-step, gradients there, no allocation), alone, for few maps and for many.
+Second table: the time of each method's hooks before and after the optimiser's step, alone, with gradients and without
+an allocation, for few adapted maps and for many.
 
-Third table: the same scores by the exact engine and by 2R + 1 plain forward passes of PEFT's model, with few labelled
-positions (the last eighth of every row) and with all, a small vocabulary and a usual one; and by the exact engine in a
-run, whose layers are fused, over the same plain passes. Operations: the same quotient of floating-point operations,
-which no other program disturbs.
+Third table: the same scores by the exact engine and by 2R + 1 plain forward passes of PEFT's model. Labels are on the
+last eighth of every row, or on every position; the vocabulary is small or of a usual size. The last column compares
+plain passes with the exact engine in a run, where layers are fused. Operations: the ratio of floating-point operations,
+which other programs cannot disturb.
 
-Everything in a row of the first and of the third is measured in turns, in one process; ratios are medians over the
-turns.
+Each row of the first and third table is measured in turns, in one process. Ratios are medians over the turns.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ from lorank.scoring import ablation_scores, first_order_scores  # noqa: E402
 
 @dataclass(frozen=True)
 class Size:
-    """What grows.
+    """The sizes that grow.
 
     Args:
-        layers: blocks, of 7 adapted maps each.
-        rank: of every map.
-        width: of the model, a multiple of 64.
-        tokens: of every row.
-        rows: of the batch.
-        vocabulary: its size.
+        layers: number of blocks, each with 7 adapted maps.
+        rank: rank of every adapted map.
+        width: width of the model, a multiple of 64.
+        tokens: tokens per row.
+        rows: rows of the batch.
+        vocabulary: size of the vocabulary.
     """
 
     layers: int = 4
@@ -82,7 +82,7 @@ AXES: dict[str, list[int]] = {
 
 
 def reallocation(contender: Contender) -> Callable[[], None]:
-    """Every module loses its first rank and gets a new one."""
+    """A function that removes the first rank of every module and adds a new rank."""
     assert contender.ranks is not None
     layers = contender.ranks.layers
 
@@ -131,7 +131,7 @@ def growth_table(axes: dict[str, list[int]], start: Size, turns: int, device: to
 
 
 def bookkeeping_table(sizes: Sequence[Size], turns: int, device: torch.device) -> dict[tuple[Size, str], float]:
-    """Milliseconds that each method's hooks take in a step."""
+    """Milliseconds of each method's hooks in one step."""
     names = {
         "static": lambda make: make.attached(lorank.StaticLoRA()),
         "ALoRA": lambda make: make.attached(lorank.ALoRA()),
@@ -156,7 +156,7 @@ def bookkeeping_table(sizes: Sequence[Size], turns: int, device: torch.device) -
 
 
 def _hooks(contender: Contender) -> Callable[[], None]:
-    """What a run hangs on its optimiser's step."""
+    """The hooks that a run registers on its optimiser's step."""
     optimizer = contender.optimizer
     before, after = optimizer._optimizer_step_pre_hooks.values(), optimizer._optimizer_step_post_hooks.values()
 
@@ -168,7 +168,7 @@ def _hooks(contender: Contender) -> Callable[[], None]:
 
 
 def engine_table(sizes: Sequence[Size], turns: int, device: torch.device) -> dict[tuple[Size, str], float]:
-    """How many times longer plain forward passes take than the exact engine, for the same scores."""
+    """The time of plain forward passes divided by the time of the exact engine, for the same scores."""
     print("\n| model | labelled positions | operations | naive / exact | exact, s | naive, s | at least | | in a run |")
     print("|---" * 9 + "|")
     found: dict[tuple[Size, str], float] = {}
@@ -203,7 +203,7 @@ def engine_table(sizes: Sequence[Size], turns: int, device: torch.device) -> dic
 
 
 def _operations(run: Callable[[], object]) -> int:
-    """Floating-point operations of products and attention."""
+    """Floating-point operations of matrix products and attention."""
     with FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
@@ -217,10 +217,10 @@ def main(
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
-    parser.add_argument("--smallest", action="store_true", help="one tiny model, to see that it runs")
+    parser.add_argument("--smallest", action="store_true", help="one tiny model, to check that the benchmark runs")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    logging.getLogger("lorank").setLevel(logging.ERROR)  # that nothing is allocated is on purpose
+    logging.getLogger("lorank").setLevel(logging.ERROR)  # no warning that no rank moves: it is intended here
     print(f"{options.device}, {options.threads} thread(s), {options.turns} turns\n")
     if options.smallest:
         tiny = Size(layers=1, rank=2, width=64, tokens=16, rows=2)

@@ -1,15 +1,15 @@
-"""Times LoRA per attention head against plain LoRA of as many parameters: benchmarks/heads.py [repetitions] [model]
+"""Compares LoRA per head with plain LoRA of equally many parameters: benchmarks/heads.py [repetitions] [model]
 
-One training step (forward, backward, AdamW) of a model with adapted q, k, v and o, random weights. Everything runs in
-one process, interleaved: each repetition steps every form once, and a ratio is the median over repetitions of the
-quotient by PEFT's LoRA in the same repetition. Three ways to compute the same heads:
+It times one training step (forward, backward, AdamW) of a model with random weights and adapted q, k, v and o.
+Everything runs in one process, in turns: each repetition steps every form once, and a ratio is the median over the
+repetitions of the quotient with PEFT's LoRA in the same repetition. The forms that compute the same heads:
 
-- concatenated: lorank's own, with a learned gate per rank, as ARD-LoRA trains
-- ARD-LoRA: the same with all that the method does in a step
+- concatenated: lorank's own form, with a learned gate per rank, as in ARD-LoRA
+- ARD-LoRA: the same form, with all work of the method in a step
 - padded: every head padded to the largest rank of its projection, batched products
 - masked: the dense block-structured matrix in a plain LoRA, multiplied by a mask of zeros
 
-``model`` is the beginning of a name in the table. Set OMP_NUM_THREADS to choose the threads.
+``model`` is the beginning of a name in the table. Set OMP_NUM_THREADS to choose the number of threads.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lorank.lora import plan_for_heads, rank_origins, resize_, split_into_heads_
 from lorank.lora.attention_heads import head_groups  # noqa: E402
 from lorank.lora.kernels.per_head import HeadGroups, blocks, dense_A, dense_B  # noqa: E402
 
-# name → (model, what is adapted, rows × tokens of the batch)
+# name → (model, adapted modules, (rows, tokens) of the batch)
 SHAPES: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int]]] = {
     "BERT 6 × 384": (
         lambda: bert(384, 6),
@@ -49,7 +49,7 @@ SHAPES: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int]]] = {
 
 
 def head_ranks(groups: HeadGroups, mean: int, skewed: bool) -> list[int]:
-    """All alike, or falling from 3 × the mean to 0, the same total."""
+    """The ranks of all heads: equal, or (skewed) falling from 3 × the mean to 0 with the same total."""
     if not skewed:
         return [mean] * groups.count
     weights = [groups.count - head for head in range(groups.count)]
@@ -62,7 +62,7 @@ def head_ranks(groups: HeadGroups, mean: int, skewed: bool) -> list[int]:
 
 
 class Form(LoraVariant):
-    """A way to compute the heads; takes PEFT's place in one layer, parameters included."""
+    """A form that computes the heads of one layer; it replaces PEFT's forward pass and parameters."""
 
     def __init__(self, layer: Any, groups: HeadGroups, ranks: list[int]) -> None:
         self.groups, self.ranks, self.scaling = groups, ranks, layer.scaling
@@ -131,7 +131,7 @@ OURS = ("concatenated", "ARD-LoRA")
 
 
 class Trained:
-    """A model with its optimiser; one call is one step, and returns its seconds."""
+    """A model with its optimiser; a call takes one step and returns its seconds."""
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], after: Callable[[], None] = lambda: None) -> None:
         self.model, self.batch, self.after = model, batch, after
@@ -196,8 +196,8 @@ def contenders(shape: str, mean: int, skewed: bool) -> dict[str, Trained]:
         assert len(groups) == len(layers), "every adapted projection has heads"
         for layer_name, layer in layers.items():
             ranks = head_ranks(groups[layer_name], mean, skewed)
-            numbers = sum(ranks) * ((layer.d_in if groups[layer_name].kind == "rows" else layer.d_out) + 64)
-            plain[f"^{layer_name}$"] = max(1, round(numbers / (layer.d_in + layer.d_out)))
+            parameters = sum(ranks) * ((layer.d_in if groups[layer_name].kind == "rows" else layer.d_out) + 64)
+            plain[f"^{layer_name}$"] = max(1, round(parameters / (layer.d_in + layer.d_out)))
             form(layer, groups[layer_name], ranks)
         made[name] = Trained(model, batch)
     return {"PEFT": Trained(adapted(r=4, rank_pattern=plain), batch), **made}
@@ -206,17 +206,18 @@ def contenders(shape: str, mean: int, skewed: bool) -> dict[str, Trained]:
 def main() -> None:
     repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     print(
-        f"{torch.get_num_threads()} thread(s), {repetitions} repetitions; a step over PEFT's LoRA of as many parameters"
+        f"{torch.get_num_threads()} thread(s), {repetitions} repetitions; time of a step, divided by the time of "
+        "PEFT's LoRA with equally many parameters"
     )
     print(f"| model | mean rank per head | {' | '.join([*OURS, *FORMS])} | PEFT, ms | parameters, heads / PEFT |")
     print("|---|---|" + "---|" * (len(FORMS) + len(OURS) + 2))
     wanted = sys.argv[2] if len(sys.argv) > 2 else ""
-    logging.getLogger("lorank").setLevel(logging.ERROR)  # nothing is allocated here, on purpose
+    logging.getLogger("lorank").setLevel(logging.ERROR)  # no warning that no rank moves: it is intended here
     for shape in (name for name in SHAPES if name.startswith(wanted)):
         for mean, skewed in ((2, False), (2, True), (8, False), (8, True)):
             runs = contenders(shape, mean, skewed)
             for run in runs.values():
-                run()  # warm-up, and the optimiser's state
+                run()  # a warm-up that also makes the optimiser's state
             seconds: dict[str, list[float]] = {name: [] for name in runs}
             for _ in range(repetitions):
                 for name, run in runs.items():

@@ -1,9 +1,8 @@
-"""Times and bytes, measured side by side in one process.
+"""Measuring time and memory side by side in one process.
 
-A machine that is shared, or that changes its clock rate, makes times drift by tens of per cent within minutes. So
-everything that is compared is run in turns, and a ratio is the median over the turns of the quotient within one turn.
-On a CPU with one thread, time is the processor time of the process: what the wall clock would show if nobody else
-were there.
+On a shared machine, or if the clock rate changes, times drift by tens of per cent within minutes. So all contenders run
+in turns, and a ratio is the median over the turns of the quotient within one turn. On a CPU with one thread, time is
+the processor time of the process: the wall-clock time without other programs.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 
 MIB = 2**20
 Seconds = dict[str, list[float]]
-"""Per contender, one number per turn."""
+"""Seconds per turn, by contender."""
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Time of one call: by CUDA's events on a GPU; on a CPU processor time if there is one thread, else wall-clock."""
+    """Seconds of one call. On a GPU from CUDA events; on a CPU processor time with one thread, else wall-clock time."""
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -41,7 +40,7 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 def interleaved(
     runs: Mapping[str, Callable[[], object]], turns: int, device: torch.device, *, warm_up: int = 1
 ) -> Seconds:
-    """Calls every run once per turn. Each turn begins with another one, so that no neighbour is always the same."""
+    """Calls every run once per turn. Each turn starts with the next run, so that no run is always first."""
     names = list(runs)
     for _ in range(warm_up):
         for run in runs.values():
@@ -55,21 +54,21 @@ def interleaved(
 
 
 def ratio(seconds: Seconds, name: str, reference: str) -> float:
-    """The median over the turns of the quotient within a turn."""
+    """The median over the turns of the quotient within one turn."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))
 
 
 class _Kept:
-    """What autograd holds in place of a tensor that it saves."""
+    """The object that autograd keeps in place of a saved tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()  # with its graph, an operation that saves its own output would never be freed
+        self.tensor = tensor.detach()  # with its graph, an operation that saves its own output is never freed
 
 
 def saved_mib(model: nn.Module, forward: Callable[[], object]) -> float:
-    """Mebibytes that autograd keeps for the backward pass of ``forward``: all distinct storages but the model's own.
+    """Mebibytes that autograd keeps for the backward pass of ``forward``: all distinct storages except the model's own.
 
-    What is saved and let go again during the forward pass does not count.
+    A tensor that is saved and freed again during the forward pass does not count.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     alive: weakref.WeakSet[_Kept] = weakref.WeakSet()
@@ -88,10 +87,10 @@ def saved_mib(model: nn.Module, forward: Callable[[], object]) -> float:
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float:
-    """The most mebibytes that PyTorch holds during ``run``, over what it held before.
+    """The peak memory of PyTorch during ``run``, minus the memory before it, in mebibytes.
 
-    On a GPU from its allocator's own count, elsewhere from the profiler's record of every allocation (what libraries
-    allocate by themselves is not in it).
+    On a GPU it comes from the allocator's statistics, elsewhere from the profiler's record of every allocation, without
+    memory that libraries allocate themselves.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,16 +1,16 @@
-"""Whole runs, scoring included, against PEFT's LoRA for as many steps:  python -m benchmarks.run [--help]
+"""Whole runs, including scoring, compared with PEFT's LoRA for as many steps:  python -m benchmarks.run [--help]
 
     PEFT LoRA            the reference
-    PEFT AdaLoRA         starts at 1.5 times the ranks, update_and_allocate in every step
-    ALoRA, exact         the paper's schedule: K1 one epoch, K2 a quarter, 8 rounds, ten epochs in all; the paper's
+    PEFT AdaLoRA         starts with 1.5 times the ranks, update_and_allocate in every step
+    ALoRA, exact         the paper's schedule: K1 one epoch, K2 a quarter, 8 rounds, ten epochs in total; the paper's
                          scores on 32 samples
-    ALoRA                the same, ranks scored by two backward passes over 128 samples, the default
-    AdaLoRA              lorank's, starts at 1.5 times the ranks and ends with those of the others
+    ALoRA                the same schedule; the default scores, two backward passes over 128 samples
+    AdaLoRA              lorank's AdaLoRA, starts with 1.5 times the ranks and ends with the same ranks as the others
 
-The model is the Llama that lorank carries (3 M parameters, every linear map but the head adapted, dropout 0.05) or a
-shape of benchmarks/shapes.py with random weights; batches are random tokens, every position labelled. All runs advance
-together, one step each in turns, so that what else the machine does meets them alike. A round's price is the median of
-the steps with an allocation less that of the steps without.
+The model is the packaged tiny Llama (3 M parameters, all linear maps except the head adapted, dropout 0.05) or a shape
+of benchmarks/shapes.py with random weights. Batches are random tokens, and every position has a label. All runs take
+one step each in turns, so that other programs on the machine disturb them equally. The cost of a round is the median
+time of steps with an allocation minus the median time of steps without.
 """
 
 from __future__ import annotations
@@ -35,12 +35,18 @@ from benchmarks.shapes import LLAMA_MAPS, SHAPES, Shape  # noqa: E402
 from lorank.experiments.models import resolve  # noqa: E402
 
 EPOCHS = 10
-CARRIED = Shape(lambda: AutoModelForCausalLM.from_pretrained(resolve("tiny")), LLAMA_MAPS, 16, 64)
+PACKAGED = Shape(lambda: AutoModelForCausalLM.from_pretrained(resolve("tiny")), LLAMA_MAPS, 16, 64)
 
 
 @dataclass
 class Result:
-    """A run's times, by step: those after which ranks moved, and the others."""
+    """The seconds of a run's steps: plain steps, and steps with an allocation.
+
+    Attributes:
+        plain: seconds of each step without an allocation.
+        allocating: seconds of each step with an allocation.
+        peak: peak memory of a step, MiB.
+    """
 
     plain: list[float] = field(default_factory=list)
     allocating: list[float] = field(default_factory=list)
@@ -56,7 +62,7 @@ class Result:
 
     @property
     def round(self) -> float | None:
-        """What an allocation costs beside the step that it follows."""
+        """Seconds of an allocation, without its step."""
         return statistics.median(self.allocating) - self.step if self.allocating else None
 
 
@@ -121,7 +127,7 @@ def train(make: Maker, steps: int) -> dict[str, Result]:
             contender.batch = data[step % len(data)]
             before = _allocations(contender)
             took = seconds_of(contender, device)
-            if step:  # the first one makes the optimiser's state
+            if step:  # the first step also makes the optimiser's state
                 (result.allocating if _allocations(contender) > before else result.plain).append(took)
             if step == 1:
                 result.peak = peak_mib(_forward_and_back(contender), device)
@@ -133,7 +139,7 @@ def _allocations(contender: Contender) -> int:
 
 
 def _forward_and_back(contender: Contender) -> Callable[[], None]:
-    """A step's memory without the step: weights and moments stay as they are."""
+    """Forward and backward without the optimiser's step: weights and moments do not change."""
 
     def run() -> None:
         contender.model(**contender.batch).loss.backward()
@@ -161,8 +167,8 @@ def table(results: dict[str, Result]) -> list[str]:
             price = one.round * len(one.allocating)
             saving = reference.step - one.step
             lines.append(
-                f"\n{name}: its rounds cost {price:.1f} s in all and a step saves {1000 * saving:.1f} ms, so it "
-                f"is even with PEFT's LoRA after {price / saving:.0f} steps."
+                f"\n{name}: its rounds cost {price:.1f} s in total and a step saves {1000 * saving:.1f} ms, so it "
+                f"takes as long as PEFT's LoRA after {price / saving:.0f} steps."
             )
     return lines
 
@@ -171,15 +177,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--model", choices=["carried", *SHAPES], default="carried")
-    parser.add_argument("--steps", type=int, default=1000, help="of every run, at least 20")
+    parser.add_argument("--model", choices=["carried", *SHAPES], default="carried", help="carried: the tiny Llama")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of every run, at least 20")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.05)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     logging.getLogger("lorank").setLevel(logging.WARNING)
     dtype = torch.float32 if options.device.type == "cpu" else torch.bfloat16
-    shape = CARRIED if options.model == "carried" else SHAPES[options.model]
+    shape = PACKAGED if options.model == "carried" else SHAPES[options.model]
     make = Maker(Base(shape, options.device, dtype), options.dropout, rank=options.rank)
     print(
         f"{options.device}, {options.threads} thread(s), {options.model}, {options.steps} steps of {shape.rows} × "

@@ -1,18 +1,18 @@
-"""How far scores of ranks are from the truth, and what they cost:  python -m benchmarks.scores --out runs/scores
+"""How far scores of ranks are from the truth, and their cost:  python -m benchmarks.scores --out runs/scores
 
-Three tasks: clinc150 with MiniLM (a classifier), E2E and Python's reference manual with the tiny Llama that lorank
-carries (causal language models; labels on the answers, and everywhere). Each is trained by ALoRA with eight rounds;
-one step before the first, the fourth and the last round the ranks are scored in all ways. The truth is exact AB-LoRA
-on 512 samples that no other way sees. That is what takes the time, so adapters have rank 4 on some of the maps; --full
-is the paper's rank 8 on all of them (many hours). Ways that take 32 samples are measured on two disjoint draws, and
-averaged; those of second order on one.
+Three tasks: clinc150 with MiniLM (a classifier), E2E and Python's reference manual with the packaged tiny Llama (causal
+language models; labels on the answers, or on all tokens). Each model is trained by ALoRA with eight rounds. One step
+before the first, the fourth and the last round, the ranks are scored by all scoring methods. The truth is exact AB-LoRA
+on 512 samples that no other method uses. The truth takes most of the time, so adapters have rank 4 on some of the maps;
+--full uses the paper's rank 8 on all of them (many hours). Methods on 32 samples are measured on two disjoint draws and
+averaged; second-order methods on one draw.
 
-Per way: Spearman's correlation with the truth over all ranks; how many of the ranks that a round prunes by the truth
-it would prune; its time over that of plain forward passes for the paper's exact scores on 32 samples. Exact scores
-take time in proportion to the ranks, estimates do not: the last table has the same for rank 8 on all linear maps, with
-random adapters, since values do not change times.
+For each method: Spearman's correlation with the truth over all ranks; the share of the truly lowest ranks that it would
+prune in a round; its time, divided by the time of plain forward passes for the paper's exact scores on 32 samples. The
+time of exact scores is proportional to the number of ranks; the time of estimates is not. So the last table gives the
+time for rank 8 on all linear maps, with random adapters, because values do not change times.
 
-Each state is written to OUT/STATE.json when it is done, and read from there if it is there already.
+Each state is written to OUT/STATE.json when it is done. If the file already exists, it is read instead.
 """
 
 from __future__ import annotations
@@ -51,17 +51,21 @@ from lorank.tasks.settings import (  # noqa: E402
 
 ROUNDS = 8
 MOMENTS = {"early": 1, "middle": 4, "late": ROUNDS}
-"""Before which round."""
+"""The round after each moment."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and data to train it on.
+    """A model and its training.
 
     Attributes:
-        lr, batch: of training.
+        model: name of the base model.
+        task: settings of the task.
+        lr: learning rate.
+        batch: examples per step.
+        rank: rank of every adapted map.
         k: K1 = 2 · k steps, K2 = k steps.
-        targets: which maps are adapted.
+        targets: the adapted maps.
     """
 
     model: str
@@ -103,7 +107,14 @@ TOY = Case("tiny", _SHORT, 5e-3, 4, rank=2, k=1, targets=["v_proj"])
 
 @dataclass(frozen=True)
 class Samples:
-    """How many: of the paper's batch, of the larger ones, of the truth; and draws of random signs."""
+    """Numbers of samples and draws.
+
+    Attributes:
+        paper: samples of the paper's batch.
+        more: samples of the larger batches.
+        truth: samples of the truth.
+        draws: draws of random signs in second-order methods.
+    """
 
     paper: int = 32
     more: tuple[int, ...] = (128, 512)
@@ -122,7 +133,7 @@ def adapted(case: Case) -> tuple[nn.Module, Task]:
 
 
 def states(case: Case, moments: Sequence[str]) -> Iterator[tuple[str, nn.Module, AdapterLayers, Task]]:
-    """Trains, and stops at each moment."""
+    """Trains the model and yields its state at each moment."""
     model, task = adapted(case)
     first, every = 2 * case.k, case.k
     total = first + every * ROUNDS
@@ -150,7 +161,7 @@ def states(case: Case, moments: Sequence[str]) -> Iterator[tuple[str, nn.Module,
 
 
 def measured(model: nn.Module, layers: AdapterLayers, task: Task, samples: Samples) -> dict[str, Any]:
-    """One state: per way its agreement with the truth and its cost."""
+    """The agreement with the truth and the cost of every scoring method, for one state."""
     most = max(samples.more)
 
     def rows(start: int, count: int) -> Batch:
@@ -195,7 +206,7 @@ def measured(model: nn.Module, layers: AdapterLayers, task: Task, samples: Sampl
 
 
 def costs(case: Case, samples: Samples) -> dict[str, float]:
-    """Times of estimates over plain passes for the paper's scores, with a random adapter."""
+    """The time of estimates divided by the time of plain passes for the paper's scores, with a random adapter."""
     model, task = adapted(case)
     layers = find_layers(model)
     with torch.no_grad():
@@ -229,24 +240,24 @@ def _compared(found: Sequence[Estimate], truth: Tensor, count: int, plain: float
 
 
 def tables(found: Mapping[str, Mapping[str, Any]], wide: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Markdown: one table of the ways per number, one of the screen, one of costs at full rank."""
+    """Markdown tables: one per measure of the scoring methods, one for the screen, one for costs at full rank."""
     names = list(found)
     lines = []
     for title, key, form in (
         ("Spearman's correlation with the truth", "spearman", "{:.3f}"),
         ("Share of the truly lowest ranks that are found", "lowest", "{:.0%}"),
-        ("Time, over plain forward passes for the paper's scores", "cost", "{:.3f}"),
+        ("Time, divided by plain forward passes for the paper's scores", "cost", "{:.3f}"),
     ):
         lines += [f"\n{title}\n", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for way in next(iter(found.values()))["ways"]:
             cells = [form.format(found[name]["ways"][way][key]) for name in names]
             lines.append(f"| {way} | {' | '.join(cells)} |")
-    lines += ["\nScreen, against exact scores on the same samples\n", f"| | {' | '.join(names)} |"]
+    lines += ["\nScreen, compared with exact scores on the same samples\n", f"| | {' | '.join(names)} |"]
     lines.append("|---" * (len(names) + 1) + "|")
     for key in ("alike", "evaluated", "time"):
         cells = [" ".join(f"{value:.2f}" for value in found[name]["screen"][key]) for name in names]
         lines.append(f"| {key} | {' | '.join(cells)} |")
-    lines += ["\nTime at rank 8 on all linear maps, over plain forward passes for the paper's scores\n"]
+    lines += ["\nTime at rank 8 on all linear maps, divided by plain forward passes for the paper's scores\n"]
     lines += [f"| | {' | '.join(wide)} |", "|---" * (len(wide) + 1) + "|"]
     for key in next(iter(wide.values())):
         cells = [f"{one[key]:.0f}" if key == "ranks" else f"1/{1 / one[key]:.0f}" for one in wide.values()]
@@ -256,11 +267,15 @@ def tables(found: Mapping[str, Mapping[str, Any]], wide: Mapping[str, Mapping[st
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a folder; states that are done are not done again")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a folder; finished states in it are not measured again"
+    )
     parser.add_argument("--tasks", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--full", action="store_true", help="rank 8 on all linear maps: many hours")
-    parser.add_argument("--toy", action="store_true", help="a few samples of one task, to see that it runs")
+    parser.add_argument(
+        "--toy", action="store_true", help="a few samples of one task, to check that the benchmark runs"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     logging.getLogger("lorank").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""The model shapes that benchmarks share: random weights, heads 64 wide, and one 8-billion Llama for a GPU."""
+"""The models of benchmarks: random weights, heads of width 64; a Llama of 8 billion parameters for a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bert(width: int, layers: int) -> nn.Module:
 
 
 def llama(width: int, layers: int, *, heads_per_key: int = 1, vocabulary: int = VOCABULARY) -> nn.Module:
-    """``heads_per_key``: query heads that share a key and a value (grouped-query attention)."""
+    """A Llama; ``heads_per_key`` query heads share a key and a value (grouped-query attention)."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
@@ -58,12 +58,13 @@ def llama_8b() -> nn.Module:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and the batch that it is stepped on.
+    """A model and the size of its batch.
 
     Args:
-        make: the model, random weights, on the default device and in the default dtype.
-        targets: the linear maps that are adapted, as PEFT's ``target_modules``.
-        rows, tokens: of the batch.
+        make: makes the model with random weights, on the default device and in the default dtype.
+        targets: the adapted linear maps, as PEFT's ``target_modules``.
+        rows: rows of the batch.
+        tokens: tokens per row.
     """
 
     make: Callable[[], nn.Module]
@@ -79,4 +80,4 @@ SHAPES = {
     "L": Shape(lambda: llama(1024, 6), LLAMA_MAPS, 4, 128),
     "8B": Shape(llama_8b, LLAMA_MAPS, 4, 512),
 }
-"""``tiny`` is for tests of the benchmarks; ``8B`` wants a GPU."""
+"""``tiny`` is for tests of the benchmarks; ``8B`` needs a GPU."""

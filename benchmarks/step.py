@@ -1,18 +1,19 @@
-"""Times one training step of every method and counts its memory:  python -m benchmarks.step [--help]
+"""Measures time and memory of one training step of every method:  python -m benchmarks.step [--help]
 
-    floor        the frozen model with one trainable bias at its input: the least that any adapter must pay
-    PEFT …       PEFT's LoRA and DoRA; its AdaLoRA with update_and_allocate in every step
-    the others   lorank's methods by the public lorank.attach, with its defaults
+    floor        the frozen model with one trainable bias at its input: the lowest cost that any adapter can have
+    PEFT …       PEFT's LoRA and DoRA; PEFT's AdaLoRA with update_and_allocate in every step
+    the others   lorank's methods with the public lorank.attach and its defaults
 
-Models are made from configuration with random weights, every linear map but the head adapted, as many ranks (ARD-LoRA:
-about as many parameters) for all. A step is forward, backward, AdamW, and all that a method does between allocations.
-Everything runs in one process, in turns; a ratio is the median over the turns of the quotient within one turn.
+Models have random weights. All linear maps except the head are adapted, with the same number of ranks for all methods
+(ARD-LoRA: about the same number of parameters). A step is forward, backward, AdamW, and all work of a method between
+allocations. Everything runs in one process, in turns. A ratio is the median over the turns of the quotient within one
+turn.
 
-    saved        what autograd keeps between forward and backward, parameters left out, MiB
-    peak         the most that is held during a step over what was held before it, MiB
+    saved        tensors that autograd keeps between forward and backward, without parameters, MiB
+    peak         the peak memory during a step, minus the memory before the step, MiB
 
-On a GPU the same command takes --device cuda: weights in bf16, CUDA's events, its allocator's peak; there --shapes 8B,
-with --base nf4, is a Llama of 8 billion parameters.
+On a GPU, add --device cuda: weights in bf16, time from CUDA events, memory from CUDA's allocator. There, --shapes 8B
+with --base nf4 is a Llama of 8 billion parameters.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from benchmarks.measuring import Seconds, interleaved, peak_mib, ratio, saved_mi
 from benchmarks.shapes import SHAPES  # noqa: E402
 
 THEIRS = {"DoRA": "PEFT DoRA", "AdaLoRA": "PEFT AdaLoRA"}
-"""What a method is compared with, where it is not PEFT's LoRA."""
+"""PEFT's version of a method. All other methods are compared with PEFT's LoRA."""
 PLAIN = ("floor", "PEFT LoRA", "PEFT DoRA", "PEFT AdaLoRA")
 
 
 @dataclass
 class Measured:
-    """One shape at one dropout."""
+    """The measurements of all contenders for one shape and one dropout."""
 
     seconds: Seconds
     saved: dict[str, float]
@@ -54,7 +55,7 @@ def measure(base: Base, dropout: float, turns: int) -> Measured:
     runs = contenders(base, dropout)
     saved = {name: saved_mib(run.model, _forward(run)) for name, run in runs.items()}
     for run in runs.values():
-        run()  # the optimiser's state is made in the first step
+        run()  # the first step makes the optimiser's state
     peak = {name: peak_mib(run, base.device) for name, run in runs.items()}
     seconds = interleaved(runs, turns, base.device)
     return Measured(seconds, saved, peak, {name: run.parameters for name, run in runs.items()})
@@ -88,15 +89,15 @@ def line(shape: str, dropout: float, name: str, found: Measured) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """What is asked of a ratio.
+    """An upper bound for a ratio.
 
     Args:
-        what: in words.
-        name, reference: whose ratio.
-        dropout: with dropout, or without.
+        what: the ratio in words.
+        name, reference: the two contenders of the ratio.
+        dropout: measured with dropout, or without.
         most: the bound.
-        saved: of saved bytes, else of time.
-        largest: on the largest shape only.
+        saved: the ratio of saved bytes; else of time.
+        largest: measured on the largest shape only.
     """
 
     what: str
@@ -120,7 +121,7 @@ BARS = (
 
 
 def verdicts(found: dict[tuple[str, float], Measured]) -> list[str]:
-    """A line per bar: its worst shape counts."""
+    """One line per bar; a bar is met if every shape meets it."""
     lines = ["| bar | dropout | at most | " + " | ".join(dict.fromkeys(shape for shape, _ in found)) + " | |"]
     lines.append("|---|---|---|" + "---|" * len({shape for shape, _ in found}) + "---|")
     largest = [shape for shape in SHAPES if any(shape == seen for seen, _ in found)][-1]
@@ -148,14 +149,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["S", "M", "L"])
     parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.05])
-    parser.add_argument("--base", choices=["plain", "nf4"], default="plain", help="4 bits: needs bitsandbytes")
+    parser.add_argument("--base", choices=["plain", "nf4"], default="plain", help="nf4: 4 bits, needs bitsandbytes")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[tuple[str, float], Measured]:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    logging.getLogger("lorank").setLevel(logging.ERROR)  # that nothing is allocated is on purpose
+    logging.getLogger("lorank").setLevel(logging.ERROR)  # no warning that no rank moves: it is intended here
     dtype = torch.float32 if options.device.type == "cpu" else torch.bfloat16
     print(
         f"{options.device}, {options.threads} thread(s), {str(dtype).removeprefix('torch.')}, base {options.base}, "

@@ -1,8 +1,8 @@
-"""Ranks that move under accelerate: one process or many, whatever `accelerate config` says.
+"""Rank allocation with accelerate, in one process or several, with any `accelerate config`.
 
 accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no examples/accelerate_loop.py
 
-On several machines, the same on each with its own --machine_rank:
+On several machines, run this on each machine with its own --machine_rank:
 accelerate launch --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip FIRST_HOST --main_process_port 29500 …
 """  # noqa: E501  # commands to copy
 
@@ -42,7 +42,7 @@ def main() -> None:
     loader = DataLoader(list(train), batch_size=4, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-    ranks = lorank.attach(  # after prepare, which moves the model
+    ranks = lorank.attach(  # after prepare, because prepare moves the model to its device
         model,
         optimizer,
         lorank.ALoRA(k1=options.steps // 4, k2=options.steps // 4, rounds=2, unit="steps"),
@@ -61,7 +61,7 @@ def main() -> None:
                 )
             if ranks.step == options.steps:
                 break
-    ranks.save_adapter(options.output)  # in all processes; process 0 writes plain PEFT
+    ranks.save_adapter(options.output)  # call it in all processes; process 0 writes a plain PEFT adapter
     accelerator.end_training()
 
 

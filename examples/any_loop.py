@@ -1,4 +1,4 @@
-"""Ranks that move in a hand-written loop: the tiny Llama of the package, the text of `import this`, no download.
+"""Rank allocation in your own training loop: the packaged tiny Llama and the text of `import this`, no download.
 
 python examples/any_loop.py
 """
@@ -36,7 +36,7 @@ def main(steps: int = 40, output: str = "zen-adapter") -> lorank.Ranks:
     blocks = tokens[: len(tokens) // 32 * 32].view(-1, 32)  # (blocks, 32)
     train, held_out = blocks[:-3], blocks[-3:]
 
-    # The one line. Everything else is a loop like any other.
+    # The only line for lorank. The rest is an ordinary training loop.
     ranks = lorank.attach(
         model,
         optimizer,
@@ -53,7 +53,7 @@ def main(steps: int = 40, output: str = "zen-adapter") -> lorank.Ranks:
         if step % 10 == 9:
             print(f"step {step + 1}: loss {loss.item():.3f}, ranks {sorted(set(ranks.layers.ranks.values()))}")
 
-    model.save_pretrained(output)  # plain PEFT
+    model.save_pretrained(output)  # a plain PEFT adapter
     return ranks
 
 

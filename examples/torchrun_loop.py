@@ -1,9 +1,9 @@
-"""Ranks that move in several processes, by torchrun: on a CPU as it stands, on GPUs likewise.
+"""Rank allocation in several processes with torchrun, on CPUs or GPUs.
 
 torchrun --nproc-per-node 2 examples/torchrun_loop.py            # DistributedDataParallel
 torchrun --nproc-per-node 2 examples/torchrun_loop.py --fsdp     # FSDP2: the base model sharded
 
-On several machines, the same on each:
+On several machines, run the same command on each machine:
 torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_HOST:29500 examples/torchrun_loop.py
 """
 
@@ -43,7 +43,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         validation_batch={"input_ids": held_out, "labels": held_out},
         total_steps=options.steps,
     )
-    draws = torch.Generator().manual_seed(dist.get_rank())  # other rows in each process
+    draws = torch.Generator().manual_seed(dist.get_rank())  # different rows in each process
     for step in range(options.steps):
         batch = rows[torch.randint(len(rows), (4,), generator=draws).to(device)]
         loss = outer(input_ids=batch, labels=batch).loss
@@ -52,7 +52,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         optimizer.zero_grad()
         if dist.get_rank() == 0 and step % 5 == 4:
             print(f"step {step + 1}: loss {loss.item():.3f}, ranks {sorted(set(ranks.layers.ranks.values()))}")
-    ranks.save_adapter(options.output)  # in all processes; process 0 writes plain PEFT
+    ranks.save_adapter(options.output)  # call it in all processes; process 0 writes a plain PEFT adapter
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    train(options, device)  # which leaves nothing behind that would still use the processes' connections
+    train(options, device)  # a function of its own, so that nothing uses the process group when it is destroyed
     dist.barrier()
     dist.destroy_process_group()
 

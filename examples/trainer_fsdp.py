@@ -1,10 +1,10 @@
-"""Ranks that move while the Trainer trains a base model that transformers has sharded (FSDP2), by torchrun.
+"""Rank allocation in the Trainer with a base model that transformers has sharded (FSDP2), with torchrun.
 
 torchrun --nproc-per-node 2 examples/trainer_fsdp.py
 
-Nothing here is lorank's but the callback: transformers shards the model while it loads it, and leaves the adapter whole
-in every process. In one process nothing is sharded, and the losses are the same. transformers cannot resume such a run,
-so its checkpoints hold the adapter alone.
+The callback is the only part from lorank. transformers shards the model while it loads it; the adapter stays whole in
+every process. In one process nothing is sharded, and the losses are the same. transformers cannot resume such a run, so
+its checkpoints hold only the adapter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEXT = "It was the best of times, it was the worst of times, it was the age of w
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=8, help="of all processes together")
+    parser.add_argument("--batch", type=int, default=8, help="examples per step, over all processes")
     parser.add_argument("--output", default="trainer-fsdp")
     options = parser.parse_args()
     processes = int(os.environ.get("WORLD_SIZE", "1"))

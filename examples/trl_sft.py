@@ -1,4 +1,4 @@
-"""Ranks that move in TRL's SFTTrainer; needs `pip install lorank[trl]`.
+"""Rank allocation in TRL's SFTTrainer; needs `pip install lorank[trl]`.
 
 python examples/trl_sft.py
 """

@@ -1,17 +1,17 @@
-"""Pretrain the tiny Llama that ships in `src/lorank/assets/tiny_llama/`, from nothing, on two CPU cores.
+"""Pretrain the packaged tiny Llama (`src/lorank/assets/tiny_llama/`) from random weights, on two CPU cores.
 
-It makes a byte-level BPE of 4096 tokens and a Llama of 3.2 M parameters, both from one corpus of public-domain English
+It trains a byte-level BPE of 4096 tokens and a Llama of 3.2 M parameters, both on one corpus of public-domain English
 books. Two whole books are held out: neither the tokeniser nor the model sees them.
 
     export LORANK_DATA=...                                   # the folder that holds classics/corpus.txt.gz
     nice -n 12 python recipes/pretrain_tiny.py train --minutes 55
     python recipes/pretrain_tiny.py export                   # checkpoint -> fp16 assets and model card
 
-`train` writes `log.jsonl`, `tokenizer.json` and `checkpoint.pt` into the run folder every few minutes and goes on
-from there when called again. The learning rate follows the clock (`--minutes`), so a busy machine gives fewer steps and
-not an unfinished schedule; with `--steps` it follows the step count, and a run is then repeatable on the same machine.
-On a machine that others use too, `GOMP_SPINCOUNT=2000` in the environment keeps two threads from waiting in busy loops
-for each other.
+`train` writes `log.jsonl`, `tokenizer.json` and `checkpoint.pt` into the run folder every few minutes, and continues
+from there when it is called again. The learning rate follows the clock (`--minutes`), so a busy machine takes fewer
+steps but still finishes the schedule. With `--steps` it follows the step count, and a run can be repeated exactly on
+the same machine. On a shared machine, set `GOMP_SPINCOUNT=2000` in the environment: then two threads do not wait for
+each other in busy loops.
 """
 
 import ctypes
@@ -146,7 +146,7 @@ app = typer.Typer(help="Pretrain and export the tiny Llama of lorank's tests and
 
 
 def read_books(data: Path | None) -> tuple[list[str], list[str]]:
-    """The training books and the held-out books, each a text that opens with its 'Title:' line."""
+    """The training books and the held-out books; the text of each book begins with its 'Title:' line."""
     if data is None:
         if "LORANK_DATA" not in os.environ:
             raise typer.BadParameter("give --data, or set LORANK_DATA to the folder that holds classics/corpus.txt.gz")
@@ -160,7 +160,7 @@ def read_books(data: Path | None) -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(books: list[str]) -> Tokenizer:
-    """Byte-level BPE: any text round-trips, and each digit is a token of its own."""
+    """Trains a byte-level BPE: decoding restores any text exactly, and each digit is one token."""
     tok = Tokenizer(models.BPE())
     split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tok.pre_tokenizer = pre_tokenizers.Sequence(split)
@@ -174,7 +174,7 @@ def train_tokenizer(books: list[str]) -> Tokenizer:
 
 
 def encode(tok: Tokenizer, books: list[str]) -> Tensor:
-    """All books as one row of token ids, each book between <|bos|> and <|eos|>."""
+    """All books as one sequence of token ids, each book between <|bos|> and <|eos|>."""
     bos, eos = tok.token_to_id(BOS), tok.token_to_id(EOS)
     return torch.tensor([i for e in tok.encode_batch_fast(books) for i in (bos, *e.ids, eos)])
 
@@ -186,7 +186,7 @@ def build_model() -> LlamaForCausalLM:
         tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    for layer in model.model.layers:  # the products that write into the residual stream start smaller
+    for layer in model.model.layers:  # smaller initial weights for the maps that write into the residual stream
         for out in (layer.self_attn.o_proj, layer.mlp.down_proj):
             out.weight.data /= math.sqrt(2 * config.num_hidden_layers)
     return model
@@ -201,7 +201,8 @@ def token_loss(model: LlamaForCausalLM, window: Tensor, reduction: str = "mean")
 
 @torch.no_grad()
 def mean_loss(model: LlamaForCausalLM, ids: Tensor) -> float:
-    """Loss per token over all of `ids`, in windows that share one token: each but the first is predicted once."""
+    """Loss per token over all of `ids`. Neighbouring windows share one token, so each token except the first is
+    predicted once."""
     total, last = 0.0, len(ids) - 1
     full = last // CONTEXT
     windows = ids[: full * CONTEXT + 1].unfold(0, CONTEXT + 1, CONTEXT)  # [full, context + 1]
@@ -212,7 +213,7 @@ def mean_loss(model: LlamaForCausalLM, ids: Tensor) -> float:
 
 
 def batches(ids: Tensor, size: int, seed: int, seen: int) -> Iterator[Tensor]:
-    """Batches [size, context + 1] after `seen` windows; every epoch cuts the text at another offset and shuffles it."""
+    """Batches [size, context + 1] after `seen` windows. Every epoch cuts the text at a new offset and shuffles it."""
     per_epoch, epoch, order = (len(ids) - 1 - CONTEXT) // CONTEXT, -1, torch.empty(0)
     while True:
         if epoch != seen // per_epoch:
@@ -228,17 +229,18 @@ def batches(ids: Tensor, size: int, seed: int, seen: int) -> Iterator[Tensor]:
 
 
 def schedule(progress: float, warmup: float = 0.03, floor: float = 0.02) -> float:
-    """Share of the peak learning rate after this share of the run: linear warm-up, then a cosine down to `floor`."""
+    """The learning rate after the fraction `progress` of the run, as a fraction of its peak: linear warm-up, then a
+    cosine down to `floor`."""
     if progress < warmup:
         return max(progress, 1e-4) / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (min(progress, 1.0) - warmup) / (1 - warmup)))
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to reuse large blocks and not to return them after every product (measured: about a fifth faster)."""
+    """Tells glibc to reuse large memory blocks instead of returning them (measured: about a fifth faster)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a block
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
 
 
@@ -252,16 +254,16 @@ def train(
     *,
     data: Data = None,
     run: Run = Path("runs/pretrain_tiny"),
-    minutes: Annotated[float, typer.Option(help="Wall time to train for; the learning rate follows it.")] = 55.0,
-    steps: Annotated[int, typer.Option(help="Train for so many steps and not by the clock (0: by the clock).")] = 0,
-    batch: Annotated[int, typer.Option(help="Windows of 256 tokens in a step.")] = 8,
+    minutes: Annotated[float, typer.Option(help="Wall-clock time of training; the learning rate follows it.")] = 55.0,
+    steps: Annotated[int, typer.Option(help="Number of steps, instead of --minutes (0: use --minutes).")] = 0,
+    batch: Annotated[int, typer.Option(help="Windows of 256 tokens per step.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2.5e-3,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay, on matrices only.")] = 0.1,
-    save_minutes: Annotated[float, typer.Option(help="Validate and save as often as this.")] = 4.0,
+    save_minutes: Annotated[float, typer.Option(help="Minutes between validations and checkpoints.")] = 4.0,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the order of the data.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
-    """Train, or go on training, until the budget is spent."""
+    """Train, or continue training, until the time or the number of steps is reached."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     keep_freed_memory()
@@ -286,7 +288,7 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, seen, spent, calls = state["step"], state["seen"], state["seconds"], state["calls"]
-        rows = (run / "log.jsonl").read_text().splitlines(keepends=True)  # drop what came after the checkpoint
+        rows = (run / "log.jsonl").read_text().splitlines(keepends=True)  # drop lines written after the checkpoint
         (run / "log.jsonl").write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
     calls.append({"from_step": step, **settings})
 
@@ -339,7 +341,7 @@ def export(
     machine: Annotated[str, typer.Option(help="The machine, in words, for the card.")] = f"{os.cpu_count()} CPU cores",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
-    """Write the last checkpoint as fp16 weights, tokeniser and model card, with all losses measured afresh."""
+    """Write the last checkpoint as fp16 weights, tokeniser and model card; all losses are measured again."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     state = torch.load(run / "checkpoint.pt")
@@ -357,7 +359,7 @@ def export(
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # then file by file, so that no reader sees half a file
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # moved file by file: no reader sees half a file
         model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         config = Path(folder, "config.json")

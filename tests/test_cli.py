@@ -59,7 +59,7 @@ def test_schema_is_json() -> None:
 def test_train_prints_what_was_reached(recipe: Path, tmp_path: Path) -> None:
     result = lorank("train", str(recipe), "training.lr=3e-3")
     assert result.exit_code == 0, result.output
-    for line in ("ranks in all", "trainable parameters", "validation loss", "test accuracy", str(tmp_path / "run")):
+    for line in ("total rank", "trainable parameters", "validation loss", "test accuracy", str(tmp_path / "run")):
         assert line in result.stdout
     assert "step 4/4: validation loss" in result.stderr
     # and once more, which would lose the first run

@@ -1,7 +1,7 @@
-"""Packages that only parts of lorank need: `pip install lorank` brings what training with moving ranks takes, an extra
-the rest of one part.
+"""Optional packages. `pip install lorank` installs what training with moving ranks needs; an extra installs the
+packages of one further part, such as the command line.
 
-What needs such a package asks for it first, by :func:`require`, so that a missing one is told in one line and before
+Code that needs an optional package calls :func:`require` first. So a missing package gives one clear line, before
 anything slow begins.
 """
 
@@ -15,14 +15,14 @@ from lorank.errors import LorankError
 
 
 class Package(NamedTuple):
-    """Where a module comes from: the package's name for pip, and the extra of lorank's that brings it."""
+    """The package that provides a module: its name for pip, and the lorank extra that installs it."""
 
     name: str
     extra: str
 
 
-# bitsandbytes, torchao, deepspeed and trl are not here: lorank meets them only in models, optimisers and trainers that
-# were made by them. Nor is pyyaml, which transformers and peft cannot do without.
+# bitsandbytes, torchao, deepspeed and trl are not listed: lorank uses them only if the user's model, optimiser or
+# trainer was made with them. pyyaml is not listed either: transformers and peft depend on it.
 PACKAGES: Mapping[str, Package] = {
     "datasets": Package("datasets", "cli"),
     "omegaconf": Package("omegaconf", "cli"),
@@ -33,23 +33,23 @@ PACKAGES: Mapping[str, Package] = {
     "sacrebleu": Package("sacrebleu", "metrics"),
     "scipy": Package("scipy", "metrics"),
 }
-"""By the name under which it is imported."""
+"""The packages by the name under which they are imported."""
 
 
 class MissingPackageError(LorankError, ImportError):
-    """A part of lorank was used whose extra is not installed; the message names the extra."""
+    """The code needs an optional package that is not installed. The message names the extra that installs it."""
 
 
 def require(user: str, *modules: str) -> None:
-    """Checks that modules can be imported, without importing them.
+    """Checks that optional modules can be imported, without importing them.
 
     Args:
-        user: what needs them, the beginning of the message: "lorank train".
-        modules: names from `PACKAGES`.
+        user: what needs the modules, for example "lorank train". The message begins with it.
+        modules: names of modules, keys of `PACKAGES`.
 
     Raises:
-        MissingPackageError: one or more are not installed: `lorank train needs the package typer: pip install
-            "lorank[cli]"`.
+        MissingPackageError: one or more modules are not installed. Example: `lorank train needs the package typer: pip
+            install "lorank[cli]"`.
     """
     missing = [PACKAGES[module] for module in modules if not _is_installed(module)]
     if missing:
@@ -63,5 +63,5 @@ def require(user: str, *modules: str) -> None:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):  # a finder that blocks it, a module without a specification
+    except (ImportError, ValueError):  # a finder blocks the module, or the module has no specification
         return False

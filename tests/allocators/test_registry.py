@@ -161,5 +161,5 @@ def test_a_recipe_names_a_package_s_method_and_is_told_why_one_cannot_be_used(ou
     assert "it has a setting called 'name'" in found["named"]
     assert "the settings of outside_methods.Unspeakable cannot be written in a recipe" in found["unspeakable"]
     assert found["own"] == "ALoRA"
-    for line in ("the method 'broken' of bad is left out", "the method 'named' is left out of recipes"):
+    for line in ("the method 'broken' of bad is left out", "the method 'named' cannot be used in recipes"):
         assert line in done.stderr

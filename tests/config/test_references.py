@@ -118,17 +118,17 @@ def test_all_mistakes_are_told_at_once() -> None:
         "'lora.r.x=1': lora.r is 8 and has no keys below it",
         "Wrong references:",
         "lora.alpha: ${lora.rr}: there is no such key; did you mean lora.r?",
-        "a: ${lora}: it is a section; refer to one of its keys: r, alpha",
-        "b: ${c}: it leads back to itself: c → b → c",
-        "c: ${b}: it leads back to itself: b → c → b",
-        "d.0: ${oc.env:HOME}: only a key can be referred to, as in ${training.lr}; a plain ${ is written \\${",
-        "e: ${e}: it leads back to itself: e → e",
+        "a: ${lora}: lora is a section; refer to one of its keys: r, alpha",
+        "b: ${c}: the reference leads back to itself: c → b → c",
+        "c: ${b}: the reference leads back to itself: b → c → b",
+        "d.0: ${oc.env:HOME}: only a key can be referred to, as in ${training.lr}; write a plain ${ as \\${",
+        "e: ${e}: the reference leads back to itself: e → e",
     ]
 
 
 def test_a_key_that_only_has_a_default_must_be_set() -> None:
     (line,) = wrong_references({"a": "${zzz.qqq}"})
-    assert line == "a: ${zzz.qqq}: there is no such key; name one that the file or KEY=VALUE sets"
+    assert line == "a: ${zzz.qqq}: there is no such key; name a key that the file or KEY=VALUE sets"
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -139,7 +139,9 @@ def test_a_chain_has_a_bound_whichever_end_comes_first(order: int) -> None:
 
     assert resolve_references(chain(MAX_CHAIN))["k0"] == 5
     assert not wrong_references(chain(MAX_CHAIN))
-    assert f"k0: ${{k1}}: it leads through more than {MAX_CHAIN} keys" in wrong_references(chain(MAX_CHAIN + 1))
+    assert f"k0: ${{k1}}: the reference leads through more than {MAX_CHAIN} keys" in wrong_references(
+        chain(MAX_CHAIN + 1)
+    )
     assert wrong_references(chain(19_000))
 
 

@@ -295,8 +295,8 @@ def test_tables_and_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ["lora"]}, "no method lora: expected some of uniform, oracle"),
-        ({"methods": []}, "no method given"),
+        ({"methods": ["lora"]}, "unknown method lora: expected some of uniform, oracle"),
+        ({"methods": []}, "no method was given"),
         ({"seeds": [1, 9]}, "none in both"),
         ({"tuning_seeds": []}, "at least one of each"),
     ],
@@ -311,7 +311,7 @@ def test_wrong_studies_are_refused(changes: dict[str, Any], message: str, tmp_pa
 def test_the_command_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     run = CliRunner(env={"COLUMNS": "200"})
     for arguments, message in (
-        (["--methods", "nothing"], "no method nothing"),
+        (["--methods", "nothing"], "unknown method nothing"),
         (["--seeds", "a,b"], "expected whole numbers"),
     ):
         done = run.invoke(app, ["planted", "--out", str(tmp_path / "new"), *arguments])

@@ -175,7 +175,7 @@ def test_a_classifier_and_the_folder_of_a_run(recipe: Path, values: dict, tmp_pa
     assert torch.equal(loaded.base_model.model.score.modules_to_save["default"].weight, head)
     again = lorank("prune", run, "--budget", "25%", "--samples", 8, "--out", tmp_path / "half_adapter")
     assert again.exit_code == 2
-    assert "is there already" in again.stderr
+    assert "already exists" in again.stderr
     assert (
         lorank(
             "prune", run, "--budget", "25%", "--samples", 8, "--out", tmp_path / "half_adapter", "--overwrite"
@@ -200,7 +200,7 @@ def test_the_adapter_itself_is_never_overwritten(adapter: Path, texts: Path) -> 
         (["--budget", "200 ranks"], "is more than the 160 ranks that 6 modules can hold"),
         (["--budget", "3 apples"], "'3 apples': expected"),
         (["--budget", "1 params"], "is less than the 48 parameters that 6 modules need"),
-        ([], "name a budget: --budget 50%"),
+        ([], "give a budget: --budget 50%"),
         (
             ["--budget", "50%", "--by", "magic"],
             "expected one of ablation, first_order, screen, saliency",
@@ -220,7 +220,7 @@ def test_mistakes_in_options(adapter: Path, texts: Path, tmp_path: Path, options
 def test_no_data(adapter: Path) -> None:
     result = lorank("score", adapter)
     assert result.exit_code == 2
-    assert "no data to judge the ranks by: give --data" in result.stderr
+    assert "no data to score the ranks on: give --data" in result.stderr
 
 
 def test_folders_that_are_no_adapter(model_folder: Path, texts: Path, adapter: Path, tmp_path: Path) -> None:

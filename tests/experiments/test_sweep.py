@@ -67,7 +67,7 @@ def test_the_base_may_be_a_recipe_beside_the_sweep(write: Write, recipe: Path) -
         ({"grid": {"lora.r": [1, 0]}}, r"lora\.r: .*given 0"),
         ({"variants": {"wrong": {"allocator.rounds": 3}}}, r"allocator\.rounds: unknown key"),
         ({"grids": {}}, r"grids: unknown key; did you mean grid\?"),
-        ({"base": "nowhere.yaml"}, "neither .*nowhere.yaml nor .*nowhere.yaml"),
+        ({"base": "nowhere.yaml"}, "no file for base .*Tried: .*nowhere.yaml and .*nowhere.yaml"),
         ({"grid": {"lora.r": []}}, r"grid\.lora\.r has no values"),
         ({"grid": {"lora.r": [1, 1]}}, "two runs would share"),
         ({"seeds": [3, 3]}, "two runs would share"),
@@ -151,8 +151,8 @@ def test_the_command(write: Write, tmp_path: Path) -> None:
     run = CliRunner(env={"COLUMNS": "200"})
     done = run.invoke(app, ["sweep", file])
     assert done.exit_code == 0, done.output
-    assert "1 run now, 0 finished before" in done.output
-    assert "0 run now, 1 finished before" in run.invoke(app, ["sweep", file]).output
+    assert "runs: 1 new, 0 finished before" in done.output
+    assert "runs: 0 new, 1 finished before" in run.invoke(app, ["sweep", file]).output
     wrong = run.invoke(app, ["sweep", file, "training.lr=fast"])
     assert wrong.exit_code == 2
     assert "training.lr" in wrong.stderr

@@ -48,7 +48,7 @@ def test_labels_may_be_words_and_text_may_be_a_pair(tmp_path: Path, tokenizer: A
     texts = {tokenizer.decode(e["input_ids"], skip_special_tokens=True) for e in [*task.train, *task.validation]}
     assert texts == {"very good film", "very bad plot"}
     assert not task.has_test
-    with pytest.raises(DataError, match="without a test split"):
+    with pytest.raises(DataError, match="no test split is configured"):
         _ = task.test
 
 
@@ -83,7 +83,7 @@ def test_accuracy_and_loss_agree_with_one_example_at_a_time(folder: Path, tokeni
         ({"label": "lable"}, r"no column 'lable'.*'text', 'label'"),
         ({"template": "{sentence}"}, "no column 'sentence'"),
         ({"label": "score"}, "neither a whole number nor a string"),
-        ({"label": "constant"}, "nothing to tell apart"),
+        ({"label": "constant"}, "expected at least two labels"),
         ({"test_split": "hidden"}, "-1"),
     ],
 )

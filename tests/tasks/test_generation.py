@@ -90,7 +90,7 @@ def test_what_is_too_long_is_cut_in_the_prompt_first(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         task = GenerationTask(settings.model_copy(update={"max_length": 4}), tokenizer)
-    assert "were cut" in caplog.text
+    assert "were truncated" in caplog.text
     for example in task.train:
         assert len(example["input_ids"]) <= 4
         assert example["labels"][0] == IGNORED

@@ -85,7 +85,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match=r"hub did not give 'owner/x' \(ConnectionError: no route\).*DATA is not"):
+    with pytest.raises(DataError, match=r"'owner/x' .*hub failed \(ConnectionError: no route\).*DATA is not"):
         load_rows("owner/x", "train")
     monkeypatch.setenv("LORANK_DATA", str(tmp_path))
     with pytest.raises(DataError, match="not a folder in LORANK_DATA"):
@@ -123,11 +123,11 @@ def test_a_single_file_has_one_split(tmp_path: Path, write_rows: Any) -> None:
     [
         ("rows.jsonl", b"", "no rows"),
         ("rows.jsonl", b'{"text": 1}\n{oops}\n', "line 2: not JSON"),
-        ("rows.jsonl", b"[1, 2]\n", "line 1: a JSON list"),
+        ("rows.jsonl", b"[1, 2]\n", "line 1: found a JSON list"),
         ("rows.jsonl", b'{"text": "\xff"}\n', "cannot be read as UTF-8"),
         ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:30], "cannot be read"),
         ("rows.jsonl.gz", b"not gzip", "cannot be read"),
-        ("rows.parquet", b"PAR1", "read by their ending"),
+        ("rows.parquet", b"PAR1", "must end in one of"),
     ],
 )
 def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:

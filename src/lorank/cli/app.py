@@ -1,9 +1,9 @@
 """The command line: `lorank train`, `lorank demo`, `lorank score`, `lorank prune`, `lorank schema`, and others.
 
-What is slow to import, rich's tables too, is imported by the command that needs it, so that `lorank --help` is fast.
+Each command imports its slow modules itself, rich's tables included, so that `lorank --help` is fast.
 
-Errors that lorank raises on purpose, and those of the file system, are printed as one message and end with status 2;
-anything else is a mistake of lorank's and shows its traceback.
+An error that lorank raises on purpose, or a file system error, is printed as one message and the exit status is 2. Any
+other error is a bug in lorank and shows its traceback.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
-    help="""Gives every LoRA module the rank it earns, while training, and hands back a plain PEFT adapter.
+    help="""Allocates the ranks of LoRA modules while they train, and saves a plain PEFT adapter.
 
-Try it, offline, in minutes: `lorank demo`
+Try it offline in a few minutes: `lorank demo`
 
 Train from a recipe, with changes: `lorank train recipes/e2e_alora.yaml training.lr=3e-4 output_dir=runs/mine`
 
-Go on after an interruption: `lorank train recipes/e2e_alora.yaml --resume`
+Resume an interrupted run: `lorank train recipes/e2e_alora.yaml --resume`
 
-Halve an adapter that was trained anywhere: `lorank prune ADAPTER --data e2e_nlg --budget 50% --out smaller`
+Halve any trained LoRA adapter: `lorank prune ADAPTER --data e2e_nlg --budget 50% --out smaller`
 """,
 )
 
@@ -52,7 +52,7 @@ def _show_version(shown: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -60,19 +60,19 @@ def _options(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file: a recipe or one of your own.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file: a recipe, or your own file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Changes to it, by dotted key; values are YAML."),
+        typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration: dotted keys, values in YAML."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last complete checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the run that is in output_dir, and begin anew.")
+        bool, typer.Option("--overwrite", help="Remove the run in output_dir and start again.")
     ] = False,
 ) -> None:
-    """Train one adapter, as a YAML file says.
+    """Train one adapter from a YAML configuration.
 
-    The run's folder (output_dir) receives the adapter as plain PEFT, the history of its ranks, the figures in
+    The run's folder (output_dir) receives the plain PEFT adapter, the history of its ranks, the metrics in
     metrics.json, the configuration with every default, and checkpoints.
 
     Examples:
@@ -83,11 +83,11 @@ def train(
 
     `lorank train recipes/e2e_alora.yaml 'allocator={name: static}' output_dir=runs/plain_lora`
     """
-    with one_message(interrupted="The same command with --resume goes on from the last checkpoint."):
+    with one_message(interrupted="The same command with --resume continues from the last checkpoint."):
         from lorank.config.settings import load_config
 
         settings = load_config(config, overrides or ())
-        # slow to import: a mistake in the configuration is told before
+        # slow to import: errors in the configuration are reported first
         from lorank import experiments
 
         progress = console(stderr=True)
@@ -98,14 +98,14 @@ def train(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="The folder for what the demo makes.")] = Path("lorank-demo"),
+    output: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("lorank-demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of both runs.")] = 0,
 ) -> None:
-    """Adapt the packaged tiny Llama to Python's reference manual, by ALoRA and by plain LoRA with as many ranks.
+    """Adapt the packaged tiny Llama to Python's reference manual, with ALoRA and with plain LoRA of equal total rank.
 
-    Offline, in minutes on two cores. Leaves both adapters, their histories and a picture of the ranks.
+    Runs offline, in minutes on two cores. Writes both adapters, their histories and a picture of the ranks.
     """
-    with one_message(interrupted="The same command begins anew."):
+    with one_message(interrupted="The same command starts again from the beginning."):
         require("lorank demo", "matplotlib")
         from lorank.experiments.demo import main as run_demo
 
@@ -117,7 +117,7 @@ def demo(
 def schema() -> None:
     """Print the JSON schema of a configuration file, for completion and checking in editors.
 
-    Example: `lorank schema > lorank.schema.json`, and as first line of a recipe
+    Example: `lorank schema > lorank.schema.json`. Then write as the first line of a recipe:
     `# yaml-language-server: $schema=lorank.schema.json`
     """
     with one_message():
@@ -138,7 +138,7 @@ def _summary(result: RunResult) -> Table:
     metrics: Mapping[str, Any] = result.metrics
     budget, final, validation, seconds = (metrics[key] for key in ("budget", "final", "validation", "seconds"))
     table = Table(title=f"{metrics['model']} · {metrics['data']} · {metrics['allocator']}", show_header=False)
-    table.add_row("ranks in all", f"{budget['ranks']} → {final['ranks']} in {final['modules']} modules")
+    table.add_row("total rank", f"{budget['ranks']} → {final['ranks']} in {final['modules']} modules")
     table.add_row("trainable parameters", f"{budget['trainable_parameters']:,} → {final['trainable_parameters']:,}")
     table.add_row("allocations", str(metrics["allocations"]))
     best = f", best at {metrics['best_step']}" if metrics["best_step"] else ""
@@ -146,6 +146,6 @@ def _summary(result: RunResult) -> Table:
     table.add_row("validation loss", f"{validation['loss_before']:.4f} → {validation['loss_after']:.4f}")
     for name, value in metrics["test"].items():
         table.add_row(f"test {name.replace('_', ' ')}", f"{value:.4f}")
-    table.add_row("seconds", f"{seconds['training']:.0f} training, {seconds['scoring']:.0f} of them scoring")
+    table.add_row("seconds", f"{seconds['training']:.0f} training, of which {seconds['scoring']:.0f} scoring")
     table.add_row("written to", str(result.folder))
     return table

@@ -1,4 +1,4 @@
-"""What every command shares: errors as one message, and libraries that keep quiet."""
+"""Code that all commands share: consoles, errors as one message, fewer messages from other libraries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ def console(*, stderr: bool = False, soft_wrap: bool = False) -> Console:
 
 @contextmanager
 def one_message(interrupted: str = "Nothing was written.") -> Iterator[None]:
-    """Expected errors become one message and status 2; an interruption says what is left and how to go on."""
+    """Prints an expected error as one message and exits with status 2.
+
+    Args:
+        interrupted: printed after a keyboard interruption: what is left on disk and how to continue. The status is 130.
+    """
     try:
         yield
     except (LorankError, OSError) as error:
@@ -40,16 +44,16 @@ def one_message(interrupted: str = "Nothing was written.") -> Iterator[None]:
 
 
 def quiet_libraries(notices: Console) -> None:
-    """lorank's own notices above the progress bar; other libraries only when something is wrong."""
+    """Shows lorank's own log messages above the progress bar, and other libraries' messages only if they are errors."""
     from rich.logging import RichHandler
     from transformers.utils import logging as transformers_logging
 
-    # its deprecation warnings speak to those who call it
+    # transformers' deprecation warnings concern developers, not users of the command line
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    library: Any = transformers_logging  # without annotations
+    library: Any = transformers_logging  # it has no annotations
     library.set_verbosity_error()
     library.disable_progress_bar()
     logger = logging.getLogger("lorank")
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # some libraries give the root logger a handler of its own
+    logger.propagate = False  # some libraries add a handler to the root logger
     logger.handlers = [RichHandler(console=notices, show_path=False, show_level=False, show_time=False)]

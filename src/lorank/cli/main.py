@@ -1,4 +1,4 @@
-"""Entry point of the `lorank` command: without the extra `cli`, one line that says what to install."""
+"""Entry point of the `lorank` command. Without the extra `cli`, it prints one line that names what to install."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lorank.extras import MissingPackageError, require
 
 
 def main() -> None:
-    """Runs the command line, if what it is made of is installed."""
+    """Runs the command line if its packages are installed; otherwise prints an error and exits with status 2."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     try:
         require(f"lorank {command}".rstrip(), "typer", "rich", "omegaconf")

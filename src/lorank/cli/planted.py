@@ -1,4 +1,4 @@
-"""`lorank planted`: how near each method comes to an allocation that is known to be right."""
+"""`lorank planted`: how close each method comes to the known true allocation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Where(str, Enum):
 
 
 class Sized(str, Enum):
-    """What all planted ranks have in common."""
+    """What is equal for all planted ranks."""
 
     weight = "weight"
     effect = "effect"
@@ -32,25 +32,27 @@ def planted(
         "runs/planted"
     ),
     where: Annotated[Where, typer.Option(help="Plant ranks in whole modules, or in attention heads.")] = Where.modules,
-    methods: Annotated[str, typer.Option(help="Methods, by commas; all: every one that there is.")] = "all",
-    seeds: Annotated[str, typer.Option(help="Seeds that are reported, by commas.")] = "0,1,2,3,4",
-    tuning_seeds: Annotated[str, typer.Option(help="Seeds for choosing learning rates, by commas.")] = "100,101",
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas, or all.")] = "all",
+    seeds: Annotated[str, typer.Option(help="Seeds of the reported runs, separated by commas.")] = "0,1,2,3,4",
+    tuning_seeds: Annotated[
+        str, typer.Option(help="Seeds for choosing learning rates, separated by commas.")
+    ] = "100,101",
     steps: Annotated[int | None, typer.Option(min=20, help="Optimiser steps of every student. [default: 2400]")] = None,
     sized: Annotated[
         Sized,
         typer.Option(
-            help="What all planted ranks have in common: their size relative to the weight, or (harder) their effect "
-            "on the logits."
+            help="What is equal for all planted ranks: their size relative to the weight, or (harder) their effect on "
+            "the logits."
         ),
     ] = Sized.weight,
-    jobs: Annotated[int, typer.Option(min=1, help="ProcessGroup, each on one core.")] = 1,
-    device: Annotated[str, typer.Option(help="Where students are trained: cpu, cuda, cuda:1, …")] = "cpu",
+    jobs: Annotated[int, typer.Option(min=1, help="Number of processes, each on one core.")] = 1,
+    device: Annotated[str, typer.Option(help="The device for training students: cpu, cuda, cuda:1, …")] = "cpu",
 ) -> None:
-    """Plant updates of known ranks in the tiny Llama, and see which method finds where they are.
+    """Plant updates of known ranks in the tiny Llama, and measure which method finds the modules that have them.
 
-    Every method has as many ranks as were planted, as many steps and as many settings to be tuned over, on seeds that
-    are not reported. Beside them: uniform, random and the true ranks. Offline. A call that was interrupted goes on, and
-    finished runs are kept. Leaves runs.jsonl, table.md and gap.png.
+    Every method has a budget of as many ranks as were planted. All methods have the same number of steps and of
+    settings to tune; tuning uses separate seeds. Uniform, random and true ranks are run for comparison. Runs offline.
+    After an interruption, the same command continues and keeps finished runs. Writes runs.jsonl, table.md and gap.png.
 
     Examples:
 
@@ -58,7 +60,7 @@ def planted(
 
     `lorank planted --where heads --out runs/planted_heads --jobs 2`
     """
-    with one_message(interrupted="The same command goes on: finished runs are kept."):
+    with one_message(interrupted="The same command continues: finished runs are kept."):
         require("lorank planted", "matplotlib")
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -79,7 +81,7 @@ def planted(
             )
         except ValueError as error:
             raise PlantedError(
-                f"--seeds {seeds} --tuning-seeds {tuning_seeds}: expected whole numbers, by commas"
+                f"--seeds {seeds} --tuning-seeds {tuning_seeds}: expected whole numbers, separated by commas"
             ) from error
         if len(reported) > MOST_EXACT:
             require(f"lorank planted with more than {MOST_EXACT} seeds", "scipy")

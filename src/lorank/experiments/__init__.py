@@ -1,4 +1,4 @@
-"""Whole runs: from a configuration to an adapter and its figures."""
+"""Complete runs: from a configuration to an adapter and its metrics."""
 
 from lorank.extras import require
 

@@ -1,4 +1,4 @@
-"""A finished adapter, its base model and data to judge it by, from as little as the user must say."""
+"""Loading a trained adapter with its base model and the data to score it on, from as few settings as possible."""
 
 from __future__ import annotations
 
@@ -20,13 +20,21 @@ from lorank.tasks import Example, Task, build_task, mean_loss
 from lorank.tasks.known import KNOWN
 
 MAX_EVAL = 512
-"""Validation examples that are read where neither a configuration nor the user says how many."""
+"""Number of validation examples, if neither a configuration nor the user sets it."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """A finished adapter on its base model, with data to judge it by."""
+    """A trained adapter on its base model, with the data to score it on.
+
+    Args:
+        adapter: the adapter's folder.
+        config: model, task and batch sizes.
+        model: the base model with the adapter.
+        layers: its LoRA layers.
+        task: the data, with their metrics.
+    """
 
     adapter: Path
     config: RunConfig
@@ -39,11 +47,15 @@ class LoadedAdapter:
         return self.config.training.eval_batch_size
 
     def held_apart(self, samples: int) -> list[Example]:
-        """Validation examples that ranks are not scored on; all of them, where scoring takes them all."""
+        """The validation examples that are not used for scoring; all examples if scoring uses all of them.
+
+        Args:
+            samples: number of examples that scoring uses.
+        """
         return self.task.validation[samples:] or self.task.validation
 
     def loss(self, samples: int, *, progress: bool = False) -> float:
-        """Mean loss on the examples held apart."""
+        """Mean loss on the examples of `held_apart`, in nats per predicted label."""
         examples = self.held_apart(samples)
         return mean_loss(self.model, examples, self.task.collator, batch_size=self.batch_size, progress=progress)
 
@@ -57,19 +69,19 @@ def load_finished(
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> LoadedAdapter:
-    """Loads an adapter, its base model and the data to judge it by.
+    """Loads an adapter, its base model and the data to score it on.
 
     Args:
         adapter: a folder with a plain PEFT LoRA adapter, or the folder of a finished `lorank train`.
         data: a known name, a path or a hub name, as in a configuration's `task.data`. Not needed with a configuration,
-            and for adapters inside a run's folder, whose own configuration is taken.
-        task: classification, generation or language_modelling; default: what the adapter and the data are for.
-        model: the base model; default: the one that the adapter names.
-        config: a configuration to take model and task from.
+            nor for an adapter inside a run's folder: the configuration of the run is used.
+        task: classification, generation or language_modelling; default: from the adapter and the data.
+        model: the base model; default: the model named in the adapter.
+        config: a configuration with model and task.
         overrides: `dotted.key=value`, as for `lorank train`.
 
     Raises:
-        AdapterError: it is not a LoRA adapter, or not one of this model.
+        AdapterError: the folder holds no LoRA adapter, or the adapter does not fit this model.
         ConfigError, DataError, ModelError, SettingsError: the model or the data cannot be used.
     """
     path = Path(adapter)
@@ -81,12 +93,12 @@ def load_finished(
         config = inside
     settings = _settings(saved, data, task, model, config, overrides)
     tokenizer = _with_hint(lambda: load_tokenizer(settings.model), model)
-    # nothing is trained: one training example is as good as all
+    # no training happens here, so one training example is enough
     built = build_task(settings.task.model_copy(update={"max_train": 1}), tokenizer)
     set_seed(settings.training.seed)
     base = _with_hint(lambda: load_model(settings.model, built), model)
-    opened = load_adapter(base, path)
-    return LoadedAdapter(path, settings, opened, find_layers(opened), built)
+    loaded = load_adapter(base, path)
+    return LoadedAdapter(path, settings, loaded, find_layers(loaded), built)
 
 
 def _settings(
@@ -100,14 +112,14 @@ def _settings(
     name = model or saved.get("base_model_name_or_path")
     if config is not None:
         if data is not None or task is not None:
-            raise ConfigError(f"--config {config} says what the data are: give it, or --data and --task")
-        # JSON is YAML, so that any name can be an override
+            raise ConfigError(f"--config {config} already sets the data: give --config, or --data and --task, not both")
+        # JSON is YAML, so any name can be written as an override
         other_model = [] if model is None else [f"model={json.dumps({'name': model})}"]
         return load_config(config, [*other_model, *overrides])
     if data is None:
         raise ConfigError(
-            "no data to judge the ranks by: give --data (a known name such as e2e_nlg, a path or a hub name), --config "
-            "(the configuration of a run), or the folder of a finished lorank train"
+            "there are no data to score the ranks on: give --data (a known name such as e2e_nlg, a path or a hub "
+            "name), --config (the configuration of a run), or the folder of a finished lorank train"
         )
     if not name:
         raise ModelError("the adapter does not name its base model: give --model")
@@ -121,7 +133,7 @@ def _settings(
 
 
 def _kind(saved: Mapping[str, Any], data: str, overrides: Sequence[str]) -> str:
-    """What the adapter and the data are for, where the user does not say."""
+    """The kind of task that fits the adapter and the data, if the user does not name one."""
     if saved.get("task_type") == "SEQ_CLS":
         return "classification"
     prompted = data in KNOWN and "prompt" in KNOWN[data].defaults
@@ -135,4 +147,4 @@ def _with_hint(load: Callable[[], T], model: str | None) -> T:
     except ModelError as error:
         if model is not None:
             raise
-        raise ModelError(f"{error} The adapter names this model; --model names another one.") from error
+        raise ModelError(f"{error} The adapter names this model; give --model to use another one.") from error

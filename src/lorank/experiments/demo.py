@@ -1,7 +1,8 @@
-"""`lorank demo`: the tiny Llama learns Python's own reference manual, once with static LoRA, once with ALoRA.
+"""`lorank demo`: the tiny Llama learns Python's reference manual, once with static LoRA and once with ALoRA.
 
-Everything is in the package or in every Python: a model pretrained on old books, and the text of ``pydoc_data.topics``,
-a real change of domain that needs no download. Both runs have the same rank budget, data, steps and learning rate.
+The demo needs no download. The package contains the model, pretrained on old books. Every Python contains the text,
+``pydoc_data.topics``. So the change of domain is real. Both runs have the same rank budget, data, steps and learning
+rate.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ SETTINGS: Mapping[str, Any] = {
     "model": {"name": "tiny"},
     "lora": {"r": 4, "alpha": 8},
     "task": {"name": "language_modelling", "data": "python_reference", "block_size": 64, "max_eval": 128},
-    "allocator_samples": 8,  # the paper scores on 32: a quarter of that keeps the demo short
-    # The best of four learning rates for static LoRA, judged on the validation part (docs/demo.md).
+    "allocator_samples": 8,  # the paper uses 32; a quarter of that keeps the demo short
+    # lr: the best of four learning rates for static LoRA on the validation part (docs/demo.md)
     "training": {"epochs": 1, "max_steps": 120, "batch_size": 8, "lr": 1e-2, "eval_steps": 40},
 }
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -35,20 +36,23 @@ TITLES = {"static": "LoRA, static", "alora": "ALoRA"}
 
 
 def main(output: str | Path = "lorank-demo", *, seed: int = 0, console: Console | None = None) -> dict[str, RunResult]:
-    """Runs both methods and writes, per method, what `lorank train` writes, and a picture of the ranks.
+    """Runs both methods. Writes the same files as `lorank train` for each method, and a picture of the ranks.
 
     Args:
-        output: the folder; the demo's own earlier results there are replaced.
-        seed: of both runs.
-        console: where the table goes; None: standard output.
+        output: the folder; results of an earlier demo in it are replaced.
+        seed: the seed of both runs.
+        console: prints the table; None: standard output.
+
+    Returns:
+        The result of each method, by its name: `static` and `alora`.
 
     Raises:
-        RunFolderError: a method's folder there holds something else.
+        RunFolderError: a method's folder holds something that is not a run.
     """
     console = console or Console()
     output = Path(output)
     began = time.perf_counter()
-    console.print("A Llama of 3 M parameters, pretrained on old books, meets Python's reference manual.")
+    console.print("A Llama of 3 M parameters, pretrained on old books, learns Python's reference manual.")
     results = {}
     for number, method in enumerate(METHODS, 1):
         console.print(f"[bold]{number} of {len(METHODS)}: {TITLES[method]}[/]")
@@ -61,12 +65,12 @@ def main(output: str | Path = "lorank-demo", *, seed: int = 0, console: Console 
     )
     console.print(comparison(results))
     alora = results["alora"].folder
-    console.print(f"ranks as a picture   {picture}", highlight=False)
+    console.print(f"picture of the ranks {picture}", highlight=False)
     console.print(f"history of ranks     {alora / 'rank_history.jsonl'}", highlight=False)
     console.print(
         f"the adapter          {alora / 'adapter'}   (plain PEFT: PeftModel.from_pretrained)", highlight=False
     )
-    console.print(f"{time.perf_counter() - began:.0f} seconds in all", highlight=False)
+    console.print(f"{time.perf_counter() - began:.0f} seconds in total", highlight=False)
     return results
 
 
@@ -78,7 +82,7 @@ def demo_config(method: str, output: Path, seed: int) -> RunConfig:
 
 
 def comparison(results: Mapping[str, RunResult]) -> Table:
-    """The methods side by side."""
+    """A table that compares the methods."""
     table = Table(title="Python's reference manual, validation part")
     table.add_column("")
     for method in results:
@@ -89,5 +93,5 @@ def comparison(results: Mapping[str, RunResult]) -> Table:
     table.add_row("validation loss before", *(f"{m['validation']['loss_before']:.4f}" for m in metrics))
     table.add_row("validation loss after", *(f"{m['validation']['loss_after']:.4f}" for m in metrics))
     table.add_row("seconds training", *(f"{m['seconds']['training']:.1f}" for m in metrics))
-    table.add_row("… of them scoring", *(f"{m['seconds']['scoring']:.1f}" for m in metrics))
+    table.add_row("… of which scoring", *(f"{m['seconds']['scoring']:.1f}" for m in metrics))
     return table

@@ -1,4 +1,4 @@
-"""The errors of this folder."""
+"""The errors that experiments raise."""
 
 from lorank.errors import LorankError
 
@@ -8,8 +8,8 @@ class ModelError(LorankError):
 
 
 class SettingsError(LorankError):
-    """Settings that are right in themselves do not fit the model, the data or this machine."""
+    """Valid settings do not fit the model, the data or this machine."""
 
 
 class RunFolderError(LorankError):
-    """The run's folder cannot be used: it holds another run, or nothing to resume."""
+    """The run's folder cannot be used: it holds another run, or no run to resume."""

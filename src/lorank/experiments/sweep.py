@@ -1,6 +1,6 @@
-"""`lorank sweep`: one recipe under many settings, every run restartable, one table and one picture at the end.
+"""`lorank sweep`: one recipe with many settings. Every run can be resumed; a table and a picture compare the results.
 
-    base: recipes/e2e_ard.yaml          # or a configuration, written out here
+    base: recipes/e2e_ard.yaml          # or a whole configuration
     variants:                           # named settings; several keys may change together
       both: {}
       tv only: {allocator.l1_term: false}
@@ -9,7 +9,7 @@
     seeds: [0, 1]
     output_dir: runs/my_sweep
 
-Runs = variants × grid × seeds. All of their configurations are checked before the first one starts.
+Runs = variants × grid × seeds. All configurations are checked before the first run starts.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ MAX_MESSAGE = 10_000
 
 
 class SweepFile(Settings):
-    """A sweep as it is written."""
+    """The content of a sweep's YAML file."""
 
     base: str | dict[str, Any]
-    """A recipe, relative to the current folder or to this file, or a configuration written out."""
+    """A recipe, its path relative to the current folder or to this file; or a whole configuration."""
     variants: dict[str, dict[str, Any]] = Field(default={"": {}}, min_length=1)
     """Named settings: dotted keys of the configuration with their values."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     """Dotted keys of the configuration, each with a list of values; every combination is run."""
     seeds: list[int] = Field(default_factory=list)
-    """Seeds (`training.seed`) of every setting; none: the base's own."""
+    """Seeds (`training.seed`) of every setting; empty: the seed of the base."""
     output_dir: str = Field(min_length=1)
     """The folder for all runs and the results."""
 
@@ -60,8 +60,9 @@ class SweepRun:
     """One run of a sweep.
 
     Args:
-        settings: what tells it from the others, seed left out: dotted keys, and `variant` where variants are named.
-        config: the whole configuration; its `output_dir` lies in the sweep's folder.
+        settings: the settings that differ between runs, without the seed: dotted keys, and `variant` for a named
+            variant.
+        config: the whole configuration; its `output_dir` is inside the sweep's folder.
     """
 
     settings: Mapping[str, Any]
@@ -69,13 +70,13 @@ class SweepRun:
 
     @property
     def label(self) -> str:
-        """Its settings in a line."""
+        """The settings in one line."""
         return _label(self.settings)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that is complete, and its figures (see `docs/recipes.md`)."""
+    """A complete run and its metrics (see `docs/recipes.md`)."""
 
     run: SweepRun
     metrics: Mapping[str, Any]
@@ -83,12 +84,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What came of a sweep.
+    """The result of a sweep.
 
     Args:
-        finished: all complete runs, those of earlier calls too, in order.
-        failures: label, seed and message of the others.
-        new: how many of the finished were run now.
+        finished: all complete runs in order, including runs of earlier calls.
+        failures: (label, seed, message) of each failed run.
+        new: number of finished runs that this call has run.
     """
 
     finished: Sequence[Finished]
@@ -97,21 +98,24 @@ class SweepResult:
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, list[SweepRun]]:
-    """A sweep's folder and its runs, all of them checked.
+    """Reads a sweep file and checks the configurations of all runs.
 
     Args:
         path: the YAML file.
-        overrides: `dotted.key=value` for every run's configuration, under what the sweep sets; `output_dir` is the
-            sweep's own.
+        overrides: `dotted.key=value` for every run's configuration; the sweep's own settings come after them and win.
+            `output_dir` is the sweep's folder.
+
+    Returns:
+        The sweep's folder and its runs.
 
     Raises:
         ConfigError: the file cannot be read; an unknown key or a wrong value, in the file or in the configuration of
-            any run; a setting that does not change anything, because it occurs twice.
+            any run; a value or a seed that occurs twice.
     """
     path = Path(path)
     own = [text for text in overrides if text.partition("=")[0].strip() == "output_dir"]
     values = read_yaml(path)
-    # references in the rest are to keys of each run, which resolves them
+    # references outside output_dir name keys of a run; they are resolved for each run
     values |= apply_overrides({key: values[key] for key in values if key == "output_dir"}, own)
     try:
         sweep = SweepFile.model_validate(values)
@@ -119,12 +123,14 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, l
         raise ConfigError(explain(error, SweepFile, str(path))) from error
     _check_keys(sweep, path)
     base = dict(sweep.base) if isinstance(sweep.base, dict) else read_yaml(_base_file(sweep.base, path))
-    base = {"output_dir": "-", **base}  # every run gets its own below
+    base = {"output_dir": "-", **base}  # every run gets its own folder below
     for_all = [text for text in overrides if text not in own]
     out = Path(sweep.output_dir)
     count = math.prod([len(sweep.variants), *map(len, sweep.grid.values()), max(1, len(sweep.seeds))])
     if count > MAX_RUNS:
-        raise ConfigError(f"{path}: variants × grid × seeds are {count:,} runs; at most {MAX_RUNS:,} fit one sweep")
+        raise ConfigError(
+            f"{path}: variants × grid × seeds give {count:,} runs; a sweep has at most {MAX_RUNS:,}. Give fewer values"
+        )
     runs, wrong, folders = [], [], set()
     for (variant, changes), combination in itertools.product(
         sweep.variants.items(), itertools.product(*sweep.grid.values())
@@ -147,8 +153,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, l
             folders.add(place)
             runs.append(SweepRun(settings, run.model_copy(update={"output_dir": str(place)})))
     if wrong:
-        told = "\n".join(dict.fromkeys(wrong))
-        raise ConfigError(f"{path}:\n{told[:MAX_MESSAGE]}{' …' if len(told) > MAX_MESSAGE else ''}")
+        message = "\n".join(dict.fromkeys(wrong))
+        raise ConfigError(f"{path}:\n{message[:MAX_MESSAGE]}{' …' if len(message) > MAX_MESSAGE else ''}")
     return out, runs
 
 
@@ -158,20 +164,20 @@ def run_sweep(
     console: Console | None = None,
     train_run: Callable[..., RunResult] = train,
 ) -> SweepResult:
-    """Runs what is not finished; a run that was interrupted goes on from its last checkpoint.
+    """Runs all unfinished runs of a sweep. An interrupted run continues from its last checkpoint.
 
-    A run that fails does not end the sweep: it is reported, and tried again by the next call.
+    A run that fails does not end the sweep. It is reported, and the next call tries it again.
 
     Args:
-        runs: from :func:`load_sweep`.
-        console: where progress goes; None: standard error.
-        train_run: what runs a configuration.
+        runs: the runs from :func:`load_sweep`.
+        console: shows the progress; None: standard error.
+        train_run: the function that runs a configuration.
 
     Raises:
-        RunFolderError: a run's folder holds a run with another configuration; nothing was started.
+        RunFolderError: a run's folder holds a run with another configuration. No run was started.
     """
     console = console or Console(stderr=True)
-    metrics = [_finished(run) for run in runs]  # all of them before the first one starts
+    metrics = [_finished(run) for run in runs]  # check all folders before the first run starts
     finished, failures, new = [], [], 0
     for number, (run, known) in enumerate(zip(runs, metrics, strict=True), 1):
         seed, there = run.config.training.seed, known
@@ -181,7 +187,7 @@ def run_sweep(
             try:
                 there = train_run(run.config, resume=began, console=console).metrics
                 new += 1
-            except Exception as error:  # whatever it was, the other runs are worth having
+            except Exception as error:  # any error: the other runs must still be run
                 message = f"{type(error).__name__}: {error}"
                 console.print(f"[red]failed[/] {message}", highlight=False, markup=True)
                 failures.append((run.label, seed, message))
@@ -191,10 +197,10 @@ def run_sweep(
 
 
 def _finished(run: SweepRun) -> Mapping[str, Any] | None:
-    """The figures of a run that is complete, or None.
+    """The metrics of a complete run; None for a run that is not complete.
 
     Raises:
-        RunFolderError: another run is in its folder.
+        RunFolderError: the folder holds another run.
     """
     place = Path(run.config.output_dir)
     if not (place / folder.CONFIG).is_file():
@@ -218,32 +224,34 @@ def _check_keys(sweep: SweepFile, path: Path) -> None:
     for name, changes in sweep.variants.items():
         both = sorted(set(changes) & set(sweep.grid))
         if both:
-            raise ConfigError(f"{path}: {both[0]} is in the grid and in the variant {name!r}: say it in one of them")
+            raise ConfigError(f"{path}: {both[0]} is in the grid and in the variant {name!r}: give it in only one")
     changed = {*sweep.grid, *itertools.chain(*sweep.variants.values())}
     taken = [key for key in ("output_dir", "training.seed") if key in changed]
     if taken:
         instead = {"output_dir": "output_dir", "training.seed": "seeds"}[taken[0]]
-        raise ConfigError(f"{path}: {taken[0]} is not for variants or the grid: use the sweep's own key {instead}")
+        raise ConfigError(
+            f"{path}: {taken[0]} cannot be set in variants or in the grid: use the sweep's own key {instead}"
+        )
 
 
 def _base_file(base: str, sweep: Path) -> Path:
     choices = [Path(os.path.expanduser(base)), sweep.parent / base]
     for choice in choices:
-        if os.path.isfile(choice):  # unlike Path.is_file, also for names that no system takes
+        if os.path.isfile(choice):  # unlike Path.is_file, it does not raise for a name that the system refuses
             return choice
     raise ConfigError(
-        f"{sweep}: base {base[:200]!r} is neither {str(choices[0].absolute())[:300]} nor "
+        f"{sweep}: there is no file for base {base[:200]!r}. Tried: {str(choices[0].absolute())[:300]} and "
         f"{str(choices[1].absolute())[:300]}"
     )
 
 
 def _as_yaml(value: Any) -> str:
-    """A value as an override has it; unlike str(), 1e-05 stays a number."""
+    """A value as text for an override. Unlike str(), it keeps 1e-05 a number."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix("...\n").strip()
 
 
 def _label(settings: Mapping[str, Any]) -> str:
-    """Settings in a line, keys without the sections that they are in."""
+    """The settings in one line; keys without their sections."""
     parts = [str(v) if k == "variant" else f"{k.rpartition('.')[2]}={v}" for k, v in settings.items()]
     return ", ".join(parts) or "base"
 

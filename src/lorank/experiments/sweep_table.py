@@ -1,4 +1,4 @@
-"""What a sweep leaves: table.csv with every run, table.md and a rich table with every setting, a picture."""
+"""The results of a sweep: table.csv with every run, table.md and a terminal table with every setting, a picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARAMETERS, LOSS = "parameters", "validation loss"
 
 
 def figures(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of one run that the tables show: those at its end."""
+    """The metrics of one run that the tables show, measured at the end of the run."""
     return {
         LOSS: metrics["validation"]["loss_after"],
         **{f"test {name.replace('_', ' ')}": value for name, value in metrics["test"].items()},
@@ -32,10 +32,10 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_results(result: SweepResult, out: Path) -> list[Path]:
-    """Writes table.csv, table.md and the picture into the sweep's folder; nothing where no run is finished.
+    """Writes table.csv, table.md and the picture into the sweep's folder; writes nothing if no run is finished.
 
     Returns:
-        The files.
+        The files that were written. The picture is left out if every loss is NaN or infinite.
     """
     if not result.finished:
         return []
@@ -46,7 +46,7 @@ def write_results(result: SweepResult, out: Path) -> list[Path]:
     front = [point.label for point in pareto_front(points(result.finished))]
     notes = [
         "",
-        f"Means over seeds, with standard deviations where there are several. On the Pareto front of {PARAMETERS} and "
+        f"Means over seeds, with standard deviations for several seeds. On the Pareto front of {PARAMETERS} and "
         f"{LOSS}: {'; '.join(front) or 'none'}.",
     ]
     notes += [f"- failed: {label}, seed {seed}: {message}" for label, seed, message in result.failures]
@@ -60,7 +60,7 @@ def write_results(result: SweepResult, out: Path) -> list[Path]:
 
 
 def summary(finished: Sequence[Finished]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table by settings, as text."""
+    """The head and the rows of the table, one row per setting, as text."""
     groups = _groups(finished)
     keys = _in_order(key for run in finished for key in run.run.settings)
     columns = _in_order(name for run in finished for name in figures(run.metrics))

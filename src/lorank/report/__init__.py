@@ -1,4 +1,4 @@
-"""Pictures and pages from rank histories; history files are their only input."""
+"""Pictures of ranks and of results, drawn from plain numbers."""
 
 from lorank.report.heatmap import rank_heatmap
 

@@ -1,4 +1,4 @@
-"""Modules in rows and columns: one row per block of the model, one column per projection."""
+"""A grid of modules: one row per block of the model, one column per projection."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Grid:
-    """Where each module stands.
+    """The row and column of each module.
 
     Args:
         rows: labels of the blocks, in the model's order.
         columns: labels of the projections, in the model's order.
-        cells: per module, its (row, column).
+        cells: (row, column) of each module.
     """
 
     rows: tuple[str, ...]
@@ -25,7 +25,7 @@ class Grid:
     cells: Mapping[str, tuple[int, int]]
 
     def values(self, ranks: Mapping[str, int]) -> NDArray[np.float64]:
-        """(rows, columns), not a number where no module stands."""
+        """The ranks as a table, (rows, columns); NaN in cells without a module."""
         table = np.full((len(self.rows), len(self.columns)), np.nan)
         for name, rank in ranks.items():
             table[self.cells[name]] = rank
@@ -33,10 +33,11 @@ class Grid:
 
 
 def grid_of(names: Sequence[str]) -> Grid:
-    """Places modules by the first number in their names: before it stands the block's stack, after it the projection.
+    """Places modules by the first number in their names. The part before the number is the stack of blocks, the part
+    after it is the projection.
 
-    Modules without a number (an embedding, a head) share a block named “–”. Labels are as short as they can be without
-    two of them being the same.
+    Modules without a number (an embedding, a head) share a block named “–”. Labels are as short as possible, and
+    unique.
     """
     placed = {name: _split(name) for name in names}
     stacks = {block[0] for block, _ in placed.values() if block[1] is not None}
@@ -60,7 +61,7 @@ def _split(name: str) -> tuple[tuple[str, int | None], str]:
 
 
 def _shortened(names: Sequence[str]) -> dict[str, str]:
-    """The fewest last parts of each name that no other name ends with."""
+    """The shortest ending of each name that no other name has."""
     short = {}
     for name in names:
         parts = name.split(".")

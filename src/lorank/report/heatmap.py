@@ -1,4 +1,4 @@
-"""Ranks as a picture: block × projection, before and after."""
+"""A heat map of ranks: blocks × projections, before and after a run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lorank.report.grid import grid_of
 
 
 def rank_heatmap(panels: Mapping[str, Mapping[str, int]], path: str | Path, *, title: str = "") -> Path:
-    """Writes a PNG with one heat map of ranks per panel, all on one colour scale.
+    """Writes a PNG with one heat map of ranks per panel, all with one colour scale.
 
     Args:
-        panels: by panel title, the rank of each module; all panels name the same modules.
+        panels: per panel title, the rank of each module; all panels have the same modules.
         path: the file to write.
         title: a line above all panels.
 
@@ -26,7 +26,7 @@ def rank_heatmap(panels: Mapping[str, Mapping[str, int]], path: str | Path, *, t
         MissingPackageError: matplotlib is not installed.
     """
     require("rank_heatmap", "matplotlib")
-    # The object interface, not pyplot: no global state, no window system, whatever the user's backend is.
+    # The object interface, not pyplot: it has no global state and needs no window system with any user's backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Quality against size: which runs no other run beats in both, as a picture."""
+"""The Pareto front of size and loss, and its picture."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Point:
 
     Args:
         label: its name in the picture.
-        size: what it costs, lower is better.
-        loss: how good it is, lower is better.
-        spread: standard deviation of the loss over seeds; 0: one seed, or none known.
+        size: its cost, lower is better.
+        loss: lower is better.
+        spread: standard deviation of the loss over seeds; 0: one seed, or unknown.
     """
 
     label: str
@@ -28,9 +28,10 @@ class Point:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other point beats: none is at most as large and at most as bad, and better in one of them.
+    """The points that no other point beats. A point is beaten by another one whose size and loss are at most equal and
+    one of them is lower.
 
-    Points whose loss is not a number never are. Sorted by size; of several equal points all are kept.
+    Points with a NaN loss are never on the front. The front is sorted by size; equal points are all kept.
     """
     front: list[Point] = []
     best = math.inf
@@ -42,14 +43,14 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def pareto_picture(points: Sequence[Point], path: str | Path, *, size: str, loss: str, title: str = "") -> Path:
-    """Writes a PNG: every point with its label, the front as a line of steps.
+    """Writes a PNG: every point with its label, and the front as a step line.
 
     Args:
-        points: at least one with a finite loss.
+        points: at least one point has a finite loss.
         path: the file to write.
-        size: what the horizontal axis counts.
-        loss: what the vertical axis counts.
-        title: a line above.
+        size: label of the horizontal axis.
+        loss: label of the vertical axis.
+        title: a line above the picture.
 
     Returns:
         The file's path.
@@ -58,7 +59,7 @@ def pareto_picture(points: Sequence[Point], path: str | Path, *, size: str, loss
         MissingPackageError: matplotlib is not installed.
     """
     require("pareto_picture", "matplotlib")
-    # The object interface, not pyplot: no global state, no window system, whatever the user's backend is.
+    # The object interface, not pyplot: it has no global state and needs no window system with any user's backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -77,14 +78,14 @@ def pareto_picture(points: Sequence[Point], path: str | Path, *, size: str, loss
             color=colour,
             capsize=3,
             zorder=3 if chosen else 2,
-            label="on the Pareto front" if chosen else "beaten in both",
+            label="on the Pareto front" if chosen else "beaten by another setting",
         )
     if len(front) > 1:
         axis.step([p.size for p in front], [p.loss for p in front], where="post", color="tab:blue", lw=1, alpha=0.6)
     middle = (min(p.size for p in drawn) + max(p.size for p in drawn)) / 2
-    for group in _together(drawn):
+    for group in _group_by_distance(drawn):
         point = group[0]
-        right = point.size > middle  # the label grows towards the middle, where there is room
+        right = point.size > middle  # the label extends towards the middle, where there is space
         axis.annotate(
             "\n".join(same.label for same in group),
             (point.size, point.loss),
@@ -105,8 +106,8 @@ def pareto_picture(points: Sequence[Point], path: str | Path, *, size: str, loss
     return path
 
 
-def _together(points: Sequence[Point], near: float = 0.02) -> list[list[Point]]:
-    """Points that lie so close that their labels would cover each other, in groups: ``near`` is a part of the axes."""
+def _group_by_distance(points: Sequence[Point], near: float = 0.02) -> list[list[Point]]:
+    """Groups of points so close that their labels would overlap. ``near`` is a fraction of the length of the axes."""
     width = max(p.size for p in points) - min(p.size for p in points)
     height = max(p.loss for p in points) - min(p.loss for p in points)
     groups: list[list[Point]] = []

@@ -1,4 +1,4 @@
-"""Tasks: a data set, a prompt and a metric, from the Hugging Face hub, from files, or from the folder LORANK_DATA."""
+"""Tasks: a data set, a prompt and a metric. Data come from the Hugging Face hub, files, or the folder LORANK_DATA."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -39,10 +39,10 @@ __all__ = [
 
 
 def build_task(settings: TaskSettings, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The task that the settings describe, with its training and validation examples read and encoded.
+    """Makes the task of these settings; reads and encodes its training and validation examples.
 
     Raises:
-        DataError: the data set, a split or a column is not there, is empty, or does not fit the task.
+        DataError: the data set, a split or a column does not exist, is empty, or does not fit the task.
     """
     match settings:
         case ClassificationSettings():

@@ -1,4 +1,4 @@
-"""A task: examples to train on, examples to judge by, and the figures that say how well a model does."""
+"""A task: examples for training, examples for evaluation, and metrics of a model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,15 +17,15 @@ T = TypeVar("T")
 
 
 class Task(ABC):
-    """A data set made ready for one tokenizer, with its metrics.
+    """A data set encoded for one tokenizer, with its metrics.
 
     Attributes:
-        model_kind: the class of model that the task needs.
+        model_kind: the kind of model that the task needs.
         label_names: names of the classes in the order of their numbers; empty for causal language models.
         train: encoded training examples.
         validation: encoded examples for evaluation while training, for scoring ranks and for choosing a checkpoint;
-            in a seeded random order, so that the first few are a fair sample.
-        collator: makes a batch of tensors of a list of examples, padding as needed.
+            in a seeded random order, so that the first examples are a fair sample.
+        collator: pads a list of examples and makes a batch of tensors.
         has_test: whether there is a test split.
     """
 
@@ -39,31 +39,34 @@ class Task(ABC):
     @property
     @abstractmethod
     def test(self) -> list[Example]:
-        """Encoded test examples, read on first use: nothing but the final report should evaluate them.
+        """Encoded test examples, read on first use. Only the final report should use them.
 
         Raises:
-            DataError: there is no test split, or it cannot be read.
+            DataError: there is no test split, or the test split cannot be read.
         """
 
     @abstractmethod
     def evaluate(
         self, model: nn.Module, split: Split = "test", *, batch_size: int = 32, progress: bool = True
     ) -> dict[str, float]:
-        """The task's figures for a model on one split; always `loss`, the mean negative log-likelihood in nats.
+        """The task's metrics for a model on one split.
 
-        The model's training mode is put back and no gradient is computed.
+        Evaluates in evaluation mode without gradients, then restores the model's training mode.
 
         Args:
             model: a model of the kind `model_kind`, on any device.
             split: "validation" or "test".
             batch_size: examples per forward pass, or prompts per batch of generated texts.
-            progress: show a bar when there is more than one batch.
+            progress: show a progress bar if there is more than one batch.
+
+        Returns:
+            The metrics by name; always `loss`, the mean negative log-likelihood in nats.
         """
 
 
 @contextmanager
-def judging(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; yields the model's device and puts its training mode back."""
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients. Yields the model's device, and restores its training mode at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -75,8 +78,8 @@ def judging(model: nn.Module) -> Iterator[torch.device]:
 
 
 def batches(items: list[T], size: int, what: str, progress: bool) -> Iterable[list[T]]:
-    """Slices of at most `size` items, with a bar that disappears when done."""
-    # not torch's DataLoader: each pass over one draws from the global random state, from which training goes on
+    """Batches of at most `size` items, with a progress bar that disappears at the end."""
+    # not torch's DataLoader: each pass over it draws from the global random state, which training needs unchanged
     parts = [items[start : start + size] for start in range(0, len(items), size)]
     bar: Iterable[list[T]] = tqdm(parts, desc=what, leave=False, disable=not progress or len(parts) < 2)
     return bar
@@ -85,13 +88,13 @@ def batches(items: list[T], size: int, what: str, progress: bool) -> Iterable[li
 def mean_loss(
     model: nn.Module, examples: Sequence[Example], collator: Collator, *, batch_size: int, progress: bool
 ) -> float:
-    """Mean loss over all predicted labels of all examples, each with equal weight whatever its batch.
+    """Mean loss over all predicted labels of all examples; every label has equal weight.
 
-    Batches hold examples of similar length, which wastes least on padding and changes nothing in the mean.
+    Each batch holds examples of similar length, which needs the least padding and does not change the mean.
     """
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
     total, count = 0.0, 0
-    with judging(model) as device:
+    with evaluating(model) as device:
         for part in batches(ordered, batch_size, "Evaluating", progress):
             batch = {name: value.to(device) for name, value in collator(part).items()}
             predicted = predicted_labels(batch["labels"])
@@ -101,5 +104,5 @@ def mean_loss(
 
 
 def predicted_labels(labels: Tensor) -> int:
-    """How many labels a loss averages over: (batch,) all of them, (batch, length) those not ignored after the shift."""
+    """The number of labels in a mean loss. Labels (batch,): all; (batch, length): the labels not ignored, shifted."""
     return labels.numel() if labels.dim() == 1 else int((labels[:, 1:] != IGNORED).sum())

@@ -6,7 +6,7 @@ from functools import cached_property
 from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from lorank.tasks.base import ModelKind, Split, Task, batches, judging
+from lorank.tasks.base import ModelKind, Split, Task, batches, evaluating
 from lorank.tasks.collate import Example, padding_tokenizer
 from lorank.tasks.errors import DataError
 from lorank.tasks.settings import ClassificationSettings
@@ -18,11 +18,12 @@ Label = int | str
 
 
 class ClassificationTask(Task):
-    """Labels are numbered in sorted order of those in the whole training split, whatever part of it is drawn.
+    """Text classification. Labels are numbered in the sorted order of all labels in the whole training split, even if
+    only a part of the split is drawn.
 
     Raises:
-        DataError: a split or column is not there; a label is neither a whole number nor a string, or does not occur in
-            the training split; all rows have one label.
+        DataError: a split or column does not exist; a label is neither a whole number nor a string, or does not occur
+            in the training split; all rows have the same label.
     """
 
     model_kind: ModelKind = "sequence_classification"
@@ -33,7 +34,7 @@ class ClassificationTask(Task):
         self.collator = DataCollatorWithPadding(padding_tokenizer(tokenizer))
         self.has_test = settings.test_split is not None
         kept, held = read_parts(settings, self._load)
-        # also when a part is held out: a label that lies in that part alone is known all the same
+        # with the held-out part: a label may occur in that part only
         rows = kept if settings.holdout is None else [*kept, *held]
         self._numbers = number_labels(rows, settings.label, self._where(settings.train_split))
         self.label_names = _label_names(rows, settings.label, self._numbers)
@@ -54,10 +55,10 @@ class ClassificationTask(Task):
     ) -> dict[str, float]:
         """`loss` (nats per example) and `accuracy` (0 to 1); see `Task.evaluate`."""
         examples = self.test if split == "test" else self.validation
-        # batches of similar length waste least on padding
+        # batches of examples of similar length need the least padding
         examples = sorted(examples, key=lambda example: len(example["input_ids"]))
         loss, correct = 0.0, 0
-        with judging(model) as device:
+        with evaluating(model) as device:
             for part in batches(examples, batch_size, "Classifying", progress):
                 batch = {name: value.to(device) for name, value in self.collator(part).items()}
                 output = model(**batch)
@@ -82,7 +83,7 @@ class ClassificationTask(Task):
             if row[settings.label] not in self._numbers:
                 raise DataError(
                     f"{where}: the label {row[settings.label]!r} does not occur in {settings.train_split!r}, which has "
-                    f"{len(self._numbers)} labels. A test split without labels often carries -1: name a labelled split."
+                    f"{len(self._numbers)} labels. A test split without labels often has -1: name a labelled split."
                 )
             inputs = {name: values[index] for name, values in encoded.items()}
             examples.append({**inputs, "labels": self._numbers[row[settings.label]]})
@@ -90,10 +91,10 @@ class ClassificationTask(Task):
 
 
 def number_labels(rows: Sequence[Row], column: str, where: str) -> dict[Label, int]:
-    """Every label that occurs, numbered from 0: whole numbers in their order, then strings in theirs.
+    """Numbers every label that occurs, from 0: whole numbers in ascending order, then strings in sorted order.
 
     Raises:
-        DataError: the column is not there, holds something else, or holds one value only.
+        DataError: the column does not exist, holds values of another type, or holds one value only.
     """
     labels: set[Label] = set()
     for index, row in enumerate(rows):
@@ -105,12 +106,15 @@ def number_labels(rows: Sequence[Row], column: str, where: str) -> dict[Label, i
             )
         labels.add(row[column])
     if len(labels) < 2:
-        raise DataError(f"{where}: every row has the label {labels.pop()!r}; there is nothing to tell apart.")
+        raise DataError(
+            f"{where}: every row has the label {labels.pop()!r}; expected at least two labels. "
+            "Name the right column as label, or give more data."
+        )
     return {label: number for number, label in enumerate(sorted(labels, key=lambda v: (isinstance(v, str), v)))}
 
 
 def _label_names(rows: Sequence[Row], column: str, numbers: dict[Label, int]) -> tuple[str, ...]:
-    """Names from a column `<label>_name` where there is one, else the labels themselves."""
+    """Names of the labels: from a column `<label>_name` if there is one, else the labels themselves."""
     names = {number: str(label) for label, number in numbers.items()}
     for row in rows:
         if row.get(f"{column}_name") is not None:

@@ -1,4 +1,4 @@
-"""Examples of different lengths become one batch of tensors: transformers' collators, on a tokenizer that can pad."""
+"""Batches of tensors from examples of different lengths: transformers' collators, with a tokenizer that can pad."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 from lorank.tasks.errors import DataError
 
 Example = dict[str, Any]
-"""An encoded example: input_ids and attention_mask (lists of whole numbers), labels (a list as long, or one number)."""
+"""An encoded example: input_ids and attention_mask (lists of integers), labels (a list of equal length, or one)."""
 
 Collator = DataCollatorWithPadding | DataCollatorForSeq2Seq
-"""Pads examples to the longest of them and makes tensors, (batch, longest). The first: examples with one label each,
-(batch,), or none; the second: with a label per token, padded with `IGNORED`."""
+"""Pads examples to the longest one and makes tensors, (batch, longest). `DataCollatorWithPadding`: one label per
+example, (batch,), or no labels. `DataCollatorForSeq2Seq`: one label per token, padded with `IGNORED`."""
 
 IGNORED = -100
-"""The label of tokens that the loss skips, as in PyTorch's and transformers' losses."""
+"""The label of tokens that the loss ignores, as in PyTorch's and transformers' losses."""
 
 
 def padding_tokenizer(
     tokenizer: PreTrainedTokenizerBase, side: Literal["right", "left"] = "right"
 ) -> PreTrainedTokenizerBase:
-    """A copy for a collator. Causal language models often have no token to pad with, and end-of-text serves: labels and
-    attention masks hide it.
+    """A copy of the tokenizer that can pad, for a collator. A tokenizer of a causal language model often has no padding
+    token. Then the end-of-text token is used: labels and attention masks hide it.
 
     Args:
-        tokenizer: of the model; it stays as it is.
-        side: where the padding goes: right for training, left for generation.
+        tokenizer: the model's tokenizer; it is not changed.
+        side: the side of the padding: right for training, left for generation.
 
     Raises:
         DataError: the tokenizer has neither a padding nor an end-of-text token.

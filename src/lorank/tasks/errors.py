@@ -1,7 +1,7 @@
-"""The one error of this folder."""
+"""The error that tasks raise."""
 
 from lorank.errors import LorankError
 
 
 class DataError(LorankError):
-    """A data set, a split or a column that was asked for is not there, is empty, or cannot be read."""
+    """A data set, a split or a column does not exist, is empty, or cannot be read."""

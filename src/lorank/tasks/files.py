@@ -1,8 +1,8 @@
-"""Files of rows: JSON lines, CSV and plain text, each also gzipped.
+"""Reading rows from files: JSON lines, CSV and plain text, each also gzipped.
 
-Not `load_dataset("json")` of datasets: it would bring pyarrow and pandas to runs on files alone, writes a copy of every
-file to a cache, gives every row the columns of all, and says of a line that is not JSON no more than "An error
-occurred while generating the dataset".
+Why not `load_dataset("json")` of datasets: it needs pyarrow and pandas even for plain files, copies every file to a
+cache, gives every row the columns of all rows, and reports a line that is not JSON only as "An error occurred while
+generating the dataset".
 """
 
 import csv
@@ -20,13 +20,14 @@ SUFFIXES = (".jsonl.gz", ".jsonl", ".csv.gz", ".csv", ".txt.gz", ".txt")
 
 
 def read_file(path: Path) -> list[Mapping[str, Any]]:
-    """Rows of one file; of plain text, one row per paragraph (text between blank lines) in a column `text`.
+    """The rows of one file. Plain text gives one row per paragraph (text between blank lines), in a column `text`.
 
     Raises:
-        DataError: the file's kind is unknown, or it is truncated, not UTF-8 or not what its name says.
+        DataError: the file's kind is unknown, or the file is truncated, not UTF-8, or not of the kind that its name
+            says.
     """
     if not path.name.endswith(SUFFIXES):
-        raise DataError(f"{path}: files are read by their ending, which must be one of {', '.join(SUFFIXES)}.")
+        raise DataError(f"{path}: the name of a data file must end in one of {', '.join(SUFFIXES)}.")
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
@@ -53,6 +54,8 @@ def _json_lines(path: Path, text: str) -> list[Mapping[str, Any]]:
                 f"{path}, line {number}: not JSON ({error}). Every line must be one JSON object."
             ) from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: a JSON {type(row).__name__}. Each line must be one JSON object.")
+            raise DataError(
+                f"{path}, line {number}: found a JSON {type(row).__name__}. Each line must be one JSON object."
+            )
         rows.append(row)
     return rows

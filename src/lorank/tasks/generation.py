@@ -1,9 +1,9 @@
-"""Text from a prompt: loss on the target alone, BLEU (Papineni et al. 2002) and ROUGE-L (Lin 2004) of the output.
+"""Text generation from a prompt: loss on the target only, BLEU (Papineni et al. 2002) and ROUGE-L (Lin 2004).
 
-A prompt with several references (E2E has about eight per meaning representation) is one prompt: it is answered once
-and compared with all of them. BLEU is sacrebleu's corpus BLEU with its own tokenisation (13a), case kept; it is not the
-E2E challenge's script, so compare it with other runs here rather than with published figures. ROUGE-L is the F-measure
-of the best reference, averaged over prompts. Both go from 0 to 100.
+A prompt may have several references (E2E has about eight per meaning representation). One text is generated for it and
+compared with all of its references. BLEU is sacrebleu's corpus BLEU with its own tokenisation (13a), case-sensitive. It
+is not the E2E challenge's script, so compare it with other lorank runs, not with published results. ROUGE-L is the
+F-measure of the best reference, averaged over prompts. Both range from 0 to 100.
 """
 
 import logging
@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from lorank.extras import require
-from lorank.tasks.base import ModelKind, Split, Task, batches, judging, mean_loss
+from lorank.tasks.base import ModelKind, Split, Task, batches, evaluating, mean_loss
 from lorank.tasks.collate import IGNORED, Example, padding_tokenizer
 from lorank.tasks.errors import DataError
 from lorank.tasks.settings import GenerationSettings
@@ -35,19 +35,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompted:
-    """A prompt and every text that answers it."""
+    """A prompt and its references."""
 
     prompt: str
     references: tuple[str, ...]
 
 
 class GenerationTask(Task):
-    """An example is prompt + target + end of text, with labels on target and end of text.
+    """Text generation. An example is prompt + target + end of text, with labels on target and end of text.
 
-    Prompt and target are tokenised apart, so that generation starts from exactly the tokens seen in training.
+    Prompt and target are tokenised separately, so that generation starts from exactly the tokens seen in training.
 
     Raises:
-        DataError: a split or column is not there, or the tokenizer has no end-of-text token.
+        DataError: a split or column does not exist, or the tokenizer has no end-of-text token.
     """
 
     model_kind: ModelKind = "causal_lm"
@@ -74,7 +74,8 @@ class GenerationTask(Task):
         """Encoded test examples (see `Task.test`).
 
         Raises:
-            MissingPackageError: what their figures are computed by is not installed; told here, before training.
+            MissingPackageError: sacrebleu or rouge-score is not installed. A run reads `test` before training, so the
+                error comes early.
         """
         _require_metrics()
         return self._encode(self._prompted("test"))
@@ -92,13 +93,13 @@ class GenerationTask(Task):
     def generate(
         self, model: nn.Module, prompts: Sequence[str], *, batch_size: int = 32, progress: bool = True
     ) -> list[str]:
-        """One text per prompt, in the order of the prompts; greedy unless the settings ask for beams."""
+        """Generates one text per prompt, in the order of the prompts; greedy, or by beam search if num_beams > 1."""
         tokenizer, settings = self._tokenizer, self._settings
         encoded = [self._prompt_tokens(prompt)[-settings.max_length :] for prompt in prompts]
-        # batches of similar length waste least on padding
+        # batches of prompts of similar length need the least padding
         order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
         padding = padding_tokenizer(tokenizer, "left")
-        config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers left it without annotations
+        config = GenerationConfig(  # type: ignore[no-untyped-call]  # it has no annotations
             do_sample=False,
             num_beams=settings.num_beams,
             max_new_tokens=settings.max_new_tokens,
@@ -108,7 +109,7 @@ class GenerationTask(Task):
         collate = DataCollatorWithPadding(padding)
         texts = [""] * len(prompts)
         generator: Any = model  # `generate` is not part of nn.Module
-        with judging(model) as device:
+        with evaluating(model) as device:
             for part in batches(order, batch_size, "Generating", progress):
                 batch = collate([_as_input(encoded[index]) for index in part])
                 width = batch["input_ids"].shape[1]
@@ -121,7 +122,7 @@ class GenerationTask(Task):
         return texts
 
     def _prompted(self, split: Split) -> list[Prompted]:
-        """The prompts of a split; the test's are read on first use."""
+        """The prompts of a split. Test prompts are read on first use."""
         if split not in self._prompts:
             settings = self._settings
             self._prompts[split] = draw(read_test(settings, self._load), settings.max_eval, settings.seed)
@@ -145,12 +146,14 @@ class GenerationTask(Task):
             for reference in group.references:
                 target = [*self._tokens(reference), self._tokenizer.eos_token_id]
                 cut += len(prompt) + len(target) > longest
-                # one token of prompt must remain: the first target token is predicted from it
+                # keep at least one token of the prompt: the first target token is predicted from it
                 target = target[: longest - 1]
                 kept = prompt[-(longest - len(target)) :]
                 examples.append({**_as_input(kept + target), "labels": [IGNORED] * len(kept) + target})
         if cut:
-            _log.warning("%d of %d examples are longer than max_length=%d and were cut.", cut, len(examples), longest)
+            _log.warning(
+                "%d of %d examples are longer than max_length=%d and were truncated.", cut, len(examples), longest
+            )
         return examples
 
     def _prompt_tokens(self, prompt: str) -> list[int]:
@@ -162,18 +165,22 @@ class GenerationTask(Task):
 
 
 def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`bleu` and `rouge_l`, both 0 to 100, of one text per item against one or more references per item.
+    """`bleu` and `rouge_l` of generated texts, both 0 to 100.
+
+    Args:
+        texts: one text per prompt.
+        references: one or more references per prompt.
 
     Raises:
         MissingPackageError: sacrebleu or rouge-score is not installed.
     """
     _require_metrics()
-    # slow to import, and needed at the end of a run alone
+    # slow to import, and needed only at the end of a run
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
 
     most = max(len(group) for group in references)
-    # sacrebleu wants one list per reference number; None stands where an item has fewer
+    # sacrebleu expects one list per reference number, with None for a prompt that has fewer references
     columns: Any = [[group[number] if number < len(group) else None for group in references] for number in range(most)]
     bleu = BLEU().corpus_score(list(texts), columns).score
     scorer = RougeScorer(["rougeL"])
@@ -192,7 +199,7 @@ def _as_input(tokens: list[int]) -> dict[str, list[int]]:
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The start token, if the tokenizer puts one before every text (Llama does, GPT-2 does not)."""
+    """The start token, if the tokenizer adds one to every text (Llama does, GPT-2 does not)."""
     bos = tokenizer.bos_token_id
     tokens: list[int] = tokenizer("a")["input_ids"]
     return [bos] if isinstance(bos, int) and tokens[:1] == [bos] else []

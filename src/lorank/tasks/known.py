@@ -1,7 +1,7 @@
-"""What lorank knows about a few data sets by name: where the hub keeps them and what a task should read from them.
+"""Data sets that lorank knows by name: their address on the hub, and default settings for a task.
 
-Nothing here is needed to use another data set; a name that is known only needs fewer lines of configuration. What is
-written here takes the place of a settings class's own defaults, and is in its turn replaced by what the user writes.
+A known name shortens the configuration; any other data set works too. The defaults here replace the defaults of a
+settings class. The user's own settings replace both.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class KnownData:
-    """One data set: its address on the Hugging Face hub and the settings that suit it.
+    """One known data set: its address on the Hugging Face hub and its default settings.
 
     Args:
         hub: name on the hub, `owner/name`.
-        subset: the hub's configuration name, where a data set has several.
-        drop: (column, value): rows with this value are left out, so that hub and folder hold the same task.
+        subset: the configuration name on the hub, if the data set has several.
+        drop: (column, value): rows with this value are dropped, so that hub and folder give the same task.
         defaults: task settings (names as in `lorank.tasks.settings`) that replace the general defaults.
     """
 
@@ -28,12 +28,13 @@ class KnownData:
 
 KNOWN: Mapping[str, KnownData] = {
     "rotten_tomatoes": KnownData(hub="cornell-movie-review-data/rotten_tomatoes"),
-    # 150 intents; the hub's copy mixes the out-of-scope queries in as a 151st class
+    # 150 intents; the hub's copy also has the out-of-scope queries, as a 151st class
     "clinc150": KnownData(
         hub="clinc/clinc_oos", subset="plus", drop=("intent_name", "oos"), defaults={"label": "intent"}
     ),
-    # Trained on four fifths of the challenge's validation split and selected on the rest, no meaning representation
-    # in both: its training split is not always to be had, and results must be comparable wherever the rows come from.
+    # Training uses four fifths of the challenge's validation split, selection the other fifth; no meaning
+    # representation is in both. The challenge's training split is not always available, and results must be comparable
+    # for every source of the rows.
     "e2e_nlg": KnownData(
         hub="tuetschek/e2e_nlg",
         defaults={

@@ -17,11 +17,12 @@ from lorank.tasks.template import render
 
 
 class LanguageModellingTask(Task):
-    """Texts joined by the end-of-text token and cut into blocks; limits count blocks.
+    """Language modelling. Texts are joined by the end-of-text token and cut into blocks; max_train and max_eval count
+    blocks.
 
     Raises:
-        DataError: a split or column is not there, the tokenizer has no end-of-text token, or a split does not fill one
-            block.
+        DataError: a split or column does not exist, the tokenizer has no end-of-text token, or a split does not fill
+            one block.
     """
 
     model_kind: ModelKind = "causal_lm"
@@ -66,7 +67,9 @@ class LanguageModellingTask(Task):
 
 
 def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> list[Example]:
-    """Texts, each ended by the end-of-text token, as one stream cut into blocks of `block_size`; a rest is dropped.
+    """Joins texts, each with an end-of-text token at its end, and cuts them into blocks of `block_size` tokens.
+
+    The last, incomplete block is dropped.
 
     Raises:
         DataError: the tokenizer has no end-of-text token to put between texts.
@@ -76,7 +79,7 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: i
             f"The tokenizer {type(tokenizer).__name__} has no end-of-text token to put between texts. "
             "Use a causal language model's own tokenizer."
         )
-    # `verbose=False`: whole texts may be longer than the model's context, which the blocks will not be
+    # `verbose=False`: no warning for a text longer than the model's context, since blocks are shorter
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     stream = [token for tokens in encoded for token in (*tokens, tokenizer.eos_token_id)]
     starts = range(0, len(stream) - block_size + 1, block_size)

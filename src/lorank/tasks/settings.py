@@ -1,7 +1,7 @@
-"""What a user can choose about a task: which data set, which columns, how much of it, how long a sequence.
+"""Settings of a task: the data set, its columns, the number of examples, the length of a sequence.
 
-Immutable and checked when made: an unknown key or a value out of range raises pydantic's ValidationError, which lists
-everything that is wrong. `lorank.config.settings` reads these from YAML; in Python they are made by keyword.
+Settings are immutable and checked when they are made. An unknown key or a value out of range raises pydantic's
+ValidationError, which lists all errors. `lorank.config.settings` reads them from YAML; in Python, give keywords.
 """
 
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ from lorank.tasks.known import KNOWN
 
 
 class Settings(BaseModel):
-    """Base of every settings class: immutable, unknown keys refused, described by docstrings."""
+    """Base of every settings class: immutable, unknown keys are errors, docstrings become descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -23,29 +23,29 @@ Template = Annotated[str, AfterValidator(template.checked)]
 
 
 class DataSettings(Settings):
-    """Where rows come from and which of them are used; common to all tasks."""
+    """The source of the rows and the rows to use; the same for all tasks."""
 
     data: str = Field(min_length=1)
-    """A name lorank knows (rotten_tomatoes, clinc150, e2e_nlg, python_reference), a folder in LORANK_DATA, a data set
-    on the Hugging Face hub (owner/name), or the path of a file or folder (.jsonl, .csv, .txt, each also with .gz)."""
+    """A known name (rotten_tomatoes, clinc150, e2e_nlg, python_reference), a folder in LORANK_DATA, a data set on the
+    Hugging Face hub (owner/name), or the path of a file or folder (.jsonl, .csv, .txt, each also with .gz)."""
     subset: str | None = None
-    """The configuration of a hub data set that has several."""
+    """The configuration name of a hub data set that has several configurations."""
     train_split: str = "train"
     """The split to train on."""
     validation_split: str | None = "validation"
     """The split for evaluation during training, for scoring ranks and for choosing the best checkpoint."""
     holdout: float | None = Field(default=None, gt=0, lt=1)
-    """Instead of a validation split: this fraction of the training split is held out. Rows with the same prompt
-    (generation) stay on one side."""
+    """Instead of a validation split: the fraction of the training split to hold out. Rows with the same prompt
+    (generation) stay together."""
     test_split: str | None = "test"
-    """The split for the final report and for nothing else; null where there is none."""
+    """The split for the final report only; null: no test split."""
     max_train: int | None = Field(default=None, ge=1)
     """Use at most this many training examples, drawn with `seed`."""
     max_eval: int | None = Field(default=None, ge=1)
     """Use at most this many validation examples, and as many test examples; for generation, this many prompts with all
     their references."""
     seed: int = 0
-    """Decides which rows are held out and drawn, apart from the training seed: seeds can differ on equal data."""
+    """Seed for holding out and drawing rows. It is separate from the training seed, which may differ on equal data."""
 
     @model_validator(mode="before")
     @classmethod
@@ -54,7 +54,7 @@ class DataSettings(Settings):
             return given
         known = KNOWN.get(given["data"]) if isinstance(given.get("data"), str) else None
         defaults = {key: value for key, value in known.defaults.items() if key in cls.model_fields} if known else {}
-        # a validation split and a held-out part exclude each other: naming one replaces the other's default
+        # a validation split and a held-out part exclude each other: setting one removes the other's default
         if given.get("holdout") is not None:
             defaults["validation_split"] = None
         elif given.get("validation_split") is not None:
@@ -65,7 +65,7 @@ class DataSettings(Settings):
     def _one_source_of_validation(self) -> Self:
         if (self.validation_split is None) == (self.holdout is None):
             raise ValueError(
-                f"validation_split is {self.validation_split!r} and holdout is {self.holdout!r}: name either a "
+                f"validation_split is {self.validation_split!r} and holdout is {self.holdout!r}: give either a "
                 "validation split or the fraction of the training split to hold out"
             )
         if self.train_split == self.validation_split:
@@ -76,43 +76,44 @@ class DataSettings(Settings):
 
 
 class ClassificationSettings(DataSettings):
-    """Text in, one of several labels out; reported as accuracy (0 to 1)."""
+    """Text classification: one of several labels per text. Metric: accuracy (0 to 1)."""
 
     name: Literal["classification"] = "classification"
     template: Template = "{text}"
     """The text to classify, with column names in braces."""
     second: Template | None = None
-    """For pairs of sentences: the second text, with column names in braces."""
+    """The second text of a pair of sentences, with column names in braces; null: one text per row."""
     label: str = "label"
     """The column of the label: whole numbers or strings."""
     max_length: int = Field(default=128, ge=2)
-    """Longest input in tokens; what is longer is cut at the end."""
+    """Longest input in tokens; a longer input is cut at its end."""
 
 
 class GenerationSettings(DataSettings):
-    """A prompt in, a text out; loss on the target alone, reported as BLEU and ROUGE-L (0 to 100)."""
+    """Text generation from a prompt; loss on the target only. Metrics: BLEU and ROUGE-L (0 to 100)."""
 
     name: Literal["generation"] = "generation"
     prompt: Template
     """The prompt, with column names in braces."""
     target: Template
-    """The text to be generated, with column names in braces."""
+    """The text to generate, with column names in braces."""
     max_length: int = Field(default=192, ge=4)
-    """Longest prompt and target together in tokens; a prompt that does not fit is cut at its beginning."""
+    """Longest prompt plus target in tokens; a prompt that is too long is cut at its beginning."""
     max_new_tokens: int = Field(default=80, ge=1)
     """Longest text generated, in tokens."""
     num_beams: int = Field(default=1, ge=1)
-    """1 is greedy decoding; more is beam search, as many times slower."""
+    """1: greedy decoding; more: beam search, slower by this factor."""
 
 
 class LanguageModellingSettings(DataSettings):
-    """Plain text in blocks of equal length; reported as loss per token and perplexity."""
+    """Language modelling on plain text, in blocks of equal length. Metrics: loss per token and perplexity."""
 
     name: Literal["language_modelling"] = "language_modelling"
     template: Template = "{text}"
     """The text, with column names in braces."""
     block_size: int = Field(default=256, ge=8)
-    """Tokens per block; texts are joined by the end-of-text token and cut into blocks, a rest is dropped."""
+    """Tokens per block. Texts are joined by the end-of-text token and cut into blocks; the incomplete last block is
+    dropped."""
 
 
 TaskSettings = Annotated[

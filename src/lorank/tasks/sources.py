@@ -1,7 +1,7 @@
-"""Rows of a data set, from wherever it lives: a path, the folder LORANK_DATA, the Hugging Face hub, or Python itself.
+"""Reading the rows of a data set from a path, the folder LORANK_DATA, the Hugging Face hub, or Python itself.
 
-In this order: the built-in `python_reference`; a path that exists; a folder of that name in the folder that the
-environment variable LORANK_DATA names; the hub. Nothing is copied (the hub's client keeps its cache).
+Searched in this order: the built-in `python_reference`; an existing path; a folder of this name inside the folder given
+by the environment variable LORANK_DATA; the hub. lorank copies no data (the hub's client has its own cache).
 """
 
 import os
@@ -23,10 +23,10 @@ def load_rows(data: str, split: str, *, subset: str | None = None) -> list[Row]:
     Args:
         data: a known name, a path, the name of a folder in LORANK_DATA, or a hub name (see `DataSettings.data`).
         split: the split's name; a single file has only the split "train".
-        subset: the configuration of a hub data set that has several.
+        subset: the configuration name of a hub data set that has several configurations.
 
     Raises:
-        DataError: the folder, file, data set or split is not there, is empty or cannot be read.
+        DataError: the folder, file, data set or split does not exist, is empty or cannot be read.
     """
     rows = _load(data, split, subset)
     known = KNOWN.get(data)
@@ -88,17 +88,17 @@ def _from_hub(data: str, split: str, subset: str | None) -> list[Row]:
         try:
             table = datasets.load_dataset(address, subset, split=split)
         except RuntimeError as error:
-            # older data sets are scripts, which `datasets` 4 no longer runs; the hub keeps a converted copy of each
+            # older data sets are scripts, which `datasets` 4 no longer runs; the hub has a converted copy of each
             if "scripts are no longer supported" not in str(error):
                 raise
             table = datasets.load_dataset(address, subset, split=split, revision="refs/convert/parquet")
-    except Exception as error:  # the hub's client raises from four libraries; whatever it was is kept as the cause
+    except Exception as error:  # the hub's client raises errors of four libraries; the error is kept as the cause
         folder = os.environ.get("LORANK_DATA")
-        looked = f"It is not a folder in LORANK_DATA ({folder}) either." if folder else "LORANK_DATA is not set."
+        searched = f"It is not a folder in LORANK_DATA ({folder}) either." if folder else "LORANK_DATA is not set."
         raise DataError(
-            f"Data set {data!r}, split {split!r}: not a path here, and the Hugging Face hub did not give {address!r} "
-            f"({type(error).__name__}: {_first_line(error)}). {looked} Check the name and the connection, "
-            "or give the path of a file or folder."
+            f"Data set {data!r}, split {split!r}: there is no such path, and loading {address!r} from the Hugging Face "
+            f"hub failed ({type(error).__name__}: {_first_line(error)}). {searched} Check the name and the "
+            "connection, or give the path of a file or folder."
         ) from error
     names = {
         column: feature.names for column, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)
@@ -107,7 +107,7 @@ def _from_hub(data: str, split: str, subset: str | None) -> list[Row]:
 
 
 def _with_label_names(row: Mapping[str, Any], names: Mapping[str, list[str]]) -> Row:
-    """Add `<column>_name` for every column of class numbers; unlabelled rows carry −1 and get no name."""
+    """Adds `<column>_name` for every column of class numbers. A row without a label has −1 and gets no name."""
     added = {f"{column}_name": words[row[column]] for column, words in names.items() if (row[column] or 0) >= 0}
     return {**row, **added}
 
@@ -117,9 +117,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _python_reference(split: str) -> list[Row]:
-    """Python's own reference manual, which every installation carries: one row per topic, columns topic and text.
+    """Python's reference manual, part of every Python installation: one row per topic, columns topic and text.
 
-    Its wording differs a little between Python versions. Of every ten topics in alphabetical order the ninth is for
+    Its text differs a little between Python versions. Of every ten topics in alphabetical order, the ninth is for
     validation and the tenth for the test.
     """
     from pydoc_data.topics import topics

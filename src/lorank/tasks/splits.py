@@ -1,8 +1,8 @@
-"""Which examples are used for what: seeded draws and seeded held-out parts, the same on every machine.
+"""Splitting examples: seeded draws and seeded held-out parts, the same on every machine.
 
-Not `Dataset.shuffle` and `train_test_split` of datasets: they draw another order, so that the figures in docs/
-would no longer belong to their recipes; they do not keep the references of a prompt on one side; and a run on files
-would need the package.
+Why not `Dataset.shuffle` and `train_test_split` of datasets: they draw another order, so the numbers in docs/ would no
+longer match their recipes; they do not keep the references of a prompt together; and a run on files would need the
+package.
 """
 
 import math
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 def draw(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
-    """At most `limit` items in a seeded random order.
+    """Draws at most `limit` items in a seeded random order.
 
-    Shuffled even without a limit: files are often sorted by label, and the first 32 examples of the validation part
-    are what ranks are scored on.
+    Items are shuffled even without a limit: files are often sorted by label, and ranks are scored on the first 32
+    examples of the validation part.
     """
     order = list(range(len(items)))
     random.Random(seed).shuffle(order)
@@ -30,13 +30,13 @@ def draw(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
 def hold_out(
     items: Sequence[T], fraction: float, seed: int, *, key: Callable[[T], Hashable] | None = None
 ) -> tuple[list[T], list[T]]:
-    """Split into (kept, held out), both in their given order; items with the same key stay together.
+    """Splits items into (kept, held out), both in their given order. Items with the same key stay together.
 
     Args:
-        items: what to split.
-        fraction: part of the keys to hold out, between 0 and 1; at least one key, and at least one is kept.
-        seed: decides which.
-        key: by default every item is its own.
+        items: the items to split.
+        fraction: fraction of the keys to hold out, between 0 and 1; at least one key is held out and one is kept.
+        seed: decides which keys are held out.
+        key: the key of an item; by default every item has its own key.
 
     Raises:
         DataError: there are fewer than two keys.
@@ -46,7 +46,7 @@ def hold_out(
     if len(distinct) < 2:
         raise DataError(
             f"holdout: {fraction} of {len(distinct)} distinct example(s) cannot be held out. "
-            "Give more data, or a validation split of its own."
+            "Give more data, or a separate validation split."
         )
     count = min(max(1, math.ceil(fraction * len(distinct))), len(distinct) - 1)
     held = set(draw(distinct, count, seed))
@@ -57,11 +57,11 @@ def hold_out(
 def read_parts(
     settings: DataSettings, read: Callable[[str], Sequence[T]], *, key: Callable[[T], Hashable] | None = None
 ) -> tuple[Sequence[T], Sequence[T]]:
-    """(for training, for validation): two splits, or one of which a part is held out.
+    """(training part, validation part): two splits, or one split with a held-out part.
 
     Args:
-        settings: which splits, and how much to hold out.
-        read: everything in the split of that name.
+        settings: name the splits and the fraction to hold out.
+        read: returns everything in the split of this name.
         key: see `hold_out`.
     """
     everything = read(settings.train_split)
@@ -78,5 +78,5 @@ def read_test(settings: DataSettings, read: Callable[[str], Sequence[T]]) -> Seq
         DataError: the settings name no test split.
     """
     if settings.test_split is None:
-        raise DataError(f"Data set {settings.data!r} was given without a test split: set test_split to its name.")
+        raise DataError(f"Data set {settings.data!r}: no test split is configured. Set test_split to its name.")
     return read(settings.test_split)

@@ -1,10 +1,12 @@
-"""A progress bar for scoring. It is shown on a terminal only, and removed when scoring is done."""
+"""A progress bar for scoring, on a terminal only. The bar disappears when scoring ends."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from tqdm import tqdm  # a dependency of transformers
 
 Report = Callable[[int, int], None]
 """Called with (evaluations done, evaluations in total)."""
@@ -15,9 +17,9 @@ def scoring_progress(label: str, shown: bool | Report | None = None) -> Iterator
     """Yields a function to call with (evaluations done, evaluations in total), or None if nothing is shown.
 
     Args:
-        label: the text beside the bar.
-        shown: whether to show a bar; None: only if standard error is a terminal; a function: it is yielded, and no bar
-            is shown.
+        label: the text before the bar.
+        shown: True: show a bar; False: show nothing; None: show a bar if standard error is a terminal; a function: call
+            this function and show no bar.
     """
     if callable(shown):
         yield shown
@@ -25,10 +27,10 @@ def scoring_progress(label: str, shown: bool | Report | None = None) -> Iterator
     if not (sys.stderr.isatty() if shown is None else shown):
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    with tqdm(desc=label, leave=False, file=sys.stderr) as bar:
 
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report

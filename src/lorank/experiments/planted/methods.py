@@ -1,7 +1,8 @@
-"""The methods that the planted study compares: each one entry, with what may be tuned.
+"""The methods of the planted study: one entry per method, with its settings to tune.
 
-All of them get as many settings to choose from (``GRID``): two learning rates, or two values of one knob of its own.
-Which two, and what else is set here, comes from a wider search on problems that are not reported (docs/planted.md).
+Every method has the same number of settings to choose from (``GRID``): two learning rates, or two values of one knob,
+a setting of the method itself. These two values and the other settings here come from a wider search on problems that
+are not reported (docs/planted.md).
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ class Method:
 
     Args:
         title: its name in tables.
-        ranks: the ranks that its student begins with.
-        allocator: the allocator, for a problem and a value of the knob.
+        ranks: the initial ranks of its student.
+        allocator: makes the allocator for a problem and a value of the knob.
         lrs: learning rates to try.
-        knob: the name of its own setting to try, if it has one.
-        knobs: values of it.
-        where: the scenarios that it is for.
+        knob: the name of the method's own setting to tune; None: it has none.
+        knobs: values of the knob to try.
+        where: the scenarios in which the method can be used.
     """
 
     title: str
@@ -43,12 +44,12 @@ class Method:
 
     @property
     def grid(self) -> list[tuple[float, Any]]:
-        """All (learning rate, knob) to try."""
+        """All pairs (learning rate, knob) to try."""
         return [(lr, knob) for lr in self.lrs for knob in self.knobs]
 
 
 def uniform(problem: Problem, total: int | None = None) -> Ranks:
-    """``total`` ranks (the budget) dealt evenly; the remainder to modules drawn from the problem's seed."""
+    """``total`` ranks (default: the budget), evenly distributed; the remainder goes to modules drawn by the seed."""
     names = list(problem.true)
     each, rest = divmod(problem.budget if total is None else total, len(names))
     draw = torch.Generator().manual_seed(problem.seed + 7)
@@ -57,7 +58,7 @@ def uniform(problem: Problem, total: int | None = None) -> Ranks:
 
 
 def generous(problem: Problem) -> Ranks:
-    """The highest rank that may be planted, in every place: where methods that prune down to the budget begin."""
+    """The highest rank that may be planted, in every place: the initial ranks of methods that prune to the budget."""
     most = problem.scenario.most
     return {name: most * max(1, len(problem.true_heads.get(name, ()))) for name in problem.true}
 
@@ -68,7 +69,7 @@ def oracle(problem: Problem) -> Ranks:
 
 
 def random(problem: Problem) -> Ranks:
-    """The budget, rank by rank to a module drawn evenly."""
+    """The budget at random: each rank goes to a module drawn with equal probability."""
     names = list(problem.true)
     draw = torch.Generator().manual_seed(problem.seed + 11)
     owners = torch.randint(0, len(names), (problem.budget,), generator=draw)
@@ -124,12 +125,12 @@ METHODS: Mapping[str, Method] = {
             heads="auto" if p.scenario.where == "heads" else "module",
             min_rank=0,
             alpha_lr=alpha_lr,
-            tau_start=1.0,  # the loss reaches farther than one rank, so that a module which fell early can come back
+            tau_start=1.0,  # the loss has a gradient beyond one rank, so a module that lost ranks early can regain them
             tau_end=0.2,
             resize_every=5,
             hold=2,
             reach=0.4,
-            settle=0.5,  # as with ALoRA and SoRA, and nearly as AdaLoRA, ranks are final in the middle of the run
+            settle=0.5,  # ranks are final in the middle of the run, as in ALoRA and SoRA, and nearly as in AdaLoRA
             budget=_budget(p),
         ),
         (1e-2,),

@@ -1,4 +1,4 @@
-"""How planted updates are drawn: which modules or heads, which ranks, which directions (see `problem.py`)."""
+"""Drawing planted updates: their modules or heads, ranks and directions (see `problem.py`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def tiny_blocks(count: int) -> PreTrainedModel:
-    """The packaged tiny Llama's first blocks, with its final norm and embeddings; frozen, in evaluation mode."""
+    """The first blocks of the packaged tiny Llama, with its final norm and embeddings; frozen, in evaluation mode."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve("tiny"), dtype=torch.float32)
     inner = model.base_model
     inner.layers = cast(nn.ModuleList, inner.layers)[:count]
@@ -32,7 +32,7 @@ def tiny_blocks(count: int) -> PreTrainedModel:
 
 
 def targets(model: PreTrainedModel, where: Literal["modules", "heads"]) -> tuple[list[str], dict[str, HeadGroups]]:
-    """The modules that are adapted, in the model's order, and the heads of those that have some (for ``heads``)."""
+    """The adapted modules, in the model's order, and for ``heads`` the attention heads of each module."""
     chosen = "all-linear" if where == "modules" else list(ATTENTION)
     layers = find_layers(make_peft_model(copy.deepcopy(model), r=1, target_modules=chosen))
     return list(layers), head_groups(layers) if where == "heads" else {}
@@ -40,7 +40,7 @@ def targets(model: PreTrainedModel, where: Literal["modules", "heads"]) -> tuple
 
 @lru_cache
 def _tokens_of(split: str) -> Tensor:
-    """One split of the manual, (tokens,)."""
+    """One split of Python's reference manual, (tokens,)."""
     tokenizer = load_tokenizer(ModelSettings(name="tiny"))
     text = "\n".join(str(row["text"]) for row in load_rows("python_reference", split))
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
@@ -49,10 +49,10 @@ def _tokens_of(split: str) -> Tensor:
 def draw_tokens(
     parts: Mapping[str, str], counts: Mapping[str, int], block: int, draw: torch.Generator
 ) -> dict[str, Tensor]:
-    """Blocks of Python's reference manual, (samples, block) per part.
+    """Draws blocks of Python's reference manual, (samples, block) per part.
 
     Args:
-        parts: per part, the split that it is drawn from. Parts of one split share no block.
+        parts: per part, the split to draw from. Parts of the same split share no block.
         counts: samples per part.
         block: tokens per sample.
         draw: the generator.
@@ -70,13 +70,13 @@ def draw_tokens(
 
 @dataclass(frozen=True)
 class Place:
-    """Where one update may be planted: a module, or one head of it.
+    """A place for one update: a module, or one head of a module.
 
     Attributes:
         module: the module's name.
-        rows: the outputs that it writes, a head's or all.
-        columns: the inputs that it reads, a head's or all.
-        head: which head; None: the whole module.
+        rows: the outputs of the update: a head's outputs, or all.
+        columns: the inputs of the update: a head's inputs, or all.
+        head: the number of the head; None: the whole module.
     """
 
     module: str
@@ -88,10 +88,11 @@ class Place:
 def draw_places(
     names: Sequence[str], heads: Mapping[str, HeadGroups], planted: float, draw: torch.Generator
 ) -> list[tuple[list[Place], int]]:
-    """Candidates in random order, and how many of them are to get an update, for every group of candidates.
+    """For every group of candidates: the candidates in random order, and how many of them get an update.
 
-    Whole modules are one group, of which the part ``planted`` is taken. With heads, every module is a group of its own;
-    how many of its heads are taken is drawn evenly from none to twice that part, so that modules differ.
+    Without heads, all modules form one group, and the fraction ``planted`` of them gets an update. With heads, every
+    module is a group. The number of its heads with an update is drawn uniformly from zero to twice that fraction, so
+    that modules differ.
     """
     if not heads:
         order = torch.randperm(len(names), generator=draw).tolist()
@@ -109,7 +110,7 @@ def draw_places(
 
 
 def moments(model: PreTrainedModel, names: Sequence[str], tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Per module, over all tokens: C = E[x xᵀ], (d_in, d_in) float64, and the output's root mean square length."""
+    """Per module, over all tokens: C = E[x xᵀ], (d_in, d_in) float64, and the root mean square norm of the output."""
     covariance: dict[str, Tensor] = {}
     length: dict[str, float] = {}
 
@@ -129,13 +130,13 @@ def moments(model: PreTrainedModel, names: Sequence[str], tokens: Tensor) -> tup
 
 
 def draw_update(shape: tuple[int, ...], place: Place, rank: int, basis: Tensor | None, draw: torch.Generator) -> Tensor:
-    """U G Vᵀ in its place, (d_out, d_in) float64; U and G random with orthonormal columns and rows.
+    """Draws an update U G Vᵀ, (d_out, d_in) float64; U and G are random, with orthonormal columns and rows.
 
     Args:
         shape: (d_out, d_in).
-        place: the rows and columns that it may use; the rest is zero.
-        rank: r, at most the rows and at most k.
-        basis: V, (columns, k), what the update may answer to; None: all inputs alike (the identity).
+        place: the rows and columns of the update; everything else is zero.
+        rank: r, at most the number of rows and at most k.
+        basis: V, (columns, k), the input directions of the update; None: all inputs equally (the identity).
         draw: the generator.
     """
     update = torch.zeros(shape, dtype=torch.float64)
@@ -148,11 +149,11 @@ def draw_update(shape: tuple[int, ...], place: Place, rank: int, basis: Tensor |
 
 
 def whitened(covariance: Tensor, most: int) -> Tensor:
-    """Q Λ^(−1/2) of the main components of inputs, (columns, k): along each, the inputs have mean square 1.
+    """Q Λ^(−1/2) of the main components of the inputs, (columns, k). Along each one, the inputs have mean square 1.
 
     Args:
         covariance: (columns, columns).
-        most: k; less where there are fewer columns.
+        most: k; with fewer columns, k is their number.
     """
     values, vectors = torch.linalg.eigh(covariance)  # ascending
     k = min(most, len(values))
@@ -160,14 +161,22 @@ def whitened(covariance: Tensor, most: int) -> Tensor:
 
 
 def root(covariance: Tensor) -> Tensor:
-    """C^(1/2), symmetric: (d_in, d_in)."""
+    """C^(1/2), the symmetric square root, (d_in, d_in)."""
     values, vectors = torch.linalg.eigh(covariance)
     made: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     return made
 
 
 def scale_for(wanted: float, guess: float, measure: Callable[[float], float], steps: int = 4) -> float:
-    """The c with measure(c) = wanted, for a measure that grows about like c²; found by repeated proportion."""
+    """Finds c with measure(c) = wanted, for a measure that grows about as c². Each step multiplies c by the square root
+    of wanted / measure(c).
+
+    Args:
+        wanted: the target value, > 0.
+        guess: the first c, > 0.
+        measure: the measure.
+        steps: number of steps.
+    """
     c = guess
     for _ in range(steps):
         c *= math.sqrt(wanted / measure(c))

@@ -1,24 +1,25 @@
-"""A problem whose right ranks are known: a frozen model, and the same model with low-rank updates planted in it.
+"""A problem with known true ranks: a frozen model, and the same model with planted low-rank updates.
 
-    teacher:  W* = W + ΔW*,   rank(ΔW*_m) = r*_m, known, different for every module, 0 for about half of them
+    teacher:  W* = W + ΔW*,   rank(ΔW*_m) = r*_m, known, different for every module, 0 for about half of the modules
     student:  W + s·B A,      Σ r_m = Σ r*_m, trained on the teacher's logits
 
     loss = E‖logits(student) − logits(teacher)‖² / E‖logits(model) − logits(teacher)‖²
 
-over tokens of real text: 1 for a student that has learnt nothing, 0 for one that has learnt everything. Mean squared
-error rather than a divergence, because the output embedding E is frozen and shared: ‖E (h − h*)‖² = ‖(h − h*) F‖² with
-F Fᵀ = EᵀE, so that the last hidden states h, a twentieth of the numbers, give it exactly.
+over tokens of real text: 1 for a student that has learnt nothing, 0 for a student that has learnt everything. The loss
+is a mean squared error, not a divergence, because the output embedding E is frozen and shared:
+‖E (h − h*)‖² = ‖(h − h*) F‖² with F Fᵀ = EᵀE. So the last hidden states h, a twentieth of the numbers, give the loss
+exactly.
 
-How the updates are drawn, with ``sized="weight"`` (the default): ΔW* = c · U V, U (d_out × r*) and V (r* × d_in) with
-random orthonormal columns and rows, c such that ‖ΔW*‖ = relative · ‖W‖ · √(r*/most). Every planted rank changes its own
-W as much, as fine-tuning might, but not the logits: one of them may be worth many times another, and an allocation can
-be better than the true one.
+``sized="weight"`` (the default) draws ΔW* = c · U V. U (d_out × r*) and V (r* × d_in) have random orthonormal columns
+and rows, and c gives ‖ΔW*‖ = relative · ‖W‖ · √(r*/most). Every planted rank changes its own W by the same amount, as
+fine-tuning might. The changes of the logits differ: one rank may be worth many times another, and an allocation can be
+better than the true one.
 
-With ``sized="effect"`` every planted rank is worth the same, so that the true ranks are also the best: a harder
-problem. ΔW* = c · U G Λ^(−1/2) Qᵀ, where Q Λ Qᵀ are the k main components of the module's inputs and G (r* × k)
-has random orthonormal rows: every rank answers to the inputs as strongly as the others. c is such that an update alone
-changes the logits by E‖change‖² = effect² · r* · E‖logits‖². That takes updates of different sizes relative to W
-(`Problem.relative_norms`); where it would take one larger than W, the place is passed over and another one is drawn.
+``sized="effect"`` makes every planted rank worth the same, so that the true ranks are also the best ranks. This is a
+harder problem. It draws ΔW* = c · U G Λ^(−1/2) Qᵀ, where Q Λ Qᵀ are the k main components of the module's inputs and G
+(r* × k) has random orthonormal rows: all ranks respond to the inputs equally strongly. c is chosen so that the update
+alone changes the logits by E‖change‖² = effect² · r* · E‖logits‖². So updates have different sizes relative to W
+(`Problem.relative_norms`). If an update would be larger than W, its place is skipped and another place is drawn.
 """
 
 from __future__ import annotations
@@ -47,32 +48,32 @@ from lorank.experiments.planted.planting import (
 )
 
 PARTS = {"train": "train", "validation": "validation", "selection": "validation", "test": "test"}
-"""The parts of a problem's text, and the split of the manual that each is drawn from. Validation, which ranks are
-scored on, and selection, by which learning rates are chosen, share no block."""
+"""The parts of a problem's text, and the split of the manual for each part. The validation part (for scoring ranks) and
+the selection part (for choosing learning rates) share no block."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is planted, and how students learn.
+    """Settings of a problem: the planted updates, and the training of students.
 
     Args:
-        where: ``"modules"``: in whole modules, all linear maps being adapted; ``"heads"``: in attention heads (rows of
-            q, k, v, columns of o), the four attention projections being adapted.
-        layers: how many of the tiny Llama's six blocks are used.
-        planted: the part of the modules, or of each module's heads, that get an update.
-        most: the highest rank that is planted; ranks are drawn evenly from 1 to it.
-        sized: what is the same for all planted ranks: how much they change their own W (``"weight"``), or how much they
-            change the logits (``"effect"``).
-        relative: for ``"weight"``: ‖ΔW*‖/‖W‖ of an update of rank ``most`` (a head's of its own rows or columns).
-        effect: for ``"effect"``: how much one planted rank changes the logits, relative to their size (root mean
-            square).
-        largest: for ``"effect"``: the most that an update may be of W's size (Frobenius norms, a head's of its own
-            rows or columns).
-        directions: for ``"effect"``: k, the main components of a module's inputs that planted ranks may answer to.
+        where: ``"modules"``: updates in whole modules, all linear maps are adapted; ``"heads"``: updates in attention
+            heads (rows of q, k, v, columns of o), the four attention projections are adapted.
+        layers: number of the tiny Llama's six blocks that are used.
+        planted: the fraction of the modules, or of each module's heads, with an update.
+        most: the highest planted rank; ranks are drawn uniformly from 1 to ``most``.
+        sized: what is equal for all planted ranks: the change of their own W (``"weight"``) or of the logits
+            (``"effect"``).
+        relative: for ``"weight"``: ‖ΔW*‖/‖W‖ of an update of rank ``most`` (for a head: of its own rows or columns).
+        effect: for ``"effect"``: the change of the logits by one planted rank, relative to the size of the logits (root
+            mean square).
+        largest: for ``"effect"``: the largest ‖ΔW*‖/‖W‖ of an update (Frobenius norms; for a head: of its own rows or
+            columns).
+        directions: for ``"effect"``: k, the number of main components of a module's inputs that planted ranks use.
         block: tokens per sample.
-        train: samples that students are trained on.
-        held_out: samples of the selection part, and of the test part.
-        scored: samples that ranks are scored on.
+        train: number of training samples.
+        held_out: number of samples in the selection part, and in the test part.
+        scored: number of samples for scoring ranks.
         steps: optimiser steps of every student.
         batch: samples per step.
         scaling: s of every student.
@@ -107,11 +108,11 @@ class Problem:
 
     Attributes:
         scenario: its settings.
-        seed: what it was drawn from.
+        seed: its seed.
         base: the frozen model without updates.
-        updates: ΔW*, (d_out, d_in) per module that has one.
-        true: r* of every adapted module, in the model's order. The rank of ΔW*: for heads the sum over them.
-        true_heads: the rank of each head, (H,) per module; empty where whole modules are planted.
+        updates: ΔW*, (d_out, d_in), of every module with an update.
+        true: r* of every adapted module, the rank of ΔW*, in the model's order. For heads: the sum over the heads.
+        true_heads: the rank of each head, (H,) per module; empty if updates are planted in whole modules.
         roots: per module of ``updates``, C^(1/2): (d_in, d_in) with C = E[x xᵀ] of its inputs in the base model.
         readout: F, (d, d).
         size: E‖logits(model) − logits(teacher)‖², per token, on training text.
@@ -133,7 +134,7 @@ class Problem:
 
     @property
     def budget(self) -> int:
-        """Σ r*: what every student has."""
+        """Σ r*, the budget of every student."""
         return sum(self.true.values())
 
     @property
@@ -143,7 +144,7 @@ class Problem:
         return {name: float(update.norm() / weights[name].norm()) for name, update in self.updates.items()}
 
     def to(self, device: torch.device | str) -> Problem:
-        """The same problem, with what training reads on ``device``; what is only measured with stays where it is."""
+        """The same problem with the tensors for training on ``device``. Tensors used only by metrics do not move."""
         if torch.device(device) == self.readout.device:
             return self
         return replace(
@@ -155,21 +156,26 @@ class Problem:
         )
 
     def batch(self, part: str) -> dict[str, Tensor]:
-        """All samples of a part, as :meth:`loss` takes them."""
+        """All samples of a part, as a batch for :meth:`loss`."""
         return {"input_ids": self.tokens[part], "hidden": self.hidden[part]}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The loss above, a scalar. ``model``: the base or a ``PeftModel`` around a copy of it."""
+        """The loss defined at the top of this file, a scalar.
+
+        Args:
+            model: the base model, or a ``PeftModel`` around a copy of it.
+            batch: ``input_ids`` (n, T) and the teacher's ``hidden`` states (n, T, d).
+        """
         difference = last_hidden(model, batch["input_ids"]) - batch["hidden"]  # (n, T, d)
         loss: Tensor = (difference @ self.readout).square().sum(-1).mean() / self.size
         return loss
 
 
 def last_hidden(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The hidden states that the output embedding takes, (n, T, d)."""
+    """The hidden states before the output embedding, (n, T, d)."""
     inner: Any = model
     if hasattr(model, "get_base_model"):
-        inner = inner.get_base_model()  # out of the PeftModel; its LoRA layers stay in place
+        inner = inner.get_base_model()  # without the PeftModel's wrapper; the LoRA layers stay in the model
     state: Tensor = inner.base_model(tokens, use_cache=False).last_hidden_state
     return state
 
@@ -177,7 +183,7 @@ def last_hidden(model: nn.Module, tokens: Tensor) -> Tensor:
 @lru_cache(maxsize=2)
 @torch.no_grad()
 def make_problem(scenario: Scenario, seed: int) -> Problem:
-    """Draws the problem of a seed: the text, where updates are planted, and what they are. Deterministic."""
+    """Draws the problem of a seed: its text, and the places and values of its updates. Deterministic."""
     draw = torch.Generator().manual_seed(seed)
     base = tiny_blocks(scenario.layers)
     teacher = copy.deepcopy(base)

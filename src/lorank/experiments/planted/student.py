@@ -1,4 +1,4 @@
-"""One student: a LoRA with the ranks that a method begins with, trained on the teacher's logits."""
+"""One student: a LoRA adapter with a method's initial ranks, trained on the teacher's logits."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from lorank.training import attach
 WARMUP = 0.06
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.99)
-"""Of AdamW, for every student. With β₂ = 0.999 the first steps of a rank that comes later are up to 6.5 times the
-learning rate, since its second moment begins at 0 when the optimiser's step count is high; with 0.99 about twice."""
+"""AdamW's betas for every student. With β₂ = 0.999, the first steps of a rank added later are up to 6.5 times the
+learning rate, because its second moment starts at 0 while the optimiser's step count is high; with 0.99, about twice.
+"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a student came to.
+    """The result of a student.
 
     Args:
-        test: its loss on the test part, 1 for the untrained model.
-        selection: its loss on the selection part, for choosing settings.
-        ranks: found, per module.
-        overlap: the part of the true ranks that have a place (:func:`rank_overlap`).
-        energy: per module with a planted update, the part of it that was found (:func:`energy_found`).
-        parameters: trained at the most, and at the end.
-        seconds: of training, scoring included.
+        test: loss on the test part; 1 for the untrained model.
+        selection: loss on the selection part, for choosing settings.
+        ranks: the final rank of each module.
+        overlap: the fraction of the true ranks that the final ranks cover (:func:`rank_overlap`).
+        energy: per module with a planted update, the fraction of the update that was found (:func:`energy_found`).
+        parameters: trained parameters: (the largest number during the run, the number at the end).
+        seconds: training time, including scoring.
         scoring: seconds spent on allocation.
     """
 
@@ -57,18 +58,18 @@ def train_student(
     device: str = "cpu",
     tick: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Trains one student, deterministic given its arguments.
+    """Trains one student. The result is determined by the arguments.
 
-    AdamW (β₂ = 0.99) without weight decay, learning rate rising over the first 6 % of the steps and falling linearly
-    to 0, gradient norm clipped at 1.
+    AdamW (β₂ = 0.99) without weight decay. The learning rate rises over the first 6 % of the steps and then falls
+    linearly to 0. The gradient norm is clipped at 1.
 
     Args:
-        problem: what to learn; its seed also draws the order of the samples and the student's first A.
-        ranks: per module, at the beginning. Modules at 0 are left in, empty.
-        allocator: what moves them.
+        problem: the problem; its seed also draws the order of the samples and the student's initial A.
+        ranks: the initial rank of each module. A module at rank 0 stays in the model.
+        allocator: the method that moves the ranks.
         lr: peak learning rate.
-        device: where the student is trained.
-        tick: called with the steps done.
+        device: the device for training.
+        tick: called with the number of steps done.
     """
     problem = problem.to(device)
     scenario, seed = problem.scenario, problem.seed
@@ -97,13 +98,13 @@ def train_student(
     )
     most = trained_parameters(layers)
     order = torch.Generator().manual_seed(seed + 1_000_003)
-    waiting: list[int] = []
+    remaining: list[int] = []
     began = time.perf_counter()
     model.train()
     for step in range(scenario.steps):
-        if len(waiting) < scenario.batch:
-            waiting = torch.randperm(scenario.train, generator=order).tolist()
-        rows, waiting = waiting[: scenario.batch], waiting[scenario.batch :]
+        if len(remaining) < scenario.batch:
+            remaining = torch.randperm(scenario.train, generator=order).tolist()
+        rows, remaining = remaining[: scenario.batch], remaining[scenario.batch :]
         problem.loss(model, {k: v[rows] for k, v in problem.batch("train").items()}).backward()  # type: ignore[no-untyped-call]  # torch
         torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], MAX_GRAD_NORM)
         optimizer.step()
@@ -133,12 +134,12 @@ def train_student(
 
 
 def lr_factor(step: int, steps: int) -> float:
-    """Part of the peak learning rate in the step after ``step`` steps: a linear warm-up, then linearly to 0."""
+    """The learning rate after ``step`` steps, as a fraction of its peak: a linear warm-up, then linearly to 0."""
     return min((step + 1) / max(1.0, WARMUP * steps), (steps - step) / (steps * (1 - WARMUP)), 1.0)
 
 
 def trained_parameters(layers: AdapterLayers) -> int:
-    """Numbers in A and B that are trained: for a LoRA per head, those inside the heads' blocks."""
+    """Number of trained parameters in A and B. For LoRA per head: only the parameters inside the heads' blocks."""
     return sum(layer.rank * layer.rank_parameters for layer in layers.values())
 
 

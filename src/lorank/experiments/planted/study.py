@@ -1,7 +1,7 @@
-"""The study: every method tuned on seeds of its own, then run on the seeds that are reported. Restartable.
+"""The planted study: every method is tuned on tuning seeds, then run on the reported seeds. It can be resumed.
 
-Each finished run is one line of runs.jsonl, appended when it ends; a call does what is missing. A line counts as long
-as the scenario and the method's settings are what they were: its fingerprint says so.
+Each finished run is one line of runs.jsonl, appended when the run ends. A call runs only what is missing. A line is
+valid while the scenario and the method's settings are unchanged; its fingerprint identifies them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Trial:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that decides its outcome, the code left out."""
+        """A hash of everything that decides the result, except the code."""
         problem = make_problem(self.scenario, self.seed)
         method = METHODS[self.method]
         described = [asdict(self), method.allocator(problem, self.knob).describe(), dict(method.ranks(problem))]
@@ -49,19 +49,19 @@ class Trial:
 
     @property
     def settings(self) -> tuple[float, Any]:
-        """What is tuned."""
+        """The settings that are tuned: (learning rate, knob)."""
         return self.lr, self.knob
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method's figures on the seeds that are reported.
+    """The results of one method on the reported seeds.
 
     Attributes:
         method: its key in ``METHODS``.
-        lr: the learning rate that was chosen.
-        knob: the value of its own knob that was chosen, or None.
-        tuning: selection loss of every setting that was tried, mean over the tuning seeds.
+        lr: the chosen learning rate.
+        knob: the chosen value of the method's knob; None: it has no knob.
+        tuning: selection loss of every setting tried, mean over the tuning seeds.
         runs: per seed, the line of runs.jsonl.
     """
 
@@ -73,7 +73,7 @@ class Row:
 
 
 def run_trial(trial: Trial, device: str = "cpu") -> dict[str, Any]:
-    """Trains one student; a line for runs.jsonl. A loss that is not a number is written as null."""
+    """Trains one student and returns its line for runs.jsonl. A NaN or infinite loss becomes null."""
     torch.set_num_threads(1)
     logging.getLogger("lorank").setLevel(logging.ERROR)
     problem = make_problem(trial.scenario, trial.seed)
@@ -83,7 +83,7 @@ def run_trial(trial: Trial, device: str = "cpu") -> dict[str, Any]:
             problem, method.ranks(problem), method.allocator(problem, trial.knob), lr=trial.lr, device=device
         )
         failure = None
-    except LorankError as error:  # a method that diverged, or switched everything off: a result, not an accident
+    except LorankError as error:  # the method diverged or pruned every rank: a result, so the study goes on
         outcome, failure = None, f"{type(error).__name__}: {error}"
     record = {
         "fingerprint": trial.fingerprint,
@@ -101,8 +101,8 @@ def run_trial(trial: Trial, device: str = "cpu") -> dict[str, Any]:
     for part in ("test", "selection"):
         loss = record.get(part)
         record[part] = loss if loss is not None and math.isfinite(loss) else None
-    read: dict[str, Any] = json.loads(json.dumps(record))  # as it is when it is read again
-    return read
+    line: dict[str, Any] = json.loads(json.dumps(record))  # the same types as a line read from the file
+    return line
 
 
 def run_study(
@@ -116,20 +116,24 @@ def run_study(
     device: str = "cpu",
     report: Callable[[int, int, str], None] | None = None,
 ) -> list[Row]:
-    """Tunes and runs what is not finished, and gives all rows.
+    """Tunes the methods and runs all runs that are not finished.
 
     Args:
-        scenario: what is planted, and how students learn.
+        scenario: the planted updates and the training of students.
         methods: keys of ``METHODS``.
         out: the folder of runs.jsonl.
-        seeds: reported; each draws another teacher, text, order and beginning.
-        tuning_seeds: for choosing each method's settings, none of them reported.
-        jobs: processes.
-        device: where students are trained. It is not part of what makes a run another one: results differ by rounding.
-        report: called with (runs done, runs in all, the one that was finished last).
+        seeds: the reported seeds; each seed draws another teacher, text, order of samples and initial A.
+        tuning_seeds: seeds for choosing each method's settings; they are not reported.
+        jobs: number of processes.
+        device: the device for training. It is not part of the fingerprint: devices differ by rounding only.
+        report: called with (runs done, runs in total, the run that finished last).
+
+    Returns:
+        One row per method, in the given order.
 
     Raises:
-        PlantedError: a seed is in both lists, one of them is empty, or a method is unknown.
+        PlantedError: a seed is in both lists, a list is empty, a method is unknown or not for this scenario, or PyTorch
+            cannot use the device.
     """
     _check(scenario, methods, seeds, tuning_seeds)
     _check_device(device)
@@ -137,7 +141,7 @@ def run_study(
     known = {record["fingerprint"]: record for record in _read(out / RUNS)}
     tuning = [
         Trial(scenario, method, lr, knob, seed)
-        for seed in tuning_seeds  # the same problem in a row: it is made once
+        for seed in tuning_seeds  # runs of one problem follow each other, so the problem is made once
         for method in methods
         for lr, knob in METHODS[method].grid
     ]
@@ -169,13 +173,13 @@ def run_study(
 
 
 class PlantedError(LorankError):
-    """The study cannot be run as asked for."""
+    """The study cannot be run with these arguments."""
 
 
 def _carry_out(
     trials: Sequence[Trial], known: dict[str, dict[str, Any]], file: Path, jobs: int, device: str
 ) -> Iterator[tuple[Trial, dict[str, Any]]]:
-    """Yields every trial with its line, those that are known first; the others are appended to the file."""
+    """Yields every trial with its line: first the finished trials, then the new ones, appended to the file."""
     missing = []
     for trial in trials:
         record = known.get(trial.fingerprint)
@@ -201,7 +205,7 @@ def _carry_out(
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    """All complete lines: one that was cut short by an interruption is left out."""
+    """All complete lines of the file. A last line that an interruption left incomplete is removed."""
     if not file.is_file():
         return []
     text = file.read_text(encoding="utf-8")
@@ -218,7 +222,8 @@ def _loss(record: Mapping[str, Any]) -> float:
 def _check(scenario: Scenario, methods: Sequence[str], seeds: Sequence[int], tuning_seeds: Sequence[int]) -> None:
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods:
-        raise PlantedError(f"no method {', '.join(unknown) or 'given'}: expected some of {', '.join(METHODS)}")
+        problem = f"unknown method {', '.join(unknown)}" if unknown else "no method was given"
+        raise PlantedError(f"{problem}: expected some of {', '.join(METHODS)}")
     both = sorted(set(seeds) & set(tuning_seeds))
     if both or not seeds or not tuning_seeds:
         raise PlantedError(
@@ -226,7 +231,9 @@ def _check(scenario: Scenario, methods: Sequence[str], seeds: Sequence[int], tun
         )
     unfit = [method for method in methods if scenario.where not in METHODS[method].where]
     if unfit:
-        raise PlantedError(f"{', '.join(unfit)}: not for the scenario {scenario.where!r}")
+        raise PlantedError(
+            f"{', '.join(unfit)} cannot be used in the scenario {scenario.where!r}: leave out these methods"
+        )
 
 
 def _check_device(device: str) -> None:
@@ -234,4 +241,4 @@ def _check_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # unknown, or PyTorch was built without it
         reason = str(error).splitlines()[0]
-        raise PlantedError(f"device {device!r}: expected cpu, or one that PyTorch finds here ({reason})") from error
+        raise PlantedError(f"device {device!r}: expected cpu, or a device that PyTorch can use ({reason})") from error

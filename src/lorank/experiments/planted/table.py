@@ -1,4 +1,4 @@
-"""The study's figures: a table for a terminal, table.md, and a picture."""
+"""The results of the planted study: a table for a terminal, table.md, and a picture."""
 
 from __future__ import annotations
 
@@ -29,24 +29,27 @@ HEAD = (
     "ranks",
     "parameters",
     "seconds",
-    "of them scoring",
+    "of which scoring",
     "lr",
 )
 
 
 def closed_by_seed(row: Row, rows: Sequence[Row]) -> dict[int, float] | None:
-    """The share of the gap that a method closed, per seed; None without both yardsticks. A failed run is −∞."""
-    yardsticks = {r.method: r for r in rows if r.method in ("uniform", "oracle")}
-    if len(yardsticks) < 2:
+    """The share of the gap that a method closed, per seed. A failed run is −∞.
+
+    None if the rows do not have both references, uniform and true ranks.
+    """
+    references = {r.method: r for r in rows if r.method in ("uniform", "oracle")}
+    if len(references) < 2:
         return None
     return {
-        seed: gap_closed(_test(run), _test(yardsticks["uniform"].runs[seed]), _test(yardsticks["oracle"].runs[seed]))
+        seed: gap_closed(_test(run), _test(references["uniform"].runs[seed]), _test(references["oracle"].runs[seed]))
         for seed, run in sorted(row.runs.items())
     }
 
 
 def energy(run: Mapping[str, Any]) -> float:
-    """The part of the planted energy that was found, over all modules; every planted rank counts the same."""
+    """The fraction of the planted energy that was found, over all modules. Every planted rank has equal weight."""
     true = {name: rank for name, rank in run["true"].items() if rank}
     found = run.get("energy") or {}
     return float(sum(found.get(name, 0.0) * rank for name, rank in true.items()) / sum(true.values()))
@@ -81,7 +84,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def rich_table(rows: Sequence[Row], scenario: Scenario) -> Table:
-    """For a terminal."""
+    """The table for a terminal."""
     table = Table(title=_title(rows, scenario))
     for number, name in enumerate(HEAD):
         table.add_column(name, justify="left" if not number else "right")
@@ -91,7 +94,7 @@ def rich_table(rows: Sequence[Row], scenario: Scenario) -> Table:
 
 
 def write_results(rows: Sequence[Row], scenario: Scenario, out: Path) -> list[Path]:
-    """Writes table.md, and the picture where there is a gap to show; the files."""
+    """Writes table.md, and the picture if the rows have both references. Returns the files."""
     lines = [
         f"{_title(rows, scenario)}. Means over seeds {', '.join(map(str, sorted(rows[0].runs)))}; ± is the standard "
         "error, the interval a bootstrap's. Learning rates (and one knob, where named) were chosen on other seeds.",
@@ -122,9 +125,9 @@ def write_results(rows: Sequence[Row], scenario: Scenario, out: Path) -> list[Pa
 
 
 def picture(rows: Sequence[Row], path: Path, title: str) -> Path:
-    """A PNG: per method the share of the gap closed (every seed, mean, interval), and where the ranks are."""
+    """Writes a PNG: per method, the share of the gap closed (every seed, mean, interval), overlap and energy found."""
     require("the picture of a study", "matplotlib")
-    # The object interface, not pyplot: no global state, no window system, whatever the user's backend is.
+    # The object interface, not pyplot: it has no global state and needs no window system with any user's backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -149,7 +152,7 @@ def picture(rows: Sequence[Row], path: Path, title: str) -> Path:
     left.set_yticks(range(len(rows)), [METHODS[row.method].title for row in rows], fontsize=9)
     left.invert_yaxis()
     left.set_xlabel("share of the gap closed: 0 uniform ranks, 1 true ranks")
-    right.barh([-9], [0], color="tab:grey", label="true ranks that have a place")
+    right.barh([-9], [0], color="tab:grey", label="true ranks that are covered")
     right.barh([-9], [0], color="tab:orange", label="planted energy found")
     right.set_ylim(len(rows) - 0.5, -0.5)
     right.set_xlim(0, 1)
