@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorank import files
-from lorank.files import WriteError, append_text, remove_leftovers, replacing_folder, write_text
-from lorank.training.history import RankHistory, Record, read_history
+from lorank.files import WriteError, remove_leftovers, replacing_folder, write_text
 
 LIMITED = """
 import resource, signal, sys
@@ -32,10 +31,6 @@ for write in (write_text, append_text):
     else:
         raise AssertionError("nothing was raised")
 """
-
-
-def record(step: int) -> Record:
-    return Record(step, "ALoRA", {"a": 2}, {"a": (4, 4)})
 
 
 def no_space(*_: object) -> None:
@@ -99,24 +94,3 @@ def test_leftovers_of_killed_writers_go_and_nothing_else(tmp_path: Path) -> None
     (tmp_path / ".mine").write_text("mine")
     remove_leftovers(tmp_path)
     assert {found.name for found in tmp_path.iterdir()} == {"mine.part", ".mine"}
-
-
-def test_a_torn_last_line_of_a_history_is_left_out_and_mended(tmp_path: Path) -> None:
-    path = tmp_path / "history.jsonl"
-    append_text(path, f"{record(0).to_json()}\n{record(3).to_json()}\n{record(5).to_json()[:40]}")
-    assert [found.step for found in read_history(path)] == [0, 3]
-    history = RankHistory(path)
-    history.resume(3, record(3))
-    history.append(record(6))
-    assert [found.step for found in read_history(path)] == [0, 3, 6]
-    assert path.read_bytes().count(b"\n") == 3
-
-
-def test_a_history_that_cannot_grow_keeps_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    history = RankHistory(tmp_path / "history.jsonl")
-    history.begin(record(0))
-    monkeypatch.setattr(files.os, "fsync", no_space)
-    with pytest.raises(WriteError, match="there is no space"):
-        history.append(record(3))
-    monkeypatch.undo()
-    assert [found.step for found in read_history(tmp_path / "history.jsonl")] == [0]

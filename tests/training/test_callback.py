@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 import lorank
 from lorank.allocators import AdaLoRA
 from lorank.errors import ResumeError, ValidationBatchError
-from tests.elsewhere import Case, reload
+from lorank.testing import plain_peft
 from tests.models import adapted, tiny_bert, tiny_llama, token_batch
 from tests.training.trainer_run import make_trainer, rows
 
@@ -46,12 +46,8 @@ def test_the_trainer_allocates_and_every_checkpoint_is_a_plain_adapter(tmp_path:
     assert len({tuple(record.ranks.values()) for record in history}) == 6
     assert sorted(logits) == list(range(1, 13))
     tiny_llama().save_pretrained(tmp_path / "base")
-    torch.save(token_batch(seed=5), tmp_path / "batch.pt")
-    cases = [
-        Case(*(str(tmp_path / name) for name in ("base", f"checkpoint-{step}", "batch.pt", f"{step}.pt")))
-        for step in logits
-    ]
-    for (step, expected), out in zip(logits.items(), reload(cases, tmp_path), strict=True):
+    for step, expected in logits.items():
+        out = plain_peft().logits(tmp_path / "base", tmp_path / f"checkpoint-{step}", token_batch(seed=5))
         for found in out.values():
             assert (found - expected).abs().max() <= 1e-6 * expected.abs().max(), step
         folders = [path for path in (tmp_path / f"checkpoint-{step}").iterdir() if path.is_dir()]

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lorank.errors import AdapterError
-from lorank.lora import LayerPlan, find_layers, resize_, save_adapter
-from tests.elsewhere import Case, reload
+from lorank.lora import LayerPlan, find_layers, fold_gates_, resize_, save_adapter
+from lorank.testing import plain_peft
+from tests.lora.forms import gated
 from tests.models import adapted, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
 CASES = {
@@ -27,28 +28,17 @@ CASES = {
 
 
 def test_different_ranks_gates_and_rank_0_reload_exactly_without_lorank(tmp_path: Path) -> None:
-    expected = {kind: save_case(tmp_path / kind, *CASES[kind]) for kind in CASES}
-    cases = []
-    for kind in CASES:
-        base, adapter, batch, out = (str(tmp_path / kind / name) for name in ("base", "adapter", "batch.pt", "out.pt"))
-        cases.append(
-            Case(
-                base,
-                adapter,
-                batch,
-                out,
-                auto="AutoModelForSequenceClassification" if kind == "bert" else "AutoModelForCausalLM",
-            )
-        )
-    reloaded = dict(zip(CASES, reload(cases, tmp_path), strict=True))
-    for kind, logits in expected.items():
-        out, scale = reloaded[kind], logits.abs().max()
+    for kind, (make, lora) in CASES.items():
+        batch, logits = save_case(tmp_path / kind, make, lora)
+        auto = "AutoModelForSequenceClassification" if kind == "bert" else "AutoModelForCausalLM"
+        out = plain_peft().logits(tmp_path / kind / "base", tmp_path / kind / "adapter", batch, auto)
+        scale = logits.abs().max()
         assert (out["logits"] - logits).abs().max() <= 1e-6 * scale, kind
         assert (out["merged"] - logits).abs().max() <= 1e-6 * scale, kind
 
 
-def save_case(folder: Path, make, lora) -> torch.Tensor:
-    """An adapter with ranks 0 to 5 and gates on every other layer, saved with its base model; its logits."""
+def save_case(folder: Path, make, lora) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Saves an adapter with ranks 0 to 5 and gates on every other layer, and its base model; a batch and its logits."""
     base = make()
     base.save_pretrained(folder / "base")
     model = adapted(base, lora_alpha=7, **lora).eval()  # s = 7/4: no alpha stays whole
@@ -63,14 +53,13 @@ def save_case(folder: Path, make, lora) -> torch.Tensor:
         if i % 2:
             layer.gate = torch.linspace(0.2, 1.5, layer.rank)
     batch = {key: value for key, value in token_batch(padded=True).items() if key != "labels"}
-    torch.save(batch, folder / "batch.pt")
     with torch.no_grad():
         expected = model(**batch).logits
     save_adapter(layers, folder / "adapter")
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, expected)  # saving left the live model alone, gates included
     assert layers[names[3]].gate is not None
-    return expected
+    return batch, expected
 
 
 def test_the_config_names_every_module_in_full_and_leaves_out_rank_0(tmp_path: Path) -> None:
@@ -110,8 +99,6 @@ def test_a_full_name_that_is_the_tail_of_another_is_told_apart(tmp_path: Path) -
     assert list(layers) == ["proj", "tower.proj"]
     resize_(layers, {"tower.proj": LayerPlan(())})
     model.save_pretrained(tmp_path)
-    from peft import PeftModel
-
     assert list(find_layers(PeftModel.from_pretrained(Net(), tmp_path))) == ["proj"]
 
 
@@ -168,3 +155,23 @@ def test_an_adapter_of_another_name_lies_in_the_folder_itself_and_can_be_replace
         save_adapter(layers, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 2
     assert not (tmp_path / "out" / "other").exists()
+
+
+def test_what_is_saved_has_the_gates_folded_and_the_live_model_keeps_them(tmp_path: Path) -> None:
+    model, layers, gates = gated()
+    model.eval()
+    with torch.no_grad():
+        logits = model(**token_batch()).logits
+    B = {name: layer.B.detach().clone() for name, layer in layers.items()}
+    model.save_pretrained(tmp_path / "theirs")  # nobody has to call ours
+    save_adapter(layers, tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        plain = PeftModel.from_pretrained(tiny_llama().double(), tmp_path / folder).double().eval()
+        with torch.no_grad():
+            torch.testing.assert_close(plain(**token_batch()).logits, logits, rtol=1e-6, atol=1e-6)
+    assert layers.gates is gates
+    assert all(torch.equal(layer.B, B[name]) for name, layer in layers.items())
+    fold_gates_(layers)
+    assert layers.gates is None
+    with torch.no_grad():
+        torch.testing.assert_close(model(**token_batch()).logits, logits, rtol=1e-10, atol=1e-12)

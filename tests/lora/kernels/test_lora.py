@@ -1,8 +1,7 @@
-"""The fused gated LoRA and DoRA equal the plain formula: values and every gradient, whole tensors, float64."""
+"""The fused gated LoRA equals the plain formula: values and every gradient, whole tensors, float64."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -10,61 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorank.lora.kernels import sparse_matmul
-from lorank.lora.kernels.dora import fused_dora, row_norms
 from lorank.lora.kernels.lora import fused_lora
-from lorank.lora.kernels.sparse_dropout import Dropout, DroppedInput
-from lorank.lora.variants.dora import row_norms as formed_norms
-
-D_IN, D_OUT, RANK, S = 6, 5, 3, 1.7
-
-
-def operands(*shape: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """x (*shape, d_in) and all parameters; W and b are frozen, everything else requires a gradient."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=dtype)
-
-    trained = {
-        "x": draw(*shape, D_IN),
-        "A": draw(RANK, D_IN),
-        "B": draw(D_OUT, RANK),
-        "gate": draw(RANK),
-        "magnitude": draw(D_OUT),
-    }
-    return {name: tensor.requires_grad_() for name, tensor in trained.items()} | {
-        "W": draw(D_OUT, D_IN),
-        "bias": draw(D_OUT),
-    }
-
-
-def dropping(x: Tensor, p: float) -> DroppedInput | None:
-    torch.manual_seed(3)
-    return Dropout()(x, p) if p else None
-
-
-def kept(x: Tensor, dropped: DroppedInput | None) -> Tensor:
-    """x after dropout, in plain autograd."""
-    if dropped is None:
-        return x
-    mask = torch.ones(x.numel(), dtype=x.dtype)
-    mask[dropped.positions] = 0
-    return x * mask.view(x.shape) / dropped.keep
-
-
-def same(actual: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    weights = torch.randn_like(expected)
-    ours = torch.autograd.grad((actual * weights).sum(), inputs)
-    theirs = torch.autograd.grad((expected * weights).sum(), inputs)
-    for our, their in zip(ours, theirs, strict=True):
-        assert our.shape == their.shape
-        torch.testing.assert_close(our, their, rtol=1e-12, atol=1e-12)
-
-
-SHAPES = [(7,), (2, 4), (2, 3, 2)]
-CASES = list(itertools.product(SHAPES, [0.0, 0.4], [False, True]))
+from tests.lora.kernels.operands import CASES, D_IN, D_OUT, RANK, S, dropped_again, dropping, kept, operands, same
 
 
 @pytest.mark.parametrize(("shape", "p", "gated"), CASES)
@@ -80,72 +26,6 @@ def test_lora_equals_the_plain_formula(shape: Any, p: float, gated: bool, fuse_b
     result = F.linear(x, W, o["bias"])
     actual = fused_lora(result, x, A, B, gate, S, W=W if fuse_base else None, dropped=dropped, overwrite=overwrite)
     same(actual, expected, [x, A, B, *([o["gate"]] if gated else [])])
-
-
-@pytest.mark.parametrize(("shape", "p", "gated"), CASES)
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("sparse", [False, True])
-def test_dora_equals_the_plain_formula(
-    shape: Any, p: float, gated: bool, biased: bool, overwrite: bool, sparse: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sparse_matmul, "MAX_SPARSE_P", 0.5 if sparse else 0.0)
-    o = operands(*shape)
-    x, A, B, W, magnitude = o["x"], o["A"], o["B"], o["W"], o["magnitude"]
-    gate = o["gate"] if gated else None
-    bias = o["bias"] if biased else None
-    ones = torch.ones(RANK, dtype=x.dtype)
-    dropped = dropping(x, p)
-    norm = formed_norms(W, A, B, S, ones if gate is None else gate)
-    factor = magnitude / norm
-    x_kept = kept(x, dropped)
-    update = F.linear(x_kept, A) * (1 if gate is None else gate) @ B.T * S
-    expected = F.linear(x, W, bias) + (factor - 1) * F.linear(x_kept, W) + factor * update
-    found = row_norms(W, W.square().sum(1), A, B, S, gate)
-    torch.testing.assert_close(found, norm, rtol=1e-12, atol=1e-12)
-    result = F.linear(x, W, bias)
-    actual = fused_dora(result, x, A, B, gate, S, magnitude, W, bias, found, dropped=dropped, overwrite=overwrite)
-    same(actual, expected, [x, A, B, magnitude, *([o["gate"]] if gated else [])])
-
-
-@pytest.mark.parametrize("p", [0.0, 0.4])
-@pytest.mark.parametrize("dora", [False, True])
-def test_gradcheck(p: float, dora: bool) -> None:
-    o = operands(4)
-    dropped = dropping(o["x"], p)
-    norm = torch.rand(D_OUT, dtype=torch.float64) + 0.5
-
-    def forward(x: Tensor, A: Tensor, B: Tensor, gate: Tensor, magnitude: Tensor) -> Tensor:
-        # What was dropped is drawn once; its values follow x.
-        now = (
-            None
-            if dropped is None
-            else DroppedInput((kept(x, dropped) * dropped.keep).detach(), dropped.positions, 1 - p)
-        )
-        result = F.linear(x, o["W"], o["bias"])
-        if dora:
-            return fused_dora(result, x, A, B, gate, S, magnitude, o["W"], o["bias"], norm, dropped=now)
-        return fused_lora(result, x, A, B, gate, S, W=o["W"], dropped=now) * magnitude
-
-    assert torch.autograd.gradcheck(forward, [o[name] for name in ("x", "A", "B", "gate", "magnitude")])
-
-
-@pytest.mark.parametrize("dora", [False, True])
-def test_an_input_in_any_layout(dora: bool) -> None:
-    """A transposed input and output gradient, as attention makes them."""
-    o = operands(2, 4)
-    x = torch.randn(4, 2, D_IN, dtype=torch.float64).requires_grad_()
-    turned = x.transpose(0, 1)
-    A, B, gate, W, magnitude = (o[name] for name in ("A", "B", "gate", "W", "magnitude"))
-    norm = row_norms(W, W.square().sum(1), A, B, S, gate)
-    result = F.linear(turned, W)
-    if dora:
-        actual = fused_dora(result, turned, A, B, gate, S, magnitude, W, None, norm, overwrite=True)
-    else:
-        actual = fused_lora(result, turned, A, B, gate, S, W=W, overwrite=True)
-    expected = F.linear(turned, W) + F.linear(turned, A) * gate @ B.T * S
-    expected = expected * (magnitude / norm) if dora else expected
-    same(actual.transpose(0, 1), expected.transpose(0, 1), [x, A, B, gate])
 
 
 def test_only_what_is_asked_for_is_computed() -> None:
@@ -212,16 +92,35 @@ def test_writing_over_a_value_that_is_still_needed_is_noticed() -> None:
         fused_lora(base, o["x"], o["A"], o["B"], o["gate"], S, overwrite=True).sum().backward()
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_the_output_may_be_changed_in_place(dora: bool) -> None:
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_gradcheck(p: float) -> None:
+    o = operands(4)
+    dropped = dropping(o["x"], p)
+
+    def forward(x: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:
+        now = None if dropped is None else dropped_again(x, dropped, p)
+        return fused_lora(F.linear(x, o["W"], o["bias"]), x, A, B, gate, S, W=o["W"], dropped=now)
+
+    assert torch.autograd.gradcheck(forward, [o[name] for name in ("x", "A", "B", "gate")])
+
+
+def test_an_input_in_any_layout() -> None:
+    """A transposed input and output gradient, as attention makes them."""
+    o = operands(2, 4)
+    x = torch.randn(4, 2, D_IN, dtype=torch.float64).requires_grad_()
+    turned = x.transpose(0, 1)
+    A, B, gate, W = (o[name] for name in ("A", "B", "gate", "W"))
+    actual = fused_lora(F.linear(turned, W), turned, A, B, gate, S, W=W, overwrite=True)
+    expected = F.linear(turned, W) + F.linear(turned, A) * gate @ B.T * S
+    same(actual.transpose(0, 1), expected.transpose(0, 1), [x, A, B, gate])
+
+
+def test_the_output_may_be_changed_in_place() -> None:
     """Falcon adds a residual in place to what a linear map returned."""
     o = operands(4)
-    x, A, B, W, magnitude = (o[name] for name in ("x", "A", "B", "W", "magnitude"))
-    norm = row_norms(W, W.square().sum(1), A, B, S, None)
+    x, A, B, W = (o[name] for name in ("x", "A", "B", "W"))
 
     def forward() -> Tensor:
-        if dora:
-            return fused_dora(F.linear(x, W), x, A, B, None, S, magnitude, W, None, norm, overwrite=True)
         return fused_lora(F.linear(x, W), x, A, B, None, S, W=W, overwrite=True)
 
     same(forward().add_(x[:, :D_OUT]), forward() + x[:, :D_OUT], [x, A, B])
