@@ -33,7 +33,7 @@ class AblationResult:
 
     Attributes:
         scores: one (r,) float64 tensor on the CPU per layer, higher = keep; empty for a layer of rank 0.
-        baseline: L(M), the loss of the model as it is.
+        baseline: L(M), the loss of the unchanged model.
         evaluations: number of variants of the model that were evaluated, M included (and the base model, if needed).
         engine: what computed the scores: an engine or gradients of the gates. It may differ from the requested engine.
         notice: why the requested engine was not used, or another remark on the scoring; None if there is none.

@@ -1,6 +1,6 @@
 """The variants of a model that ablation compares, and the loss of each.
 
-    M           the model as it is
+    M           the unchanged model
     base        every rank of every module gated off
     M without r one rank of one module gated off
     r alone     every other rank of every module gated off
@@ -105,7 +105,7 @@ def unknown_losses(layers: AdapterLayers, terms: Collection[Term]) -> dict[Term,
 
 
 class Gates:
-    """Sets the gates of all layers to those of a variant.
+    """Sets the gates of all layers to the gates of a variant.
 
     A gate that the model already has (a learned gate) is part of M: a variant multiplies it by zeros and ones.
 
