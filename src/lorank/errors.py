@@ -42,4 +42,4 @@ class ResumeError(LorankError):
 
 
 class DisagreementError(LorankError):
-    """ProcessGroup that train one model together do not have the same ranks, weights, optimiser state or settings."""
+    """Processes that train one model together do not have the same ranks, weights, optimiser state or settings."""
