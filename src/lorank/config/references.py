@@ -118,19 +118,19 @@ class _Measure:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
         self._known: dict[str, tuple[int, int]] = {}
-        self._above: list[str] = []
+        self._chain: list[str] = []
 
     def key(self, name: str) -> tuple[int, int]:
         """(characters and values, length of the chain of keys); ValueError if the key cannot be resolved."""
-        if name in self._above:
-            cycle = [*self._above[self._above.index(name) :], name]
+        if name in self._chain:
+            cycle = [*self._chain[self._chain.index(name) :], name]
             raise ValueError(f"the reference leads back to itself: {' → '.join(cycle)}")
-        if name not in self._known and len(self._above) < MAX_CHAIN:
-            self._above.append(name)
+        if name not in self._known and len(self._chain) < MAX_CHAIN:
+            self._chain.append(name)
             try:
                 size, chain = self._value(self._look_up(name))
             finally:
-                self._above.pop()
+                self._chain.pop()
             self._known[name] = size, chain + 1
         if name not in self._known or self._known[name][1] > MAX_CHAIN:
             raise ValueError(f"the reference leads through more than {MAX_CHAIN} keys")

@@ -226,11 +226,11 @@ def _check_keys(sweep: SweepFile, path: Path) -> None:
         if both:
             raise ConfigError(f"{path}: {both[0]} is in the grid and in the variant {name!r}: give it in only one")
     changed = {*sweep.grid, *itertools.chain(*sweep.variants.values())}
-    taken = [key for key in ("output_dir", "training.seed") if key in changed]
-    if taken:
-        instead = {"output_dir": "output_dir", "training.seed": "seeds"}[taken[0]]
+    reserved = [key for key in ("output_dir", "training.seed") if key in changed]
+    if reserved:
+        instead = {"output_dir": "output_dir", "training.seed": "seeds"}[reserved[0]]
         raise ConfigError(
-            f"{path}: {taken[0]} cannot be set in variants or in the grid: use the sweep's own key {instead}"
+            f"{path}: {reserved[0]} cannot be set in variants or in the grid: use the sweep's own key {instead}"
         )
 
 
