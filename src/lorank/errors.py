@@ -1,7 +1,7 @@
-"""Errors that lorank raises on purpose: their base class, and those of the engine.
+"""Errors that lorank raises on purpose: the base class, and the errors of LoRA layers, scoring and training.
 
-Errors of configuration, data and run folders are beside the code that raises them, and derive from the same base. Each
-message says what was given, what was expected and what to do.
+The errors of configuration, data and run folders are defined beside the code that raises them. They derive from the
+same base class. Each message says what was given, what was expected and what to do.
 """
 
 
@@ -10,23 +10,23 @@ class LorankError(Exception):
 
 
 class AdapterError(LorankError):
-    """The model's LoRA layers cannot be found, or are of a kind that lorank cannot work with."""
+    """The model's LoRA layers cannot be found, or lorank does not support their kind."""
 
 
 class PlanError(LorankError):
-    """A plan asks for ranks that a layer does not have or cannot hold."""
+    """A plan keeps ranks that a layer does not have, or adds more ranks than a layer can hold."""
 
 
 class OptimizerStateError(LorankError):
-    """The optimiser does not hold the adapter's parameters, or its state has a shape that cannot be resized."""
+    """The optimiser does not hold the adapter's parameters, or its state has an unknown shape."""
 
 
 class ValidationBatchError(LorankError):
-    """The batch that ranks are scored on is missing, has no labels, or gives a loss that is not finite."""
+    """The validation batch is missing, has no labels, or gives a NaN or infinite loss."""
 
 
 class NonFiniteError(LorankError):
-    """A gradient or a score holds NaN or infinity."""
+    """A gradient, a weight or a score holds NaN or infinity."""
 
 
 class ScheduleError(LorankError):
@@ -34,12 +34,12 @@ class ScheduleError(LorankError):
 
 
 class BudgetError(LorankError, ValueError):
-    """A budget cannot be read, is out of its range, or does not fit the modules that are to share it."""
+    """A budget cannot be parsed, is out of range, or does not fit the modules that share it."""
 
 
 class ResumeError(LorankError):
-    """A saved state belongs to another method, model or budget, or is incomplete."""
+    """A saved rank state belongs to another method, model or budget, or is incomplete."""
 
 
 class DisagreementError(LorankError):
-    """Processes that train one model together do not have the same ranks, weights, optimiser state or settings."""
+    """The processes of one training run differ in their ranks, weights, optimiser state or settings."""
