@@ -13,7 +13,7 @@ from torch import nn
 import lorank
 from lorank.errors import LorankError
 from lorank.lora import LayersSnapshot, find_layers, head_groups, resize_, split_into_heads_
-from lorank.lora.plan import LayerPlan
+from lorank.lora.resize_plan import LayerPlan
 from tests.models import adapted, tiny_llama, token_batch
 
 

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from lorank.errors import AdapterError, ValidationBatchError
 from lorank.lora import find_layers
 from lorank.scoring import ablation_scores
+from lorank.scoring.ablation_variants import IncompatibleError
 from lorank.scoring.targets import Targets, find_form
-from lorank.scoring.variants import IncompatibleError
 from tests.models import adapted, class_batch, tiny_bert, tiny_llama, token_batch
 
 

@@ -16,9 +16,7 @@ from lorank.allocators import Budget
 from lorank.allocators.reallocation import lowest_ranks
 from lorank.lora import find_layers
 from lorank.scoring import ablation_scores, first_order_scores, screened_scores
-from lorank.scoring.prefix_cache.engine import ExactEngine
-from lorank.scoring.successive_screening import _lower_bounds, _screen
-from lorank.scoring.variants import (
+from lorank.scoring.ablation_variants import (
     TERMS,
     IncompatibleError,
     VariantLosses,
@@ -26,6 +24,8 @@ from lorank.scoring.variants import (
     flatten_variants,
     unknown_losses,
 )
+from lorank.scoring.prefix_cache.engine import ExactEngine
+from lorank.scoring.successive_screening import _lower_bounds, _screen
 from tests.models import adapted, class_batch, tiny_bert, tiny_llama, token_batch
 from tests.scoring.test_preserve_state import state
 from tests.scoring.test_work_sharding import ThreadShare, together

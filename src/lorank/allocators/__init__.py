@@ -1,13 +1,13 @@
 """The methods of rank allocation, one per file, and the parts of a new method: Allocator, RoundAllocator, …"""
 
 from lorank.allocators.adalora import AdaLoRA
-from lorank.allocators.adam import adam_step_, resize_adam_, start_adam
 from lorank.allocators.alora import ALoRA
 from lorank.allocators.alora_dnas import ALoRADNAS
 from lorank.allocators.alora_sensi import ALoRASensi
 from lorank.allocators.ard import ARDLoRA
 from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import Budget, BudgetLike, BudgetSetting, as_budget, resolve_budget, uniform_plan
+from lorank.allocators.gate_adam import adam_step_, resize_adam_, start_adam
 from lorank.allocators.initial_ranks import initial_ranks_
 from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
 from lorank.allocators.registry import Registry, find_allocators

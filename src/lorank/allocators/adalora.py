@@ -29,9 +29,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lorank.allocators.adam import adam_step_, resize_adam_, start_adam
 from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import BudgetSetting
+from lorank.allocators.gate_adam import adam_step_, resize_adam_, start_adam
 from lorank.allocators.orthogonality import add_orthogonality_gradient_
 from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
 from lorank.allocators.resolved_budget import ResolvedBudget

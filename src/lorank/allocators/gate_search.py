@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorank.allocators.adam import adam_step_, resize_adam_, start_adam
+from lorank.allocators.gate_adam import adam_step_, resize_adam_, start_adam
 from lorank.errors import ValidationBatchError
 from lorank.lora import AdapterLayers, LearnedGates
 from lorank.lora.rank_index import reindex_ranks

@@ -12,12 +12,12 @@ from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_state import check_state, unwrap_optimizer
 from lorank.lora.per_head_conversion import merge_heads_, restore_layout_, split_into_heads_
-from lorank.lora.plan import LayerPlan, Plan, plan_for_heads, plan_for_rank
 from lorank.lora.pool import padded
 from lorank.lora.quantised import RepackingPrevention, prevent_repacking
 from lorank.lora.rank_index import rank_origins, reindex_ranks
 from lorank.lora.reserve import reserve_
 from lorank.lora.resize import resize_
+from lorank.lora.resize_plan import LayerPlan, Plan, plan_for_heads, plan_for_rank
 from lorank.lora.snapshot import LayersSnapshot
 
 __all__ = [

@@ -10,8 +10,8 @@ from lorank.errors import AdapterError
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_state import unwrap_optimizer
-from lorank.lora.plan import LayerPlan, plan_for_heads, plan_for_rank
 from lorank.lora.resize import replace_data, resize_, write_patterns
+from lorank.lora.resize_plan import LayerPlan, plan_for_heads, plan_for_rank
 from lorank.lora.variants.per_head import HeadLora, head_ranks_of
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorank.lora.plan import LayerPlan, Plan
+from lorank.lora.resize_plan import LayerPlan, Plan
 
 
 def rank_origins(plan: Plan, ranks: Mapping[str, int]) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lorank.errors import OptimizerStateError, PlanError
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_state import check_state, plan_state_update, unwrap_optimizer
-from lorank.lora.plan import LayerPlan, Plan, check_heads, check_places
 from lorank.lora.rank_index import reindex_ranks
+from lorank.lora.resize_plan import LayerPlan, Plan, check_heads, check_places
 from lorank.lora.variants.gated import register_plain_lora_hooks
 
 

@@ -19,11 +19,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lorank.lora.layer import AdapterLayers
+from lorank.scoring.ablation_variants import TERMS, Progress, Term, Terms, VariantLosses, all_variants
 from lorank.scoring.evaluation import Evaluator
 from lorank.scoring.loss import LossFn, detached_loss, prepare_batch, require_finite, unwrap_model
 from lorank.scoring.microbatch import first_pass
 from lorank.scoring.preserve_state import preserve_state
-from lorank.scoring.variants import TERMS, Progress, Term, Terms, VariantLosses, all_variants
 from lorank.scoring.work_sharding import Share
 
 

@@ -7,11 +7,11 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from lorank.errors import ValidationBatchError
 from lorank.scoring.ablation import AblationResult, ablation_scores
+from lorank.scoring.ablation_variants import Terms
 from lorank.scoring.context import Context, State
 from lorank.scoring.scorer import Choose, Scorer, Scores
 from lorank.scoring.successive_screening import screened_scores
 from lorank.scoring.taylor import first_order_scores
-from lorank.scoring.variants import Terms
 
 AblationMethod: TypeAlias = Literal["first_order", "exact", "screen"]
 

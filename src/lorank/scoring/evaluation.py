@@ -9,10 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lorank.lora.layer import AdapterLayers
-from lorank.scoring.loss import LossFn, base_of, require_finite
-from lorank.scoring.prefix_cache.engine import ExactEngine
-from lorank.scoring.reference import ReferenceEngine
-from lorank.scoring.variants import (
+from lorank.scoring.ablation_variants import (
     Engine,
     Gates,
     IncompatibleError,
@@ -26,6 +23,9 @@ from lorank.scoring.variants import (
     group_variants,
     unknown_losses,
 )
+from lorank.scoring.loss import LossFn, base_of, require_finite
+from lorank.scoring.prefix_cache.engine import ExactEngine
+from lorank.scoring.reference import ReferenceEngine
 from lorank.scoring.work_sharding import Share, exchange, largest_share, own_items, restore_order
 
 logger = logging.getLogger("lorank")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorank.scoring.ablation_variants import IncompatibleError
 from lorank.scoring.loss import IGNORED, base_of
-from lorank.scoring.variants import IncompatibleError
 
 TOKENS_PER_PASS = 2048
 """Tokens in one forward and backward pass: as many as a training step of a small batch, so that memory suffices."""

@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from lorank.lora.layer import AdapterLayers
-from lorank.scoring.loss import LossFn, detached_loss, require_finite
-from lorank.scoring.variants import (
+from lorank.scoring.ablation_variants import (
     Gates,
     Term,
     VariantLosses,
@@ -19,6 +18,7 @@ from lorank.scoring.variants import (
     flatten_variants,
     unknown_losses,
 )
+from lorank.scoring.loss import LossFn, detached_loss, require_finite
 
 
 class ReferenceEngine:
@@ -40,7 +40,7 @@ class ReferenceEngine:
     def losses(
         self, wanted: VariantSelection, backgrounds: Collection[Term], report: Callable[[int], None]
     ) -> VariantLosses:
-        """The losses of the wanted variants, see :class:`~lorank.scoring.variants.Engine`.
+        """The losses of the wanted variants, see :class:`~lorank.scoring.ablation_variants.Engine`.
 
         Raises:
             ValidationBatchError: there is no loss, or it is NaN or infinite.

@@ -20,12 +20,7 @@ from torch import Tensor, nn
 
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.ablation import AblationResult, check_terms, scores_of
-from lorank.scoring.evaluation import EngineName, Evaluator
-from lorank.scoring.loss import LossFn, prepare_batch, unwrap_model
-from lorank.scoring.preserve_state import preserve_state
-from lorank.scoring.scorer import Choose, Rank
-from lorank.scoring.taylor import GatePath, first_order_losses
-from lorank.scoring.variants import (
+from lorank.scoring.ablation_variants import (
     TERMS,
     Progress,
     Term,
@@ -35,6 +30,11 @@ from lorank.scoring.variants import (
     group_variants,
     unknown_losses,
 )
+from lorank.scoring.evaluation import EngineName, Evaluator
+from lorank.scoring.loss import LossFn, prepare_batch, unwrap_model
+from lorank.scoring.preserve_state import preserve_state
+from lorank.scoring.scorer import Choose, Rank
+from lorank.scoring.taylor import GatePath, first_order_losses
 from lorank.scoring.work_sharding import Share
 
 FIRST_FRACTION = 1 / 4

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorank.scoring.ablation_variants import IncompatibleError
 from lorank.scoring.loss import IGNORED, field
-from lorank.scoring.variants import IncompatibleError
 
 Form = Literal["shifted", "unshifted", "pooled"]
 

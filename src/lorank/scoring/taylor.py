@@ -29,6 +29,16 @@ from torch import Tensor, nn
 
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.ablation import AblationResult, check_terms, scores_of
+from lorank.scoring.ablation_variants import (
+    TERMS,
+    Gates,
+    IncompatibleError,
+    Progress,
+    Term,
+    Terms,
+    VariantLosses,
+    layers_with_ranks,
+)
 from lorank.scoring.loss import (
     LossFn,
     base_of,
@@ -51,16 +61,6 @@ from lorank.scoring.microbatch import (
 )
 from lorank.scoring.preserve_state import preserve_state
 from lorank.scoring.targets import Form, Head, Targets, find_form, output_embedding
-from lorank.scoring.variants import (
-    TERMS,
-    Gates,
-    IncompatibleError,
-    Progress,
-    Term,
-    Terms,
-    VariantLosses,
-    layers_with_ranks,
-)
 from lorank.scoring.work_sharding import Share, exchange, own_items
 
 logger = logging.getLogger("lorank")

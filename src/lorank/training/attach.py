@@ -1,4 +1,4 @@
-"""Attaches rank allocation to any training loop that calls ``optimizer.step()`` (:mod:`lorank.training.ranks`)."""
+"""Attaches rank allocation to any training loop that calls ``optimizer.step()`` (:mod:`lorank.training.event_loop`)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 from lorank.allocators import Allocator, TrainingInfo
 from lorank.lora import find_layers
 from lorank.scoring.loss import LossFn
+from lorank.training.event_loop import Ranks
 from lorank.training.history import RankHistory
 from lorank.training.parallel import inner_model
 from lorank.training.parallel.process_group import is_first_process
 from lorank.training.progress import Report
-from lorank.training.ranks import Ranks
 
 
 def attach(

@@ -7,8 +7,8 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from lorank.lora import find_layers
 from lorank.scoring import ablation_scores
+from lorank.scoring.ablation_variants import IncompatibleError
 from lorank.scoring.prefix_cache.block_tracing import trace_blocks
-from lorank.scoring.variants import IncompatibleError
 from tests.models import adapted, class_batch, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
 

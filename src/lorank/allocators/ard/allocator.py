@@ -35,7 +35,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lorank.allocators.adam import adam_step_, start_adam
 from lorank.allocators.ard import controller, diagnostics
 from lorank.allocators.ard.groups import base_ranks, group_caps, group_owners, group_sizes, stored_counts
 from lorank.allocators.ard.masks import (
@@ -50,6 +49,7 @@ from lorank.allocators.ard.masks import (
 from lorank.allocators.ard.rounding import at_least_one, clip_to_budget, plan_for_groups
 from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import BudgetSetting, resolve_budget
+from lorank.allocators.gate_adam import adam_step_, start_adam
 from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.allocators.settings import settings
 from lorank.errors import BudgetError, ScheduleError, ValidationBatchError

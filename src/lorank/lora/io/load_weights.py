@@ -22,9 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from lorank.errors import AdapterError
 from lorank.lora.kernels.per_head import dense_B
 from lorank.lora.layer import AdapterLayer, AdapterLayers
-from lorank.lora.plan import plan_for_heads, plan_for_rank
 from lorank.lora.pool import Pool, padded
 from lorank.lora.resize import resize_
+from lorank.lora.resize_plan import plan_for_heads, plan_for_rank
 from lorank.lora.variants.gated import fold_gate
 from lorank.lora.variants.per_head import HeadLora, head_ranks_of
 

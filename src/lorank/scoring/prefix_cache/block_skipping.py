@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from lorank.scoring.ablation_variants import IncompatibleError
 from lorank.scoring.microbatch import repeat
 from lorank.scoring.prefix_cache.block_tracing import Block, Trace, hidden_state_of
-from lorank.scoring.variants import IncompatibleError
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorank.lora.layer import AdapterLayers
-from lorank.scoring.variants import IncompatibleError
+from lorank.scoring.ablation_variants import IncompatibleError
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lorank.errors import AdapterError
 from lorank.lora.layer import AdapterLayers
+from lorank.scoring.ablation_variants import Gates, IncompatibleError, describe, layers_with_ranks
 from lorank.scoring.loss import base_of, detached_loss, field, forward_arguments, require_finite
 from lorank.scoring.microbatch import count_samples, has_one_row_per_sample, repeat_batch
 from lorank.scoring.prefix_cache.block_tracing import trace_blocks
 from lorank.scoring.prefix_cache.variant_runner import ModelFit, VariantRunner
 from lorank.scoring.targets import Head, Targets, find_form, output_embedding
-from lorank.scoring.variants import Gates, IncompatibleError, describe, layers_with_ranks
 
 # Stacking variants uses a device better if one batch is too small for it. For a CPU 512 tokens are enough: two variants
 # took up to a third longer together than one after the other. A GPU needs more; its figure is an estimate, not a

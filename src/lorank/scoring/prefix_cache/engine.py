@@ -8,8 +8,8 @@
 - A rank without effect (a new rank, with B = 0) needs no forward pass.
 
 The engine assumes nothing about a model beyond the trace of one forward pass. Before it starts, the loss of one ablated
-variant is compared with a plain forward pass. If they differ, :class:`~lorank.scoring.variants.IncompatibleError` is
-raised.
+variant is compared with a plain forward pass. If they differ,
+:class:`~lorank.scoring.ablation_variants.IncompatibleError` is raised.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from typing import Any
 from torch import nn
 
 from lorank.lora.layer import AdapterLayers
-from lorank.scoring.microbatch import count_labels, split
-from lorank.scoring.prefix_cache.compatibility import check_compatibility
-from lorank.scoring.prefix_cache.variant_runner import VariantRunner
-from lorank.scoring.variants import (
+from lorank.scoring.ablation_variants import (
     Gates,
     Term,
     VariantLosses,
@@ -33,6 +30,9 @@ from lorank.scoring.variants import (
     layers_with_ranks,
     unknown_losses,
 )
+from lorank.scoring.microbatch import count_labels, split
+from lorank.scoring.prefix_cache.compatibility import check_compatibility
+from lorank.scoring.prefix_cache.variant_runner import VariantRunner
 
 
 class ExactEngine:

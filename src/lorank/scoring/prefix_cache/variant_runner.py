@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lorank.lora.layer import AdapterLayers
+from lorank.scoring.ablation_variants import Gates, Term
 from lorank.scoring.loss import forward_arguments
 from lorank.scoring.microbatch import count_samples, inputs_without_labels, repeat_batch
 from lorank.scoring.prefix_cache.block_skipping import BlockSkipper, Prefix
 from lorank.scoring.prefix_cache.block_tracing import Trace
 from lorank.scoring.prefix_cache.layer_cache import LayerCache
 from lorank.scoring.targets import Form, Head, Targets
-from lorank.scoring.variants import Gates, Term
 
 
 @dataclass(frozen=True)

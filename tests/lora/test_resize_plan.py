@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lorank.errors import PlanError
 from lorank.lora import LayerPlan, plan_for_heads, plan_for_rank, resize_
-from lorank.lora.plan import check_places
+from lorank.lora.resize_plan import check_places
 from tests.lora.forms import DOWN, Q, in_heads
 from tests.lora.plans import layer_plans
 

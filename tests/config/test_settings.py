@@ -26,7 +26,7 @@ from lorank.config.settings import (
 )
 from lorank.errors import ScheduleError
 
-FILES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
+FILES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
 SWEEPS = [path for path in FILES if "base" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 RECIPES = [path for path in FILES if path not in SWEEPS]
 MINIMAL: dict[str, Any] = {

@@ -31,7 +31,7 @@ def test_the_trainer_allocates_and_every_checkpoint_is_a_plain_adapter(tmp_path:
     trainer = make_trainer(tmp_path, save_steps=1)
     logits = {}
 
-    class Snapshot(lorank.training.callback.TrainerCallback):
+    class Snapshot(lorank.training.trainer_callback.TrainerCallback):
         def on_save(self, args, state, control, model, **kwargs) -> None:
             was_training = model.training
             model.eval()
@@ -111,7 +111,7 @@ def test_best_weights_over_the_budget_are_pruned_with_a_warning(
     callback = lorank.RankCallback(AdaLoRA(t_init=2, t_final=2, delta_t=2))
     trainer.add_callback(callback)
 
-    class StopsEarly(lorank.training.callback.TrainerCallback):
+    class StopsEarly(lorank.training.trainer_callback.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
 

@@ -1,4 +1,4 @@
-"""The callback for transformers' Trainer and TRL's trainers: a thin layer over :mod:`lorank.training.ranks`."""
+"""The callback for transformers' Trainer and TRL's trainers: a thin layer over :mod:`lorank.training.event_loop`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lorank.lora import AdapterLayers, find_layers, prevent_repacking, resize_on
 from lorank.scoring.loss import LossFn
 from lorank.training.checkpoint.integrity import seal
 from lorank.training.checkpoint.rank_state import STATE_KEY
+from lorank.training.event_loop import Ranks
 from lorank.training.history import RankHistory
 from lorank.training.parallel.deepspeed import param_groups_of
 from lorank.training.parallel.process_group import is_first_process
 from lorank.training.progress import Report
-from lorank.training.ranks import Ranks
 
 logger = logging.getLogger("lorank")
 
@@ -55,7 +55,7 @@ class RankCallback(TrainerCallback):
         fused: see :func:`lorank.attach`.
 
     Attributes:
-        ranks: the running :class:`~lorank.training.ranks.Ranks`; None before training begins.
+        ranks: the running :class:`~lorank.training.event_loop.Ranks`; None before training begins.
 
     Raises:
         ValidationBatchError: ``samples`` is less than 1.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorank.allocators.adam import adam_step_, resize_adam_, start_adam
+from lorank.allocators.gate_adam import adam_step_, resize_adam_, start_adam
 
 
 def gradient(seed: int, size: int = 9) -> torch.Tensor:
