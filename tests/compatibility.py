@@ -66,7 +66,8 @@ def _quantised(base: str) -> Callable[[str], Cell]:
     return cell
 
 
-_TOGETHER = f"{TRAINING}/parallel/test_ddp.py::test_two_processes_have_the_same_and_what_one_would_have"
+_TOGETHER = "test_two_processes_have_the_same_and_what_one_would_have"
+_FILES = {"ddp": f"{TRAINING}/parallel/test_ddp.py", "fsdp2": f"{TRAINING}/parallel/test_fsdp.py"}
 _IN_TESTS = {
     "ddp": {"alora", "alora-first-order", "alora-dnas", "adalora", "sora", "ard"},
     "fsdp2": {"alora", "alora-first-order", "adalora"},
@@ -78,7 +79,7 @@ def _processes(wrap: str) -> Callable[[str], Cell]:
     def cell(method: str) -> Cell:
         if method in _IN_TESTS[wrap] or method in _OTHER_NAMES:
             name = _OTHER_NAMES.get(method, method) + (", FSDP2" if wrap == "fsdp2" else "")
-            return Cell("yes", f"{_TOGETHER}[{name}]")
+            return Cell("yes", f"{_FILES[wrap]}::{_TOGETHER}[{name}]")
         return Cell("yes", f"docs/distributed.md: | {wrap} | 2 | {method} |")
 
     return cell
@@ -86,7 +87,7 @@ def _processes(wrap: str) -> Callable[[str], Cell]:
 
 def _zero3(method: str) -> Cell:
     if method == "dora":
-        return Cell("refused", "tests/lora/test_pool.py::test_what_has_no_room_says_so")
+        return Cell("refused", "tests/lora/test_reserve.py::test_layers_that_cannot_reserve_ranks_are_refused")
     refused = {
         "ard-heads": "ranks per head",
         "alora-dnas": "backward passes under ZeRO-3",
@@ -94,7 +95,7 @@ def _zero3(method: str) -> Cell:
     }
     file = f"{TRAINING}/parallel/test_deepspeed.py"
     if method in refused:
-        return Cell("refused", f"{file}::test_what_cannot_be_is_refused[{refused[method]}]")
+        return Cell("refused", f"{file}::test_unsupported_runs_are_refused[{refused[method]}]")
     if method in ("alora", "sora"):
         return Cell("yes", f"{file}::test_ranks_and_losses_are_those_of_one_process[ZeRO-3, {method}]")
     return Cell("yes", f"docs/distributed.md: | zero3 | 2 | {method} |")
