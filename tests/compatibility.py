@@ -43,8 +43,8 @@ TRAINING = "tests/training"
 def _linear(method: str) -> Cell:
     name = "test_with_dora[alora]"
     if method != "dora":
-        name = f"test_a_resumed_run_equals_the_uninterrupted_run[{method}-causal]"
-    return Cell("yes", f"tests/test_conformance.py::{name}")
+        name = f"test_a_resumed_run_equals_the_uninterrupted_run[causal-{method}]"
+    return Cell("yes", f"tests/test_conformance.py::TestMethods::{name}")
 
 
 def _kind(kind: str) -> Callable[[str], Cell]:

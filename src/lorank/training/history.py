@@ -281,7 +281,7 @@ def _check_mapping(value: Any) -> None:
 
 def _require(condition: bool, expected: str, value: Any) -> None:
     if not condition:
-        shown = repr(value) if isinstance(value, str | float | bool | None) else type(value).__name__
+        shown = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
         raise ValueError(f"expected {expected}, got {shown[:80]}")
 
 
