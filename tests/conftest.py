@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -10,13 +11,23 @@ from lorank.lora.kernels import onednn as onednn_kernels
 
 # The same examples in every run: a change that breaks nothing must not fail by the draw. Other examples, as many as
 # wanted: pytest --hypothesis-profile=default
-settings.register_profile("fixed", derandomize=True)
+settings.register_profile("fixed", derandomize=True, deadline=None)  # a crowded machine must not fail a test
 settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)  # tiny models: threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """The command line changes the logger's handlers, level and propagation; the next test starts without that."""
+    logger = logging.getLogger("lorank")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    level, logger.propagate, logger.handlers = before
+    logger.setLevel(level)
 
 
 @pytest.fixture
