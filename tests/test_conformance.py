@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from lorank.testing import AllocatorConformance, Loop, TinyModel
 from tests.methods import METHODS, STEPS, Method
 from tests.models import class_batch, digit_batch, tiny_bert, tiny_vit
 
+TRAINER = "test_the_trainer_trains_saves_and_resumes_exactly"
 OWN = AllocatorConformance.models
 MODELS = {
     **OWN,
@@ -30,8 +32,23 @@ class TestMethods(AllocatorConformance):
         self.method = method
         self.lora = method.lora
 
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        """A Trainer takes seconds: every method with the first model, two of them with the others, below."""
+        if metafunc.function.__name__ == TRAINER:
+            metafunc.parametrize("model", [MODELS["causal"]], ids=["causal"])
+        else:
+            super().pytest_generate_tests(metafunc)
+
     def make(self, budget: Any = None) -> lorank.Allocator:
         return self.method.make(budget)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "vision"])
+@pytest.mark.parametrize("name", ["alora", "ard-heads"])
+def test_the_trainer_with_other_models(name: str, kind: str, tmp_path: Path) -> None:
+    case = TestMethods()
+    case.method, case.lora = METHODS[name], METHODS[name].lora
+    getattr(case, TRAINER)(MODELS[kind], tmp_path)
 
 
 def test_ranks_per_head_refuse_dora_with_the_remedy() -> None:
