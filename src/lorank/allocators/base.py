@@ -19,6 +19,7 @@ from torch import Tensor
 from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.lora import AdapterLayers, HeadGroups, Plan
 from lorank.scoring.context import Context, State, TrainingInfo
+from lorank.scoring.scorer import ScoringNeeds
 
 __all__ = ["Allocation", "Allocator", "Context", "State", "TrainingInfo"]
 
@@ -40,28 +41,8 @@ class Allocation:
     active: Mapping[str, int] = field(default_factory=dict)
 
 
-class Allocator(ABC):
+class Allocator(ScoringNeeds, ABC):
     """Base class of all methods. Subclasses are frozen dataclasses whose fields are the method's settings."""
-
-    @property
-    def needs_validation_batch(self) -> bool:
-        """Whether ranks are scored on a batch of held-out data. If so, the user must give one."""
-        return False
-
-    @property
-    def validation_samples(self) -> int:
-        """The number of rows to take for this batch, if the user gives rows. The ALoRA paper takes 32."""
-        return 32
-
-    @property
-    def sees_gradients(self) -> bool:
-        """Whether :meth:`before_step` reads or changes the gradients of A and B. Gradients of gates always exist."""
-        return False
-
-    @property
-    def own_backward(self) -> bool:
-        """Whether the method runs backward passes of its own, in addition to the training loop's."""
-        return False
 
     moves_ranks: ClassVar[bool] = True
     """False for a baseline that never allocates ranks. Then a run without an allocation is expected."""

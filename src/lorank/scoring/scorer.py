@@ -37,8 +37,8 @@ class Scores:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Scorer(ABC):
-    """Base of all scorers. Subclasses are frozen dataclasses whose fields are the scorer's settings."""
+class ScoringNeeds:
+    """What a scorer, or a method of allocation, needs of the training run."""
 
     @property
     def needs_validation_batch(self) -> bool:
@@ -52,13 +52,17 @@ class Scorer(ABC):
 
     @property
     def sees_gradients(self) -> bool:
-        """Whether :meth:`before_step` reads the gradients of A and B."""
+        """Whether ``before_step`` reads or changes the gradients of A and B. Gradients of gates always exist."""
         return False
 
     @property
     def own_backward(self) -> bool:
-        """Whether the scorer runs backward passes of its own, in addition to the training loop's."""
+        """Whether it runs backward passes of its own, in addition to the training loop's."""
         return False
+
+
+class Scorer(ScoringNeeds, ABC):
+    """Base of all scorers. Subclasses are frozen dataclasses whose fields are the scorer's settings."""
 
     def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
         """Sets gates if the scorer needs them, and returns the initial state.

@@ -101,7 +101,7 @@ def with_other_random_state(hook: str, first: Any) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(states["PyTorch"])
-        np.random.set_state(states["NumPy"])  # noqa: NPY002
+        np.random.set_state(states["NumPy"])  # noqa: NPY002  # the global state is the point
         random.setstate(states["Python"])
 
 
