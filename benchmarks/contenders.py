@@ -200,7 +200,7 @@ class Maker:
             for name, layer in layers.items()
         }
         patterns = {f"^{name}$": rank for name, rank in r0.items()}
-        return self.attached(lorank.ARDLoRA(), fresh=True, rank_pattern=patterns)
+        return self.attached(lorank.ARDLoRA(alpha_lr=5e-5), fresh=True, rank_pattern=patterns)
 
 
 def _parameters_per_rank(layer: AdapterLayer, groups: HeadGroups | None) -> int:
@@ -219,7 +219,7 @@ def contenders(base: Base, dropout: float) -> dict[str, Contender]:
         "PEFT DoRA": Contender(make.peft(use_dora=True), make.batch),
         "PEFT AdaLoRA": make.peft_adalora(),
         "static": make.attached(lorank.StaticLoRA()),
-        "ALoRA": make.attached(lorank.ALoRA()),
+        "ALoRA": make.attached(lorank.ALoRA(unit="epochs")),
         "ARD-LoRA": make.ard(),
         "AdaLoRA": make.attached(lorank.AdaLoRA(t_init=0, t_final=1, delta_t=10)),
         "SoRA": make.attached(lorank.SoRA()),

@@ -134,7 +134,7 @@ def bookkeeping_table(sizes: Sequence[Size], turns: int, device: torch.device) -
     """Milliseconds of each method's hooks in one step."""
     names = {
         "static": lambda make: make.attached(lorank.StaticLoRA()),
-        "ALoRA": lambda make: make.attached(lorank.ALoRA()),
+        "ALoRA": lambda make: make.attached(lorank.ALoRA(unit="epochs")),
         "ARD-LoRA": lambda make: make.ard(),
         "AdaLoRA": lambda make: make.attached(lorank.AdaLoRA(t_init=0, t_final=1, delta_t=LONG)),
         "SoRA": lambda make: make.attached(lorank.SoRA()),

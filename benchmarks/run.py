@@ -110,7 +110,7 @@ def runs(make: Maker, steps: int) -> dict[str, Contender]:
         "PEFT LoRA": Contender(make.peft(fresh=True), make.batch),
         "PEFT AdaLoRA": Contender(model, make.batch, model.base_model.update_and_allocate),
         "ALoRA, exact": attached(lorank.ALoRA(scores="exact"), make.rank),
-        "ALoRA": attached(lorank.ALoRA(), make.rank),
+        "ALoRA": attached(lorank.ALoRA(unit="epochs"), make.rank),
         "AdaLoRA": attached(lorank.AdaLoRA(delta_t=every, budget=make.rank), more),
     }
 

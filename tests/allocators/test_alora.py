@@ -10,26 +10,43 @@ from lorank.errors import ScheduleError
 from lorank.lora import find_layers
 from lorank.scoring import ablation_scores, first_order_scores
 from lorank.training import attach
+from tests.allocators.runs import adamw
 from tests.models import adapted, tiny_llama, token_batch
 
 
 class TestSchedule:
-    def test_the_papers_defaults(self) -> None:
+    @pytest.mark.parametrize("per_epoch", [None, 10, 1000, 5000])
+    def test_by_default_eight_rounds_come_in_the_first_half_of_a_run_of_any_length(self, per_epoch) -> None:
+        run = TrainingInfo(total_steps=1000, steps_per_epoch=per_epoch)
+        assert ALoRA().schedule(run) == [100, 157, 214, 271, 328, 385, 442, 499]
+        assert ALoRA().schedule(TrainingInfo(20, per_epoch)) == [2, 3, 4, 5, 6, 7, 8, 9]
+        assert ALoRA().schedule(TrainingInfo(3, per_epoch)) == [1, 2]
+
+    def test_fractions_of_the_run(self) -> None:
+        assert ALoRA(k1=0.25, k2=0.125, rounds=3).schedule(TrainingInfo(total_steps=400)) == [100, 150, 200]
+
+    @pytest.mark.parametrize("name", ["k1", "k2"])
+    def test_an_epoch_given_as_a_fraction_is_refused(self, name: str) -> None:
+        with pytest.raises(ScheduleError, match=rf"ALoRA\({name}=1\): expected a fraction of the run.*unit='epochs'"):
+            ALoRA(**{name: 1})
+        assert ALoRA(**{name: 1}, unit="epochs").schedule(TrainingInfo(1000, steps_per_epoch=100))
+
+    def test_the_papers_epochs(self) -> None:
         """K1 = 1 epoch, K2 = 0.25 epoch, at most 8 rounds."""
-        schedule = ALoRA().schedule(TrainingInfo(total_steps=1000, steps_per_epoch=100))
+        schedule = ALoRA(unit="epochs").schedule(TrainingInfo(total_steps=1000, steps_per_epoch=100))
         assert schedule == [100, 125, 150, 175, 200, 225, 250, 275]
 
     def test_rounds_at_or_after_the_last_step_are_left_out(self) -> None:
-        assert ALoRA().schedule(TrainingInfo(total_steps=175, steps_per_epoch=100)) == [100, 125, 150]
+        assert ALoRA(unit="epochs").schedule(TrainingInfo(total_steps=175, steps_per_epoch=100)) == [100, 125, 150]
 
     def test_without_epochs_the_run_counts_as_ten(self) -> None:
-        assert ALoRA(rounds=2).schedule(TrainingInfo(total_steps=1000)) == [100, 125]
+        assert ALoRA(rounds=2, unit="epochs").schedule(TrainingInfo(total_steps=1000)) == [100, 125]
 
     def test_steps(self) -> None:
         assert ALoRA(k1=7, k2=3, rounds=3, unit="steps").schedule(TrainingInfo(total_steps=100)) == [7, 10, 13]
 
     def test_an_epoch_shorter_than_four_steps_allocates_at_most_once_a_step(self) -> None:
-        assert ALoRA(rounds=3).schedule(TrainingInfo(total_steps=100, steps_per_epoch=2)) == [2, 3, 4]
+        assert ALoRA(rounds=3, unit="epochs").schedule(TrainingInfo(total_steps=100, steps_per_epoch=2)) == [2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +56,7 @@ class TestSchedule:
         ({"k2": -1.0}, r"ALoRA\(k2=-1\.0\): expected a number above 0"),
         ({"rounds": 0}, r"ALoRA\(rounds=0\): expected at least 1\. For plain LoRA use StaticLoRA"),
         ({"per_round": 0}, r"per_round=0\): expected a whole number of at least 1, or None"),
-        ({"unit": "hours"}, r"unit='hours'\): expected one of epochs, steps"),
+        ({"unit": "hours"}, r"unit='hours'\): expected one of run, epochs, steps"),
         ({"terms": "neither"}, "expected one of both, without, alone"),
         ({"engine": "magic"}, "expected one of exact, reference"),
         ({"scores": "guess"}, r"scores='guess'\): expected one of first_order, exact, screen"),
@@ -54,8 +71,25 @@ def test_settings_out_of_range(settings, message: str) -> None:
 def test_pruning_everything_is_refused_before_training() -> None:
     layers = find_layers(adapted(tiny_llama(), r=1))
     with pytest.raises(ScheduleError, match=r"would prune n_A = 14 ranks .* have 14 in all"):
-        ALoRA().start(layers, TrainingInfo(total_steps=10))
+        ALoRA(per_round=14).start(layers, TrainingInfo(total_steps=10))
     assert ALoRA(per_round=13).start(layers, TrainingInfo(total_steps=10)) == {}
+
+
+@pytest.mark.parametrize(
+    ("rank", "budget", "pruned"),
+    [(8, None, 14), (2, None, 4), (1, None, 2), (1, "112 ranks", 14), (8, "28 ranks", 4), (8, "3 ranks", 1)],
+)
+def test_a_round_prunes_an_eighth_of_the_ranks(rank: int, budget: str | None, pruned: int) -> None:
+    """At the paper's rank of 8, one per module: 14 modules here."""
+    model = adapted(tiny_llama(), r=rank)
+    ranks = attach(
+        model, adamw(model), ALoRA(budget=budget), validation_batch=token_batch(), total_steps=10, progress=False
+    )
+    before = dict(ranks.layers.ranks)
+    model(**token_batch()).loss.backward()
+    ranks.optimizer.step()
+    (record,) = ranks.history.allocations
+    assert sum(max(0, before[name] - rank) for name, rank in record.ranks.items()) == pruned
 
 
 @pytest.mark.parametrize(("scores", "score"), [("exact", ablation_scores), ("first_order", first_order_scores)])

@@ -47,7 +47,7 @@ def test_scores_are_those_of_gates_that_stay_at_one() -> None:
 
 
 def test_its_schedule_and_its_errors_are_aloras() -> None:
-    settings, run = {"k1": 0.5, "k2": 0.1, "rounds": 4}, TrainingInfo(1000, steps_per_epoch=100)
+    settings, run = {"k1": 0.5, "k2": 0.1, "rounds": 4, "unit": "epochs"}, TrainingInfo(1000, steps_per_epoch=100)
     assert ALoRASensi(**settings).schedule(run) == ALoRA(**settings).schedule(run)
     with pytest.raises(ScheduleError, match=r"ALoRASensi\(rounds=0\)"):
         ALoRASensi(rounds=0)
@@ -56,7 +56,7 @@ def test_its_schedule_and_its_errors_are_aloras() -> None:
     with pytest.raises(ScheduleError, match=r"beta2=1\.0"):
         ALoRASensi(beta2=1.0)
     with pytest.raises(ScheduleError, match="ALoRASensi would prune n_A = 14"):
-        ALoRASensi().start(find_layers(adapted(tiny_llama(), r=1)), run)
+        ALoRASensi(per_round=14).start(find_layers(adapted(tiny_llama(), r=1)), run)
 
 
 def test_ranks_move_without_a_validation_batch_and_the_memory_is_freed() -> None:

@@ -207,8 +207,8 @@ def test_a_wrong_budget_in_a_configuration_is_listed_with_its_key() -> None:
 class TestALoRAUnderABudget:
     def test_the_start_counts_the_budgets_ranks(self) -> None:
         with pytest.raises(ScheduleError, match=r"n_A = 14 ranks .* have 10 in all"):
-            ALoRA(budget="10 ranks").start(layers_of(r=4), TrainingInfo(total_steps=10))
-        assert ALoRA(budget="20 ranks").start(layers_of(r=1), TrainingInfo(total_steps=10)) == {}
+            ALoRA(budget="10 ranks", per_round=14).start(layers_of(r=4), TrainingInfo(total_steps=10))
+        assert ALoRA(budget="20 ranks", per_round=14).start(layers_of(r=1), TrainingInfo(total_steps=10)) == {}
 
     @settings(deadline=None, max_examples=40)
     @given(st.data())

@@ -73,8 +73,8 @@ def test_allocators_have_the_defaults_of_their_own_dataclass(name: str) -> None:
 
 
 def test_settings_reach_the_allocator(file: Path) -> None:
-    allocator = load_config(file, ["allocator.rounds=3", "allocator.terms=without", "allocator.k1=2"]).allocator.build()
-    assert allocator == METHODS["alora"](rounds=3, terms="without", k1=2.0)
+    config = load_config(file, ["allocator.rounds=3", "allocator.terms=without", "allocator.k1=0.2"])
+    assert config.allocator.build() == METHODS["alora"](rounds=3, terms="without", k1=0.2)
 
 
 def test_overrides_are_yaml_and_the_last_one_wins(file: Path) -> None:
@@ -203,10 +203,10 @@ def test_the_schema_names_every_key_and_describes_it() -> None:
 def test_the_schema_has_the_bounds_of_every_setting_of_a_method() -> None:
     definitions = json_schema()["$defs"]
     alora, ard = (definitions[f"{name}Settings"]["properties"] for name in ("ALoRA", "ARDLoRA"))
-    assert alora["k1"]["exclusiveMinimum"] == 0
+    assert alora["k1"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0}
     assert alora["rounds"]["minimum"] == 1
     assert alora["per_round"]["anyOf"][0] == {"type": "integer", "minimum": 1}
-    assert alora["unit"]["enum"] == ["epochs", "steps"]
+    assert alora["unit"]["enum"] == ["run", "epochs", "steps"]
     assert (ard["epsilon"]["exclusiveMinimum"], ard["epsilon"]["exclusiveMaximum"]) == (0, 0.5)
     assert (ard["reach"]["exclusiveMinimum"], ard["reach"]["maximum"]) == (0, 1)
     assert definitions["Budget"]["properties"]["percent"]["anyOf"][0]["maximum"] == 100

@@ -105,4 +105,6 @@ class TestErrors:
     def test_a_budget_that_one_round_would_use_up(self) -> None:
         model = adapted(tiny_llama(), r=1)
         with pytest.raises(ScheduleError, match="would prune n_A = 14"):
-            lorank.attach(model, adamw(model), lorank.ALoRA(), validation_batch=token_batch(), total_steps=10)
+            lorank.attach(
+                model, adamw(model), lorank.ALoRA(per_round=14), validation_batch=token_batch(), total_steps=10
+            )

@@ -15,7 +15,10 @@ in every module), or with a given budget, distributed as evenly as possible.
 
 The paper does not specify the following.
 
-- n_A counts ranks over all adapted modules.
+- n_A counts ranks over all adapted modules. By default it is an eighth of them, which at the paper's rank of 8 is the
+  paper's one per module.
+- By default, K1 and K2 are fractions of the run, because most fine-tuning takes one to three epochs. The paper's epochs
+  are selected with ``unit="epochs"``.
 - A module may fall to rank 0. It then has no score. It counts as neither pruned nor important and receives no ranks,
   unless ``retry_empty`` is set.
 - Exact ties are broken by module order, then rank order.
@@ -27,7 +30,8 @@ The paper does not specify the following.
   A later round can use the part of the budget that a round leaves unused.
 - A module that needs at least one rank (DoRA) keeps its last rank, and the next lowest rank is pruned instead.
 - A new rank has A as at first initialisation, B = 0 and optimiser moments at zero.
-- If the length of an epoch is unknown, the run counts as ten epochs, the longest training in the paper.
+- With ``unit="epochs"``, if the length of an epoch is unknown, the run counts as ten epochs, the longest training in
+  the paper.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ from lorank.scoring import AblationScorer, Scorer
 
 @settings(raises=ScheduleError)
 class ALoRA(RoundAllocator):
-    """ALoRA, with the paper's settings as defaults.
+    """ALoRA, with the paper's settings as defaults, except for the durations.
 
     Args:
         k1, k2, rounds, unit, per_round, retry_empty, budget: settings of the rounds, see

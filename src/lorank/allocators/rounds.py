@@ -22,6 +22,9 @@ from lorank.errors import ScheduleError
 from lorank.lora import AdapterLayers, Plan
 from lorank.scoring import Scorer
 
+PRUNED_PER_ROUND = 1 / 8
+"""The fraction of all ranks that a round prunes: at the paper's rank of 8, one per module."""
+
 
 def _not_zero(rounds: object) -> object:
     if rounds == 0:
@@ -34,12 +37,16 @@ class RoundAllocator(Allocator):
     """Base class of the methods with rounds. A subclass adds its own settings and its scorer.
 
     Args:
-        k1: K1, how long to train before the first round: 1 epoch. > 0.
-        k2: K2, how long to train between rounds: 0.25 epoch. > 0.
+        k1: K1, how long to train before the first round; None: 10 % of the run, or 1 epoch (the paper) where ``unit``
+            is ``"epochs"``. > 0, and below 1 as a fraction of the run.
+        k2: K2, how long to train between rounds; None: 5.7 % of the run, so that eight rounds end in its middle, or
+            0.25 epoch (the paper) where ``unit`` is ``"epochs"``. > 0, and below 1 as a fraction of the run.
         rounds: N_A, the highest number of rounds: 8. ≥ 1. A round at the run's last step or later is left out, because
             new ranks need training.
-        unit: what ``k1`` and ``k2`` count, ``"epochs"`` or optimiser ``"steps"``.
-        per_round: n_A, ranks pruned and given in each round, over all modules; None: as many as there are modules.
+        unit: what ``k1`` and ``k2`` count: ``"run"``, the fraction of the run (0.1 is a tenth of it), ``"epochs"`` or
+            optimiser ``"steps"``.
+        per_round: n_A, ranks pruned and given in each round, over all modules; None: an eighth of the ranks of the
+            adapter or the budget, at least 1. At the paper's rank of 8 that is one per module, as in the paper. ≥ 1.
         retry_empty: whether a module at rank 0 may receive ranks again. It then counts as a module that lost none, less
             important than all modules with a score.
         budget: the adapter's budget at any time, see :class:`~lorank.allocators.budget.Budget`; None: the number of
@@ -50,13 +57,21 @@ class RoundAllocator(Allocator):
         BudgetError: the budget cannot be parsed; or, at the start of a run, it does not fit the modules.
     """
 
-    k1: Annotated[float, Field(gt=0)] = 1.0
-    k2: Annotated[float, Field(gt=0)] = 0.25
+    k1: Annotated[float | None, Field(gt=0)] = None
+    k2: Annotated[float | None, Field(gt=0)] = None
     rounds: Annotated[int, Field(ge=1), BeforeValidator(_not_zero)] = 8
-    unit: Literal["epochs", "steps"] = "epochs"
+    unit: Literal["run", "epochs", "steps"] = "run"
     per_round: Annotated[int | None, Field(ge=1)] = None
     retry_empty: bool = False
     budget: BudgetSetting = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("k1", self.k1), ("k2", self.k2)):
+            if self.unit == "run" and value is not None and value >= 1:
+                raise ScheduleError(
+                    f"{type(self).__name__}({name}={value:g}): expected a fraction of the run, below 1. For epochs or "
+                    f"optimiser steps give the unit too: {name}={value:g}, unit='epochs' or unit='steps'"
+                )
 
     @property
     @abstractmethod
@@ -104,7 +119,7 @@ class RoundAllocator(Allocator):
 
     def allocate(self, context: Context, state: State) -> Allocation | None:
         layers = context.layers
-        count, minima = self._to_prune(layers), _minima(layers)
+        count, minima = self._to_prune(layers, context.run), _minima(layers)
         found = self.scorer.score(context, state, lambda scores: lowest_ranks(scores, count, minima))
         budget = self.resolve_budget(layers, context.run)
         plan = prune_and_reallocate(
@@ -132,7 +147,7 @@ class RoundAllocator(Allocator):
 
     def _check_that_ranks_stay(self, layers: AdapterLayers, run: TrainingInfo) -> None:
         """Raises ScheduleError if one round would leave fewer ranks than the minimum."""
-        pruned = self._count(layers)
+        pruned = self._count(layers, run)
         plan = self.initial_plan(layers, run)
         total = sum(plan[name].rank if name in plan else layer.rank for name, layer in layers.items())
         needed = _needed(layers)
@@ -143,12 +158,19 @@ class RoundAllocator(Allocator):
                 "or give a smaller per_round"
             )
 
-    def _count(self, layers: AdapterLayers) -> int:
-        return len(layers) if self.per_round is None else self.per_round
+    def _count(self, layers: AdapterLayers, run: TrainingInfo) -> int:
+        """n_A, the same in every round of a run."""
+        if self.per_round is not None:
+            return self.per_round
+        budget = self.resolve_budget(layers, run)
+        ranks = run.initial_ranks or layers.ranks
+        if budget is not None and not budget.is_used_up_by(ranks):
+            ranks = budget.uniform()
+        return max(1, round(sum(ranks.values()) * PRUNED_PER_ROUND))
 
-    def _to_prune(self, layers: AdapterLayers) -> int:
+    def _to_prune(self, layers: AdapterLayers, run: TrainingInfo) -> int:
         """n_A, or fewer if otherwise fewer ranks than the minimum would remain, because the total has shrunk."""
-        return max(0, min(self._count(layers), layers.total_rank - _needed(layers)))
+        return max(0, min(self._count(layers, run), layers.total_rank - _needed(layers)))
 
 
 def _needed(layers: AdapterLayers) -> int:

@@ -16,6 +16,12 @@ from lorank.scoring.context import TrainingInfo
 PAPER_EPOCHS = 10.0
 """The assumed number of epochs of a run if the length of an epoch is unknown: ALoRA's longest training."""
 
+K1, K2 = 0.1, 0.4 / 7
+"""The default durations, as fractions of the run: the first of eight rounds at 10 %, the last in the middle."""
+
+K1_EPOCHS, K2_EPOCHS = 1.0, 0.25
+"""ALoRA's K1 and K2, in epochs."""
+
 T_INIT, T_FINAL, DELTA_T = 0.13, 0.48, 0.002
 """The medians of the eight GLUE runs in AdaLoRA's scripts, as fractions of the run."""
 
@@ -25,34 +31,47 @@ class RoundSchedule:
     """Training for K1, then up to N_A rounds with training for K2 between them. No round at the run's last step.
 
     Args:
-        k1: K1, how long to train before the first round. > 0.
-        k2: K2, how long to train between rounds. > 0.
+        k1: K1, how long to train before the first round; None: 10 % of the run, or 1 epoch where ``unit`` is
+            ``"epochs"``. > 0.
+        k2: K2, how long to train between rounds; None: 5.7 % of the run, or 0.25 epoch where ``unit`` is ``"epochs"``.
+            > 0.
         rounds: N_A, the highest number of rounds. ≥ 1.
-        unit: what ``k1`` and ``k2`` count, ``"epochs"`` or optimiser ``"steps"``.
+        unit: what ``k1`` and ``k2`` count: the ``"run"`` (0.1 is a tenth of it), ``"epochs"`` or optimiser ``"steps"``.
     """
 
-    k1: float
-    k2: float
+    k1: float | None
+    k2: float | None
     rounds: int
-    unit: Literal["epochs", "steps"]
+    unit: Literal["run", "epochs", "steps"]
 
     def due(self, step: int, run: TrainingInfo) -> bool:
         """Whether a round comes after optimiser step ``step`` (from 1)."""
-        first, every = self._first_and_interval(run)
+        first, every = self._first(run), self._interval(run)
         done, since = divmod(step - first, every)
         return since == 0 and 0 <= done < self.rounds and step < run.total_steps
 
     def last(self, run: TrainingInfo) -> int:
         """The step of the last round; 0 if there is no round."""
-        first, every = self._first_and_interval(run)
+        first, every = self._first(run), self._interval(run)
         if first >= run.total_steps:
             return 0
         return first + every * min(self.rounds - 1, (run.total_steps - 1 - first) // every)
 
-    def _first_and_interval(self, run: TrainingInfo) -> tuple[int, int]:
-        if self.unit == "steps":
-            return max(1, round(self.k1)), max(1, round(self.k2))
-        return epochs_to_steps(self.k1, run, PAPER_EPOCHS), epochs_to_steps(self.k2, run, PAPER_EPOCHS)
+    def _first(self, run: TrainingInfo) -> int:
+        """The step of the first round, ≥ 1."""
+        return self._to_steps(self.k1, K1, K1_EPOCHS, run)
+
+    def _interval(self, run: TrainingInfo) -> int:
+        """Steps between two rounds, ≥ 1."""
+        return self._to_steps(self.k2, K2, K2_EPOCHS, run)
+
+    def _to_steps(self, duration: float | None, fraction: float, epochs: float, run: TrainingInfo) -> int:
+        """``duration`` in steps; None: ``fraction`` of the run, or ``epochs``."""
+        if self.unit == "epochs":
+            return epochs_to_steps(epochs if duration is None else duration, run, PAPER_EPOCHS)
+        if self.unit == "run" or duration is None:
+            duration = (fraction if duration is None else duration) * run.total_steps
+        return max(1, round(duration))
 
 
 @dataclass(frozen=True)

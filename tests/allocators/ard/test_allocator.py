@@ -252,12 +252,26 @@ def test_hysteresis_and_the_interval_hold_ranks_back() -> None:
 
 def test_a_slow_alpha_is_said(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "lorank")
-    run_loop(ARDLoRA(resize_every=2), 5, until=1)
+    run_loop(ARDLoRA(resize_every=2, alpha_lr=5e-5), 5, until=1)
     assert "will not move a single rank" in caplog.text
-    assert "alpha_lr=0.2" in caplog.text
+    assert "by default it is 0.4 in this run" in caplog.text
     caplog.clear()
-    run_loop(ARDLoRA(resize_every=2, alpha_lr=0.2), 5, until=1)
+    run_loop(ARDLoRA(resize_every=2), 5, until=1)
     assert "single rank" not in caplog.text
+
+
+def test_the_durations_are_fractions_of_the_run() -> None:
+    allocator = ARDLoRA()
+    assert allocator.schedule(TrainingInfo(1000))[:3] == [20, 40, 60]
+    assert allocator.schedule(TrainingInfo(50))[:3] == [1, 2, 3]
+    assert ARDLoRA(resize_every=20).schedule(TrainingInfo(50)) == [20, 40]
+
+
+def test_in_a_short_run_alpha_follows_the_same_path_as_with_the_rate_it_stands_for() -> None:
+    default, _ = run_loop(ARDLoRA(**{**FAST, "alpha_lr": None}), 10, until=4)
+    named, _ = run_loop(ARDLoRA(**{**FAST, "alpha_lr": 2 / 10}), 10, until=4)
+    torch.testing.assert_close(default.state["alpha"], named.state["alpha"], rtol=0, atol=0)
+    assert float((1 - default.state["alpha"]).abs().max()) > 0.3  # four steps of 0.2 each, at most
 
 
 def test_a_diverged_gradient_leaves_alpha_alone() -> None:

@@ -22,9 +22,8 @@ def messages() -> Iterator[list[str]]:
 
 def test_a_schedule_without_allocations_is_warned_of_at_once(messages: list[str]) -> None:
     model = adapted(tiny_llama())
-    ranks = lorank.attach(
-        model, adamw(model), lorank.ALoRA(), validation_batch=token_batch(), total_steps=10, steps_per_epoch=100
-    )
+    method = lorank.ALoRA(k1=10, unit="steps")
+    ranks = lorank.attach(model, adamw(model), method, validation_batch=token_batch(), total_steps=10)
     assert "will not move a single rank" in messages[0]
     ranks.detach()
     assert "ended without a single allocation: none was due in 10 steps. No rank was changed." in messages[1]

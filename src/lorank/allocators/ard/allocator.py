@@ -58,10 +58,16 @@ from lorank.scoring import validation_loss
 
 logger = logging.getLogger("lorank")
 
+ALPHA_TRAVEL = 2.0
+"""α's learning rate times the number of steps, by default. With linear decay α can then change by 1."""
+
+RESIZE_EVERY, HOLD = 0.02, 0.005
+"""The interval between two resizes, and the time for which a group must need another rank, as fractions of the run."""
+
 
 @settings(raises=ScheduleError)
 class ARDLoRA(Allocator):
-    """ARD-LoRA, with the paper's settings as defaults.
+    """ARD-LoRA, with the paper's settings as defaults, except for the durations.
 
     Args:
         r0: ranks of every group at α = 1; None: the rank that the adapter was made with, but at most the width of the
@@ -76,13 +82,16 @@ class ARDLoRA(Allocator):
         tv: β, the weight of the penalty's temporal term: 0.1. ≥ 0.
         l1_term: whether the penalty has the term Σ|α|; if False, only λ β Σ (α_t − α_{t−1})² remains (the paper's
             ablation).
-        alpha_lr: η_α, the learning rate of α's Adam: 5e-5, multiplied by the factor of the optimiser's schedule. > 0.
-            α changes by about this value in a step, so a short run needs a higher one (lorank then logs a warning).
+        alpha_lr: η_α, the learning rate of α's Adam, multiplied by the factor of the optimiser's schedule; None: 2 over
+            the number of steps, so that α can fall from 1 to 0 in a run with linear decay (at 40,000 steps, the paper's
+            5e-5). > 0. α changes by about this value in a step, so a low value moves no rank in a short run (lorank
+            then logs a warning).
         tau_start: τ at the beginning, in ranks. > 0.
         tau_end: τ at the end, in ranks. > 0, at most ``tau_start``.
         epsilon: ε, the lowest mask with which a rank is stored. Above 0, below ½.
-        resize_every: steps between resizes of the layers. ≥ 1.
-        hold: for how many steps in a row a group must need another number of ranks before it is resized. ≥ 1.
+        resize_every: steps between resizes of the layers; None: 2 % of the run, at least 1. ≥ 1.
+        hold: for how many steps in a row a group must need another number of ranks before it is resized; None: 0.5 % of
+            the run, at least 1. ≥ 1.
         min_rank: the lowest rank of a group: 1, as in the paper. With 0, heads and modules can lose all ranks.
         gain: how fast λ follows the budget. > 0.
         reach: the fraction of the run after which the ranks should meet the budget. Above 0, at most 1.
@@ -99,12 +108,12 @@ class ARDLoRA(Allocator):
     l1: Annotated[float, Field(ge=0)] = 0.01
     tv: Annotated[float, Field(ge=0)] = 0.1
     l1_term: bool = True
-    alpha_lr: Annotated[float, Field(gt=0)] = 5e-5
+    alpha_lr: Annotated[float | None, Field(gt=0)] = None
     tau_start: Annotated[float, Field(gt=0)] = 0.5
     tau_end: Annotated[float, Field(gt=0)] = 0.1
     epsilon: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
-    resize_every: Annotated[int, Field(ge=1)] = 20
-    hold: Annotated[int, Field(ge=1)] = 5
+    resize_every: Annotated[int | None, Field(ge=1)] = None
+    hold: Annotated[int | None, Field(ge=1)] = None
     min_rank: Annotated[int, Field(ge=0)] = 1
     gain: Annotated[float, Field(gt=0)] = 0.2
     reach: Annotated[float, Field(gt=0, le=1)] = 0.75
@@ -150,7 +159,19 @@ class ARDLoRA(Allocator):
 
     def due(self, step: int, run: TrainingInfo) -> bool:
         settling = self._last_resize_step(run)
-        return step < run.total_steps and (step == settling or (step < settling and step % self.resize_every == 0))
+        return step < run.total_steps and (step == settling or (step < settling and step % self._interval(run) == 0))
+
+    def _interval(self, run: TrainingInfo) -> int:
+        """Steps between two resizes, ≥ 1."""
+        return self._steps(self.resize_every, RESIZE_EVERY, run)
+
+    def _steps(self, given: int | None, fraction: float, run: TrainingInfo) -> int:
+        """A duration in steps: as given, or else this fraction of the run, at least 1."""
+        return max(1, round(fraction * run.total_steps)) if given is None else given
+
+    def _alpha_lr(self, run: TrainingInfo) -> float:
+        """η_α."""
+        return ALPHA_TRAVEL / run.total_steps if self.alpha_lr is None else self.alpha_lr
 
     def _last_resize_step(self, run: TrainingInfo) -> int:
         """The step of the last resize, after which the ranks stay constant."""
@@ -201,7 +222,7 @@ class ARDLoRA(Allocator):
         gradient = task_gradient(gradient, gates.values, r0, member, position, tau)  # (G,)
         gradient += penalty_gradient(alpha, state["before"], state["lambda"], self.tv, self.l1_term)
         state["before"] = alpha.clone()
-        adam_step_(alpha, gradient, state, self.alpha_lr * context.lr_factor)
+        adam_step_(alpha, gradient, state, self._alpha_lr(run) * context.lr_factor)
         alpha.clamp_min_(0)
         effective = r0 * alpha  # (G,)
         if self._lambda_follows_budget:
@@ -216,7 +237,8 @@ class ARDLoRA(Allocator):
     def allocate(self, context: Context, state: State) -> Allocation | None:
         if context.step == self._last_resize_step(context.run):
             return self._round(context, state)
-        counts = torch.where(state["held"] >= self.hold, self._wanted(context, state), state["counts"])
+        hold = self._steps(self.hold, HOLD, context.run)
+        counts = torch.where(state["held"] >= hold, self._wanted(context, state), state["counts"])
         plan = plan_for_groups(context.layers, at_least_one(counts, state["r0"] * state["alpha"]))
         loss = self._loss(context)
         effective = state["r0"] * state["alpha"]
@@ -229,7 +251,7 @@ class ARDLoRA(Allocator):
             context.step,
             strength=float(state["lambda"]),
             tv=self.tv,
-            alpha_lr=self.alpha_lr,
+            alpha_lr=self._alpha_lr(context.run),
             loss=math.nan if loss is None else loss,
         )
         if not plan and not warned:
@@ -314,15 +336,15 @@ class ARDLoRA(Allocator):
         )
 
     def _warn_of_slow_alpha(self, r0: float, run: TrainingInfo) -> None:
-        reach = self.alpha_lr * run.total_steps * r0
+        reach = self._alpha_lr(run) * run.total_steps * r0
         if reach < 1:
             logger.warning(
                 "ARDLoRA will not move a single rank: with alpha_lr=%g and %d steps, r0·alpha = %g can change by only "
-                "about %.2g ranks, or half of that if the learning rate decays. Give a higher alpha_lr, e.g. "
-                "alpha_lr=%.1g, with which a rank can halve",
-                self.alpha_lr,
+                "about %.2g ranks, or half of that if the learning rate decays. Leave alpha_lr out, or give a higher "
+                "one: by default it is %.1g in this run",
+                self._alpha_lr(run),
                 run.total_steps,
                 r0,
                 reach,
-                1 / run.total_steps,
+                ALPHA_TRAVEL / run.total_steps,
             )
