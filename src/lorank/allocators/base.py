@@ -47,6 +47,9 @@ class Allocator(ScoringNeeds, ABC):
     moves_ranks: ClassVar[bool] = True
     """False for a baseline that never allocates ranks. Then a run without an allocation is expected."""
 
+    why_ranks_shrink: ClassVar[str] = "Compare it with other adapters of its own size"
+    """The reason and the remedy, for a run whose ranks fall far below its budget."""
+
     @abstractmethod
     def allocate(self, context: Context, state: State) -> Allocation | None:
         """Decides which ranks are pruned and added. Called when :meth:`due` is true. None: no rank changes."""

@@ -192,19 +192,14 @@ def _check(budget: ResolvedBudget) -> None:
         least = constraint.cost(budget.minima) or min(constraint.costs.values())
         if constraint.limit < least:
             raise BudgetError(
-                f"the budget of {_amount(constraint, constraint.limit)} is less than the "
-                f"{_amount(constraint, least)} that {modules} modules need at least: give a larger budget"
+                f"the budget of {constraint.amount(constraint.limit)} is less than the "
+                f"{constraint.amount(least)} that {modules} modules need at least: give a larger budget"
             )
     over = [c for c in budget.constraints if c.limit > c.cost(budget.caps)]
     if len(over) == len(budget.constraints):
         first = over[0]
         raise BudgetError(
-            f"the budget of {_amount(first, first.limit)} is more than the {_amount(first, first.cost(budget.caps))} "
+            f"the budget of {first.amount(first.limit)} is more than the {first.amount(first.cost(budget.caps))} "
             f"that {modules} modules can hold, with a rank of at most {max(budget.caps.values())} in each "
             "(min(d_in, d_out), or max_lora_rank): give a smaller budget, or adapt more modules"
         )
-
-
-def _amount(constraint: Constraint, cost: int) -> str:
-    unit = {"ranks_per_module": "ranks per module", "percent": "per cent of the base model"}
-    return f"{cost / constraint.unit_size:.6g} {unit.get(constraint.unit, constraint.unit)}"

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from lorank.errors import BudgetError
 
+_UNITS = {"ranks_per_module": "ranks per module", "percent": "per cent of the base model"}
+"""Units as text, where the name of the field is not the text."""
+
 
 @dataclass(frozen=True)
 class Constraint:
@@ -32,6 +35,10 @@ class Constraint:
 
     def cost(self, ranks: Mapping[str, int]) -> int:
         return sum(self.costs[name] * rank for name, rank in ranks.items())
+
+    def amount(self, cost: int) -> str:
+        """A cost in the unit that the user thinks in, as text: ``0.32 per cent of the base model``."""
+        return f"{cost / self.unit_size:.6g} {_UNITS.get(self.unit, self.unit)}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,10 @@ class ResolvedBudget:
     def used(self, ranks: Mapping[str, int]) -> dict[str, dict[str, float]]:
         """Per unit of the budget, the amount that ``ranks`` use and the limit. JSON-serialisable."""
         return {c.unit: {"used": c.cost(ranks) / c.unit_size, "limit": c.limit / c.unit_size} for c in self.constraints}
+
+    def describe(self) -> str:
+        """The limits as text: ``84 ranks and 0.32 per cent of the base model``."""
+        return " and ".join(constraint.amount(constraint.limit) for constraint in self.constraints)
 
     def room(self, ranks: Mapping[str, int], name: str) -> int:
         """How many more ranks module ``name`` may receive if all other modules keep their ranks. ≥ 0."""

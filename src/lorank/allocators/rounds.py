@@ -7,7 +7,7 @@ The schedule is :class:`~lorank.allocators.schedule.RoundSchedule`, the realloca
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 from torch import Tensor
@@ -56,6 +56,10 @@ class RoundAllocator(Allocator):
         ScheduleError: a setting is out of its range.
         BudgetError: the budget cannot be parsed; or, at the start of a run, it does not fit the modules.
     """
+
+    why_ranks_shrink: ClassVar[str] = (
+        "In a round in which every module loses a rank, no module receives any: give a smaller per_round"
+    )
 
     k1: Annotated[float | None, Field(gt=0)] = None
     k2: Annotated[float | None, Field(gt=0)] = None

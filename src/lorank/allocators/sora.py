@@ -26,7 +26,7 @@ means little, because the vectors can grow while the gate shrinks.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -62,6 +62,8 @@ class SoRA(Allocator):
         ScheduleError: a setting is out of its range; or, while training, λ has switched off every rank.
         BudgetError: the budget cannot be parsed; or, at the start of a run, it does not fit the modules.
     """
+
+    why_ranks_shrink: ClassVar[str] = "The penalty switches off more ranks than the budget requires: give a smaller l1"
 
     l1: Annotated[float | None, Field(gt=0)] = None
     gate_lr: Annotated[float, Field(gt=0)] = 10.0

@@ -49,6 +49,7 @@ from lorank.training.checkpoint.rank_state import (
 from lorank.training.checks import check_batch, check_optimizer_state, check_run
 from lorank.training.history import RankHistory, Record, log_record, record_of
 from lorank.training.integrations.base import Integrations, StepSkipped
+from lorank.training.integrations.budget_notice import BudgetNotice
 from lorank.training.integrations.fused_forward import FusedForward
 from lorank.training.integrations.grad_scaling import GradScaling
 from lorank.training.integrations.no_allocation_warning import NoAllocationWarning
@@ -100,6 +101,7 @@ class Ranks:
                 NonfiniteChecks(),
                 FusedForward(enabled=fused, compiled=compiled),
                 NoAllocationWarning(),
+                BudgetNotice(),
             ]
         )
         info = replace(info, initial_ranks=dict(initial_ranks or layers.ranks))

@@ -29,7 +29,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -100,6 +100,8 @@ class ARDLoRA(Allocator):
     Raises:
         ScheduleError: a setting is out of its range.
     """
+
+    why_ranks_shrink: ClassVar[str] = "The penalty prunes more ranks than needed: give a smaller l1, or a budget"
 
     r0: Annotated[int | None, Field(ge=1)] = None
     heads: Literal["auto", "module"] = "auto"
