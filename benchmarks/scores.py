@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 import lorank  # noqa: E402
 from benchmarks import estimates  # noqa: E402
 from benchmarks.estimates import Batch, Estimate  # noqa: E402
-from lorank.config.settings import ModelSettings  # noqa: E402
+from lorank.config.sections import ModelSettings  # noqa: E402
 from lorank.experiments.models import load_model, load_tokenizer  # noqa: E402
 from lorank.files import write_text  # noqa: E402
 from lorank.lora import AdapterLayers, find_layers, make_peft_model  # noqa: E402

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 import lorank
+from lorank.config.recipes import FOLDER as RECIPES
 from lorank.config.settings import load_config
 from lorank.experiments.sweep import load_sweep
 from lorank.lora import LayerPlan, find_layers, load_adapter, resize_, save_adapter
@@ -23,8 +24,6 @@ from tests.fuzz import Kind
 from tests.fuzz_damage import ODD, damage_bytes, damage_value
 from tests.methods import METHODS, STEPS
 from tests.models import adapted, tiny_llama, token_batch
-
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def yaml_kind() -> Kind:

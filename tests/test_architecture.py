@@ -18,16 +18,17 @@ ENGINE = ("errors", "files", "lora", "scoring", "allocators", "training")
 ALLOWED = {
     "errors": set(),
     "extras": {"errors"},
+    "lazy": set(),
     "files": {"errors"},
     "lora": {"errors", "files"},
     "scoring": {"errors", "lora"},
     "allocators": {"errors", "lora", "scoring"},
     "training": {"errors", "files", "lora", "scoring", "allocators"},
-    "tasks": {"errors", "extras"},
+    "tasks": {"errors", "extras", "lazy"},
     "report": {"errors", "extras", "files", "training"},
-    "experiments": {*ENGINE, "extras", "tasks", "report", "config"},
+    "experiments": {*ENGINE, "extras", "lazy", "tasks", "report", "config"},
     "cli": {*ENGINE, "extras", "tasks", "report", "config", "experiments"},
-    "config": {"errors", "extras", "files", "allocators", "tasks"},
+    "config": {"errors", "extras", "files", "lazy", "allocators", "tasks"},
     "testing": {"errors", "lora", "allocators", "training"},
 }
 

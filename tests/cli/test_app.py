@@ -43,7 +43,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_help_teaches_with_examples() -> None:
-    assert "lorank train recipes/e2e_alora.yaml training.lr=3e-4" in lorank("--help").output
+    assert "lorank train e2e_alora training.lr=3e-4" in lorank("--help").output
     assert "allocator={name: static}" in lorank("train", "--help").output
     assert "--seed" in lorank("demo", "--help").output
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from lorank.allocators import Allocation, Allocator, Context, State
 from lorank.config.errors import OTHER_NAMES, _models
+from lorank.config.recipes import FOLDER
 from lorank.config.settings import (
     ALLOCATORS,
     METHODS,
@@ -26,7 +27,8 @@ from lorank.config.settings import (
 )
 from lorank.errors import ScheduleError
 
-FILES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
+ROOT = Path(__file__).parents[2]
+FILES = sorted(FOLDER.glob("*.yaml"))
 SWEEPS = [path for path in FILES if "base" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 RECIPES = [path for path in FILES if path not in SWEEPS]
 MINIMAL: dict[str, Any] = {
@@ -52,10 +54,9 @@ def test_every_recipe_is_a_configuration_and_survives_writing_out(recipe: Path, 
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.name)
-def test_every_sweep_can_be_read_with_all_its_runs(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_sweep_can_be_read_with_all_its_runs(sweep: Path) -> None:
     from lorank.experiments.sweep import load_sweep
 
-    monkeypatch.chdir(sweep.parents[1])
     _, runs = load_sweep(sweep)
     assert len(runs) > 1
 
@@ -269,7 +270,7 @@ def test_each_recipe_and_its_baseline_differ_in_the_allocator_alone(name: str) -
 
 @pytest.mark.parametrize("section", ["model", "lora", "training"])
 def test_the_documentation_has_every_key_with_its_default(section: str) -> None:
-    text = (RECIPES[0].parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     (model,) = _models(RunConfig.model_fields[section].annotation)
     for key, field in model.model_fields.items():
         default = "–" if field.is_required() else f"`{yaml.safe_dump(field.default).splitlines()[0]}`"
@@ -278,7 +279,7 @@ def test_the_documentation_has_every_key_with_its_default(section: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_documentation_names_every_field_of_every_method(name: str) -> None:
-    text = (RECIPES[0].parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
     fields = ", ".join(f"`{field.name}`" for field in dataclasses.fields(METHODS[name]))
     assert row.endswith(f"| {fields} |")

@@ -34,9 +34,9 @@ app = typer.Typer(
 
 Try it offline in a few minutes: `lorank demo`
 
-Train from a recipe, with changes: `lorank train recipes/e2e_alora.yaml training.lr=3e-4 output_dir=runs/mine`
+Train from a recipe, with changes: `lorank train e2e_alora training.lr=3e-4 output_dir=runs/mine`
 
-Resume an interrupted run: `lorank train recipes/e2e_alora.yaml --resume`
+Resume an interrupted run: `lorank train e2e_alora --resume`
 
 Halve any trained LoRA adapter: `lorank prune ADAPTER --data e2e_nlg --budget 50% --out smaller`
 """,
@@ -60,7 +60,9 @@ def _options(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file: a recipe, or your own file.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="The name of a recipe, such as e2e_alora, or your own YAML file.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration: dotted keys, values in YAML."),
@@ -77,18 +79,23 @@ def train(
 
     Examples:
 
-    `lorank train recipes/e2e_alora.yaml`
+    `lorank train e2e_alora`
 
-    `lorank train recipes/e2e_alora.yaml allocator.rounds=4 training.max_steps=200 output_dir=runs/short`
+    `lorank train e2e_alora allocator.rounds=4 training.max_steps=200 output_dir=runs/short`
 
-    `lorank train recipes/e2e_alora.yaml 'allocator={name: static}' output_dir=runs/plain_lora`
+    `lorank train e2e_alora 'allocator={name: static}' output_dir=runs/plain_lora`
     """
     with one_message(interrupted="The same command with --resume continues from the last checkpoint."):
-        from lorank.config.settings import load_config
+        # what follows takes seconds to import, so mistakes are found first
+        from lorank.config.early_checks import check_sections
+        from lorank.experiments.folder_check import check_folder
+
+        sections = check_sections(config, overrides or ())
+        check_folder(Path(sections.output_dir), resume=resume, overwrite=overwrite)
+        from lorank import experiments
+        from lorank.config import load_config
 
         settings = load_config(config, overrides or ())
-        # slow to import: errors in the configuration are reported first
-        from lorank import experiments
 
         progress = console(stderr=True)
         quiet_libraries(progress)

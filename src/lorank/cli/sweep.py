@@ -27,12 +27,16 @@ def sweep(
 
     Examples:
 
-    `lorank sweep recipes/ard_ablation.yaml`
+    `lorank sweep ard_ablation`
 
-    `lorank sweep recipes/ard_lambda_beta.yaml training.max_steps=50 output_dir=runs/short`
+    `lorank sweep ard_lambda_beta training.max_steps=50 output_dir=runs/short`
     """
     with one_message(interrupted="The same command continues: finished runs are kept."):
         require("lorank sweep", "matplotlib")
+        from lorank.experiments.sweep_file import read_sweep
+
+        # what follows takes seconds to import, so mistakes are found first
+        read_sweep(file, [text for text in overrides or () if text.partition("=")[0].strip() == "output_dir"])
         from rich.markup import escape
 
         from lorank.experiments.sweep import load_sweep, run_sweep

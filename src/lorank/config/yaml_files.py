@@ -102,10 +102,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         values = parse_yaml(read_bounded(path, MAX_BYTES))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path}: there is no such file. Give a recipe (recipes/e2e_alora.yaml) or your own YAML file."
-        ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except yaml.YAMLError as error:

@@ -17,12 +17,15 @@ from typing import Any
 
 from lorank.config.settings import RunConfig, load_config, to_yaml
 from lorank.experiments.errors import RunFolderError
-from lorank.files import is_leftover, remove_leftovers, write_text
+from lorank.experiments.folder_check import CONFIG, METRICS, check_folder, is_free, require_run
+from lorank.files import remove_leftovers, write_text
 from lorank.training.checkpoint.integrity import last_checkpoint, remove_broken
 
 logger = logging.getLogger("lorank")
 
-CONFIG, METRICS, HISTORY = "config.yaml", "metrics.json", "rank_history.jsonl"
+__all__ = ["ADAPTER", "CONFIG", "FULL_MODEL", "HISTORY", "METRICS", "abandon", "differences", "prepare", "remove_run"]
+
+HISTORY = "rank_history.jsonl"
 ADAPTER, FULL_MODEL = "adapter", "model"
 _CHECKPOINT = "checkpoint-"
 
@@ -44,24 +47,16 @@ def prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> Path | None:
             folder is complete or has another configuration.
     """
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise RunFolderError(f"output_dir {folder} is a file: name a folder.")
-    if resume and overwrite:
-        raise RunFolderError("--resume continues a run and --overwrite removes it: give only one of them.")
+    check_folder(folder, resume=resume, overwrite=overwrite)
     if resume:
-        _check_resumable(config, folder)
+        _check_same_configuration(config, folder)
         remove_leftovers(folder)
         remove_broken(folder)
         last = last_checkpoint(folder)
         if last is None:
             logger.warning("no complete checkpoint in %s: the run starts at its first step", folder)
         return Path(last) if last else None
-    if folder.is_dir() and not all(map(is_leftover, folder.iterdir())):
-        if not overwrite:
-            raise RunFolderError(
-                f"output_dir {folder} is not empty. Continue the run in it (--resume), remove that run (--overwrite), "
-                "or name another folder (output_dir=…)."
-            )
+    if not is_free(folder):
         remove_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
@@ -94,11 +89,7 @@ def remove_run(folder: Path) -> None:
     Raises:
         RunFolderError: the folder holds no run.
     """
-    if not (folder / CONFIG).is_file():
-        raise RunFolderError(
-            f"--overwrite: {folder} is not empty and holds no run (no {CONFIG}); nothing was removed. "
-            "Name another folder."
-        )
+    require_run(folder)
     for path in [*folder.glob(f"{_CHECKPOINT}*"), folder / ADAPTER, folder / FULL_MODEL]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -107,14 +98,7 @@ def remove_run(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_resumable(config: RunConfig, folder: Path) -> None:
-    if not (folder / CONFIG).is_file():
-        raise RunFolderError(f"--resume: there is no run in {folder} (no {CONFIG}). Start it without --resume.")
-    if (folder / METRICS).is_file():
-        raise RunFolderError(
-            f"--resume: the run in {folder} is complete, its metrics are in {METRICS}. "
-            "Name another output_dir, or give --overwrite to run it again."
-        )
+def _check_same_configuration(config: RunConfig, folder: Path) -> None:
     there = load_config(folder / CONFIG).model_dump(mode="json", exclude={"output_dir"})
     changed = differences(there, config.model_dump(mode="json", exclude={"output_dir"}))
     if changed:

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lorank.config.settings import ModelSettings
+from lorank.config.sections import ModelSettings
 from lorank.experiments.errors import ModelError, SettingsError
 from lorank.tasks import Task
 

@@ -19,7 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from lorank._version import __version__
 from lorank.allocators import TrainingInfo, initial_ranks_
-from lorank.config.settings import FullSettings, RunConfig, TrainingSettings
+from lorank.config.sections import TrainingSettings
+from lorank.config.settings import FullSettings, RunConfig
 from lorank.errors import LorankError
 from lorank.experiments import folder
 from lorank.experiments.errors import SettingsError

@@ -1,6 +1,6 @@
 """`lorank sweep`: one recipe with many settings. Every run can be resumed; a table and a picture compare the results.
 
-    base: recipes/e2e_ard.yaml          # or a whole configuration
+    base: e2e_ard                       # a recipe, a YAML file beside this one, or a whole configuration
     variants:                           # named settings; several keys may change together
       both: {}
       tv only: {allocator.l1_term: false}
@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,34 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
 from rich.console import Console
+from rich.markup import escape
 
-from lorank.config.errors import explain
 from lorank.config.settings import ConfigError, RunConfig, load_config, make_config
-from lorank.config.yaml_files import apply_overrides, read_yaml
 from lorank.experiments import folder
 from lorank.experiments.errors import RunFolderError
 from lorank.experiments.run import RunResult, train
-from lorank.tasks.settings import Settings
+from lorank.experiments.sweep_file import read_sweep
 
 MAX_RUNS = 10_000
 MAX_MESSAGE = 10_000
-
-
-class SweepFile(Settings):
-    """The content of a sweep's YAML file."""
-
-    base: str | dict[str, Any]
-    """A recipe, its path relative to the current folder or to this file; or a whole configuration."""
-    variants: dict[str, dict[str, Any]] = Field(default={"": {}}, min_length=1)
-    """Named settings: dotted keys of the configuration with their values."""
-    grid: dict[str, list[Any]] = Field(default_factory=dict)
-    """Dotted keys of the configuration, each with a list of values; every combination is run."""
-    seeds: list[int] = Field(default_factory=list)
-    """Seeds (`training.seed`) of every setting; empty: the seed of the base."""
-    output_dir: str = Field(min_length=1)
-    """The folder for all runs and the results."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +83,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, l
     """Reads a sweep file and checks the configurations of all runs.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a sweep in the package.
         overrides: `dotted.key=value` for every run's configuration; the sweep's own settings come after them and win.
             `output_dir` is the sweep's folder.
 
@@ -112,17 +94,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, l
         ConfigError: the file cannot be read; an unknown key or a wrong value, in the file or in the configuration of
             any run; a value or a seed that occurs twice.
     """
-    path = Path(path)
     own = [text for text in overrides if text.partition("=")[0].strip() == "output_dir"]
-    values = read_yaml(path)
-    # references outside output_dir name keys of a run; they are resolved for each run
-    values |= apply_overrides({key: values[key] for key in values if key == "output_dir"}, own)
-    try:
-        sweep = SweepFile.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(explain(error, SweepFile, str(path))) from error
-    _check_keys(sweep, path)
-    base = dict(sweep.base) if isinstance(sweep.base, dict) else read_yaml(_base_file(sweep.base, path))
+    sweep, base = read_sweep(path, own)
     base = {"output_dir": "-", **base}  # every run gets its own folder below
     for_all = [text for text in overrides if text not in own]
     out = Path(sweep.output_dir)
@@ -189,7 +162,7 @@ def run_sweep(
                 new += 1
             except Exception as error:  # any error: the other runs must still be run
                 message = f"{type(error).__name__}: {error}"
-                console.print(f"[red]failed[/] {message}", highlight=False, markup=True)
+                console.print(f"[red]failed[/] {escape(message)}", highlight=False)
                 failures.append((run.label, seed, message))
                 continue
         finished.append(Finished(run, there))
@@ -215,34 +188,6 @@ def _finished(run: SweepRun) -> Mapping[str, Any] | None:
     metrics = place / folder.METRICS
     loaded: dict[str, Any] | None = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
     return loaded
-
-
-def _check_keys(sweep: SweepFile, path: Path) -> None:
-    empty = [key for key, values in sweep.grid.items() if not values]
-    if empty:
-        raise ConfigError(f"{path}: grid.{empty[0]} has no values: give at least one")
-    for name, changes in sweep.variants.items():
-        both = sorted(set(changes) & set(sweep.grid))
-        if both:
-            raise ConfigError(f"{path}: {both[0]} is in the grid and in the variant {name!r}: give it in only one")
-    changed = {*sweep.grid, *itertools.chain(*sweep.variants.values())}
-    reserved = [key for key in ("output_dir", "training.seed") if key in changed]
-    if reserved:
-        instead = {"output_dir": "output_dir", "training.seed": "seeds"}[reserved[0]]
-        raise ConfigError(
-            f"{path}: {reserved[0]} cannot be set in variants or in the grid: use the sweep's own key {instead}"
-        )
-
-
-def _base_file(base: str, sweep: Path) -> Path:
-    choices = [Path(os.path.expanduser(base)), sweep.parent / base]
-    for choice in choices:
-        if os.path.isfile(choice):  # unlike Path.is_file, it does not raise for a name that the system refuses
-            return choice
-    raise ConfigError(
-        f"{sweep}: there is no file for base {base[:200]!r}. Tried: {str(choices[0].absolute())[:300]} and "
-        f"{str(choices[1].absolute())[:300]}"
-    )
 
 
 def _as_yaml(value: Any) -> str:

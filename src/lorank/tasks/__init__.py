@@ -1,20 +1,47 @@
 """Tasks: a data set, a prompt and a metric. Data come from the Hugging Face hub, files, or the folder LORANK_DATA."""
 
-from transformers import PreTrainedTokenizerBase
+from __future__ import annotations
 
-from lorank.tasks.base import ModelKind, Split, Task, mean_loss
-from lorank.tasks.classification import ClassificationTask
-from lorank.tasks.collate import Collator, Example
-from lorank.tasks.errors import DataError
-from lorank.tasks.generation import GenerationTask, text_scores
-from lorank.tasks.language_modelling import LanguageModellingTask, pack
-from lorank.tasks.settings import (
-    ClassificationSettings,
-    GenerationSettings,
-    LanguageModellingSettings,
-    TaskSettings,
-)
-from lorank.tasks.sources import load_rows
+from typing import TYPE_CHECKING
+
+from lorank.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from lorank.tasks.base import ModelKind, Split, Task, mean_loss
+    from lorank.tasks.build import build_task
+    from lorank.tasks.classification import ClassificationTask
+    from lorank.tasks.collate import Collator, Example
+    from lorank.tasks.errors import DataError
+    from lorank.tasks.generation import GenerationTask, text_scores
+    from lorank.tasks.language_modelling import LanguageModellingTask, pack
+    from lorank.tasks.settings import (
+        ClassificationSettings,
+        GenerationSettings,
+        LanguageModellingSettings,
+        TaskSettings,
+    )
+    from lorank.tasks.sources import load_rows
+
+_HOMES = {
+    "ClassificationSettings": "settings",
+    "ClassificationTask": "classification",
+    "Collator": "collate",
+    "DataError": "errors",
+    "Example": "collate",
+    "GenerationSettings": "settings",
+    "GenerationTask": "generation",
+    "LanguageModellingSettings": "settings",
+    "LanguageModellingTask": "language_modelling",
+    "ModelKind": "base",
+    "Split": "base",
+    "Task": "base",
+    "TaskSettings": "settings",
+    "build_task": "build",
+    "load_rows": "sources",
+    "mean_loss": "base",
+    "pack": "language_modelling",
+    "text_scores": "generation",
+}
 
 __all__ = [
     "ClassificationSettings",
@@ -37,17 +64,4 @@ __all__ = [
     "text_scores",
 ]
 
-
-def build_task(settings: TaskSettings, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """Makes the task of these settings; reads and encodes its training and validation examples.
-
-    Raises:
-        DataError: the data set, a split or a column does not exist, is empty, or does not fit the task.
-    """
-    match settings:
-        case ClassificationSettings():
-            return ClassificationTask(settings, tokenizer)
-        case GenerationSettings():
-            return GenerationTask(settings, tokenizer)
-        case LanguageModellingSettings():
-            return LanguageModellingTask(settings, tokenizer)
+__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)

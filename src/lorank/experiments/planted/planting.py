@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lorank.config.settings import ModelSettings
+from lorank.config.sections import ModelSettings
 from lorank.experiments.models import load_tokenizer, resolve
 from lorank.lora import HeadGroups, find_layers, head_groups, make_peft_model
 from lorank.tasks.sources import load_rows

@@ -4,8 +4,8 @@ It trains a byte-level BPE of 4096 tokens and a Llama of 3.2 M parameters, both 
 books. Two whole books are held out: neither the tokeniser nor the model sees them.
 
     export LORANK_DATA=...                                   # the folder that holds classics/corpus.txt.gz
-    nice -n 12 python recipes/pretrain_tiny.py train --minutes 55
-    python recipes/pretrain_tiny.py export                   # checkpoint -> fp16 assets and model card
+    nice -n 12 python benchmarks/pretrain_tiny.py train --minutes 55
+    python benchmarks/pretrain_tiny.py export                   # checkpoint -> fp16 assets and model card
 
 `train` writes `log.jsonl`, `tokenizer.json` and `checkpoint.pt` into the run folder every few minutes, and continues
 from there when it is called again. The learning rate follows the clock (`--minutes`), so a busy machine takes fewer
@@ -50,7 +50,7 @@ pipeline_tag: text-generation
 # tiny_llama
 
 A Llama of {parameters:,} parameters, pretrained from random weights for the tests and demos of `lorank`. Weights and
-tokeniser are the project's own work, under Apache-2.0. The script that made the model, `recipes/pretrain_tiny.py`,
+tokeniser are the project's own work, under Apache-2.0. The script that made the model, `benchmarks/pretrain_tiny.py`,
 also measured its losses and wrote this page.
 
 ## Use
@@ -107,7 +107,7 @@ among the training books; the second one's author is not.
 
 ```
 {commands}
-python recipes/pretrain_tiny.py export
+python benchmarks/pretrain_tiny.py export
 ```
 
 The learning rate follows the clock, so another machine makes another number of steps and other weights.
@@ -383,7 +383,7 @@ def export(
         val_share=val_bytes / (train_bytes + val_bytes), step=state["step"], minutes_spent=state["seconds"] / 60,
         seen=(seen := state["seen"] * CONTEXT), epochs=seen / len(train_ids),
         commands="\n".join(
-            f"python recipes/pretrain_tiny.py train --minutes {c['minutes']:g} --batch {c['batch']}"
+            f"python benchmarks/pretrain_tiny.py train --minutes {c['minutes']:g} --batch {c['batch']}"
             + (f"  # goes on from step {c['from_step']}" if c["from_step"] else "") for c in state["calls"]
         ),
         batches=", then ".join(f"{c['batch']} at once from step {c['from_step']}" for c in state["calls"]),

@@ -1,0 +1,81 @@
+"""A mistake that can be found without a model is found before torch, transformers and PEFT are imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+WITHOUT_TORCH = """
+import sys
+for heavy in ("torch", "transformers", "peft", "datasets"):
+    sys.modules[heavy] = None  # importing it is an error
+from lorank.cli.main import main
+main()
+"""
+
+CONFIG = {
+    "model": {"name": "tiny"},
+    "task": {"name": "classification", "data": "rotten_tomatoes"},
+    "allocator": {"name": "alora"},
+    "output_dir": "runs/x",
+}
+
+
+def lorank(*arguments: str, folder: Path) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({**CONFIG, "trainig": {"lr": 1}, "lora": {"r": 0}}))
+    (tmp_path / "no.yaml").write_text("a: [")
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"base": "nowhere", "output_dir": "out"}))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nope.yaml"], "nope.yaml: there is no such file. Give your own YAML file or the name of a recipe"),
+        (["train", "no.yaml"], "no.yaml is not YAML"),
+        (["train", "wrong.yaml"], "2 errors"),
+        (["train", "run.yaml", "training.lr"], "expected key=value"),
+        (["train", "run.yaml", "training.lr=fast"], "training.lr"),
+        (["train", "run.yaml", "output_dir=full"], "output_dir full is not empty"),
+        (["train", "run.yaml", "--overwrite", "output_dir=full"], "holds no run"),
+        (["train", "run.yaml", "--resume"], "there is no run in runs/x"),
+        (["train", "run.yaml", "--resume", "--overwrite"], "give only one of them"),
+        (["sweep", "nope.yaml"], "there is no such file"),
+        (["sweep", "sweep.yaml"], "base: "),
+        (["sweep", "run.yaml"], "error"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_found_without_torch(arguments: list[str], message: str, folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    status, output = lorank(*arguments, folder=folder)
+    assert status == 2, output
+    assert message in output
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_python_m_lorank(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lorank", "--version"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.startswith("lorank ")
