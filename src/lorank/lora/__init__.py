@@ -5,6 +5,7 @@ from lorank.lora.base_size import base_parameters
 from lorank.lora.find_layers import find_layers
 from lorank.lora.fused_forward import fuse_, is_compiled, unfuse_
 from lorank.lora.gates import LearnedGates
+from lorank.lora.io.adapter_folder import is_adapter_file
 from lorank.lora.io.load_adapter import load_adapter, read_adapter_config
 from lorank.lora.io.load_weights import resize_on_load
 from lorank.lora.io.save_adapter import fold_gates_, make_peft_model, save_adapter
@@ -35,6 +36,7 @@ __all__ = [
     "fold_gates_",
     "fuse_",
     "head_groups",
+    "is_adapter_file",
     "is_compiled",
     "load_adapter",
     "make_peft_model",
