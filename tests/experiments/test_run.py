@@ -182,10 +182,33 @@ def test_overwriting_removes_the_run_and_nothing_else(make: Make) -> None:
     (first.folder / "notes.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="complete"):
         train(config, resume=True)
+    theirs = ("rank_history_notes.jsonl", "checkpoint-notes/notes.txt", ".bashrc.old", ".mine.part")
+    for name in theirs:
+        (first.folder / name).parent.mkdir(exist_ok=True)
+        (first.folder / name).write_text("mine")
     again = train(config, overwrite=True)
-    assert (first.folder / "notes.txt").read_text() == "mine"
+    assert all((first.folder / name).read_text() == "mine" for name in ("notes.txt", *theirs))
+    for name in theirs:
+        (first.folder / name).unlink()
     assert again.metrics["test"] == first.metrics["test"]
     assert len(list(first.folder.glob("rank_history*"))) == 1
+
+
+def test_a_run_with_other_files_inside_its_own_folders_is_not_overwritten(make: Make) -> None:
+    config = make(training={"max_steps": 4})
+    folder = train(config).folder
+    for subfolder in ("adapter", "checkpoint-4"):
+        notes = folder / subfolder / "deep" / "notes.txt"
+        notes.parent.mkdir()
+        notes.write_text("mine")
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        with pytest.raises(RunFolderError, match=rf"(?s){subfolder}.deep.notes\.txt is inside.*\(1 such files"):
+            train(config, overwrite=True)
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+        shutil.move(notes.parent, folder / f"moved from {subfolder}")  # as the message says
+    (folder / "checkpoint-4" / "lorank_complete.json").unlink()  # names alone tell the files of a Trainer
+    assert train(config, overwrite=True).metrics["steps"] == 4
+    assert (folder / "moved from adapter" / "notes.txt").read_text() == "mine"
 
 
 def test_bad_input_leaves_no_folder_behind(make: Make, sentiment: Path) -> None:
