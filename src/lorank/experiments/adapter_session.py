@@ -84,9 +84,7 @@ def load_finished(
         AdapterError: the folder holds no LoRA adapter, or the adapter does not fit this model.
         ConfigError, DataError, ModelError, SettingsError: the model or the data cannot be used.
     """
-    path = Path(adapter)
-    if (path / folder.CONFIG).is_file() and (path / folder.ADAPTER).is_dir():
-        path, config = path / folder.ADAPTER, config or (None if data else path / folder.CONFIG)
+    path = adapter_of_run(Path(adapter))
     saved = read_adapter_config(path)
     inside = path.resolve().parent / folder.CONFIG
     if config is None and data is None and inside.is_file():
@@ -99,6 +97,11 @@ def load_finished(
     base = _with_hint(lambda: load_model(settings.model, built), model)
     loaded = load_adapter(base, path)
     return LoadedAdapter(path, settings, loaded, find_layers(loaded), built)
+
+
+def adapter_of_run(path: Path) -> Path:
+    """The adapter's folder inside the folder of a finished run; any other folder as it is."""
+    return path / folder.ADAPTER if (path / folder.CONFIG).is_file() and (path / folder.ADAPTER).is_dir() else path
 
 
 def _settings(

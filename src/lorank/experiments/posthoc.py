@@ -19,9 +19,9 @@ from torch import Tensor
 
 from lorank.allocators import Budget, ResolvedBudget
 from lorank.errors import AdapterError, BudgetError
-from lorank.experiments.adapter_session import LoadedAdapter
+from lorank.experiments.adapter_session import LoadedAdapter, adapter_of_run
 from lorank.experiments.errors import SettingsError
-from lorank.lora import LayerPlan, resize_, save_adapter
+from lorank.lora import LayerPlan, check_save_directory, resize_, save_adapter
 from lorank.scoring import ablation_scores, first_order_scores, saliency_scores, screened_scores
 from lorank.tasks import mean_loss
 
@@ -137,7 +137,7 @@ def prune(loaded: LoadedAdapter, scored: Scored, budget: Budget, out: str | Path
         scored: its scores.
         budget: the budget of the smaller adapter.
         out: the folder for the smaller adapter.
-        overwrite: replace an adapter in `out`. The original is never replaced.
+        overwrite: replace an adapter in `out`. The original is never replaced, and other files are never touched.
 
     Raises:
         BudgetError: the adapter already fits the budget, or no adapter can fit it.
@@ -210,15 +210,17 @@ def check_out(adapter: Path, out: str | Path, *, overwrite: bool) -> None:
     """Checks that a new adapter may be written to `out`, before anything slow begins.
 
     Args:
-        adapter: the folder of the original adapter.
+        adapter: the folder of the original adapter, or of the run that made it.
         out: the folder for the new adapter.
-        overwrite: an adapter in `out` may be replaced.
+        overwrite: an adapter in `out` may be replaced. Other files in `out` are never touched.
 
     Raises:
-        AdapterError: `out` is the folder of the original, or it exists, is not empty and `overwrite` is False.
+        AdapterError: `out` is the folder of the original, or it exists, is not empty and `overwrite` is False, or it
+            holds other files and no adapter.
     """
     out = Path(out)
-    if out.resolve() == adapter.resolve():
+    if out.resolve() in (adapter.resolve(), adapter_of_run(adapter).resolve()):
         raise AdapterError(f"--out {out} is the adapter itself, which is never changed: name another folder")
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"--out {out} already exists: name a new folder, or replace the adapter in it (--overwrite)")
+    check_save_directory(out)

@@ -8,7 +8,7 @@ from lorank.lora.gates import LearnedGates
 from lorank.lora.io.adapter_folder import is_adapter_file
 from lorank.lora.io.load_adapter import load_adapter, read_adapter_config
 from lorank.lora.io.load_weights import resize_on_load
-from lorank.lora.io.save_adapter import fold_gates_, make_peft_model, save_adapter
+from lorank.lora.io.save_adapter import check_save_directory, fold_gates_, make_peft_model, save_adapter
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_state import check_state, unwrap_optimizer
@@ -31,6 +31,7 @@ __all__ = [
     "Plan",
     "RepackingPrevention",
     "base_parameters",
+    "check_save_directory",
     "check_state",
     "find_layers",
     "fold_gates_",

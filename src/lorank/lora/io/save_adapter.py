@@ -53,8 +53,7 @@ def save_adapter(layers: AdapterLayers, directory: str | Path) -> Path:
         WriteError: no space, no permission. An adapter in this folder is unchanged.
     """
     target, name = Path(directory), layers.adapter
-    if target.exists() and not _can_hold_adapter(target):
-        raise AdapterError(f"{target} exists and is not an adapter's folder: give a new folder, or one with an adapter")
+    check_save_directory(target)
     if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
         raise AdapterError(f"PEFT saves an adapter under its name, here {name!r}: use a name without slashes")
     with replacing_adapter(target) as temporary:
@@ -70,8 +69,18 @@ def save_adapter(layers: AdapterLayers, directory: str | Path) -> Path:
     return target
 
 
-def _can_hold_adapter(target: Path) -> bool:
-    return target.is_dir() and (contains_adapter(target) or all(map(is_leftover, target.iterdir())))
+def check_save_directory(directory: Path) -> None:
+    """Checks that :func:`save_adapter` accepts a folder.
+
+    Raises:
+        AdapterError: ``directory`` is a file, or a folder that holds other files and no adapter.
+    """
+    if not directory.exists():
+        return
+    if not directory.is_dir() or not (contains_adapter(directory) or all(map(is_leftover, directory.iterdir()))):
+        raise AdapterError(
+            f"{directory} exists and is not an adapter's folder: give a new folder, or one with an adapter"
+        )
 
 
 def _selected_adapter(layers: AdapterLayers) -> dict[str, Any]:
