@@ -5,6 +5,7 @@ from lorank.lora.base_size import base_parameters
 from lorank.lora.find_layers import find_layers
 from lorank.lora.fused_forward import fuse_, is_compiled, unfuse_
 from lorank.lora.gates import LearnedGates
+from lorank.lora.initialisation import check_base_unchanged, check_file_can_shrink
 from lorank.lora.io.adapter_folder import is_adapter_file
 from lorank.lora.io.load_adapter import load_adapter, read_adapter_config
 from lorank.lora.io.load_weights import resize_on_load
@@ -31,6 +32,8 @@ __all__ = [
     "Plan",
     "RepackingPrevention",
     "base_parameters",
+    "check_base_unchanged",
+    "check_file_can_shrink",
     "check_save_directory",
     "check_state",
     "find_layers",

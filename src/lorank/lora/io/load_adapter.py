@@ -10,6 +10,7 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
 from lorank.errors import AdapterError
+from lorank.lora.initialisation import check_file_can_be_loaded
 from lorank.lora.io.adapter_folder import readable_folder
 from lorank.lora.io.adapter_validation import CONFIG, check_weights, read_config
 
@@ -41,8 +42,8 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
             interrupted in it, the new adapter is read (:mod:`lorank.lora.io.adapter_folder`).
 
     Raises:
-        AdapterError: the folder holds no LoRA adapter, its weights cannot be read, or its modules or shapes do not
-            fit ``base``.
+        AdapterError: the folder holds no LoRA adapter, its weights cannot be read, its modules or shapes do not fit
+            ``base``, or PEFT cannot repeat its initialisation (CorDA, LoRA-GA).
     """
     folder = readable_folder(Path(folder))
     config = read_adapter_config(folder)
@@ -51,6 +52,7 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
         f"{config.get('base_model_name_or_path')!r}; load it onto that model"
     )
     check_weights(folder, config)
+    check_file_can_be_loaded(config.get("init_lora_weights"))
     try:
         saved = load_peft_weights(str(folder), device="cpu")
         model = PeftModel.from_pretrained(base, str(folder))
