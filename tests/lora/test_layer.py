@@ -53,7 +53,7 @@ def test_an_embedding_is_a_layer_whose_inputs_are_its_rows() -> None:
     [
         ({}, True, 0),
         ({"use_dora": True}, False, 1),
-        ({"lora_bias": True}, False, 1),
+        ({"lora_bias": True}, True, 1),
         ({"bias": "lora_only"}, True, 1),
         ({"bias": "all"}, True, 1),
         ({"bias": "all"}, False, 0),
@@ -61,13 +61,15 @@ def test_an_embedding_is_a_layer_whose_inputs_are_its_rows() -> None:
     ],
 )
 def test_the_smallest_rank(lora: dict, with_bias: bool, fewest: int) -> None:
-    layers = find_layers(adapted(tiny_llama(attention_bias=with_bias), **lora))
+    targets = ["q_proj", "v_proj", *([] if lora.get("lora_bias") else ["up_proj"])]
+    layers = find_layers(adapted(tiny_llama(attention_bias=with_bias), target_modules=targets, **lora))
     assert layers[Q].min_rank == fewest
     assert layers[Q].uses_dora == bool(lora.get("use_dora"))
     if fewest:
         with pytest.raises(PlanError, match="which needs at least one rank; the plan leaves none"):
             resize_(layers, {Q: LayerPlan(())})
-    assert layers["model.layers.0.mlp.up_proj"].min_rank == int("lora_bias" in lora or "use_dora" in lora)
+    if "up_proj" in targets:  # it has no bias
+        assert layers["model.layers.0.mlp.up_proj"].min_rank == int("use_dora" in lora)
 
 
 def test_learned_gates_of_another_number_are_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,6 +59,20 @@ class LoadedAdapter:
         examples = self.held_apart(samples)
         return mean_loss(self.model, examples, self.task.collator, batch_size=self.batch_size, progress=progress)
 
+    def reload(self, adapter: Path) -> LoadedAdapter:
+        """Loads another adapter of the same base model from its files, onto a base model that is loaded anew."""
+        model = load_onto_new_base(self.config, self.task, adapter)
+        return replace(self, adapter=adapter, model=model, layers=find_layers(model))
+
+
+def load_onto_new_base(config: RunConfig, task: Task, adapter: Path) -> nn.Module:
+    """Loads the base model of a configuration, and an adapter from its files onto it.
+
+    The new weights of a classification head, which an adapter that was saved replaces, are drawn from the run's seed.
+    """
+    set_seed(config.training.seed)
+    return load_adapter(load_model(config.model, task), adapter)
+
 
 def load_finished(
     adapter: str | Path,
@@ -93,9 +107,7 @@ def load_finished(
     tokenizer = _with_hint(lambda: load_tokenizer(settings.model), model)
     # no training happens here, so one training example is enough
     built = build_task(settings.task.model_copy(update={"max_train": 1}), tokenizer)
-    set_seed(settings.training.seed)
-    base = _with_hint(lambda: load_model(settings.model, built), model)
-    loaded = load_adapter(base, path)
+    loaded = _with_hint(lambda: load_onto_new_base(settings, built, path), model)
     return LoadedAdapter(path, settings, loaded, find_layers(loaded), built)
 
 

@@ -21,7 +21,14 @@ from lorank.allocators import Budget, ResolvedBudget
 from lorank.errors import AdapterError, BudgetError
 from lorank.experiments.adapter_session import LoadedAdapter, adapter_of_run
 from lorank.experiments.errors import SettingsError
-from lorank.lora import LayerPlan, check_save_directory, resize_, save_adapter
+from lorank.lora import (
+    LayerPlan,
+    check_file_can_shrink,
+    check_save_directory,
+    read_adapter_config,
+    resize_,
+    save_adapter,
+)
 from lorank.scoring import ablation_scores, first_order_scores, saliency_scores, screened_scores
 from lorank.tasks import mean_loss
 
@@ -53,7 +60,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A smaller adapter.
+    """A smaller adapter. What is measured on it is measured on its files, loaded onto a base model loaded anew.
 
     Args:
         folder: its folder.
@@ -149,12 +156,12 @@ def prune(loaded: LoadedAdapter, scored: Scored, budget: Budget, out: str | Path
     parameters = layers.parameters
     loss = loaded.loss(scored.samples)
     resize_(layers, {name: LayerPlan(kept) for name, kept in resolved.keep_best(scored.scores).items()})
-    folder_written = save_adapter(layers, out)
+    written = loaded.reload(save_adapter(layers, out))  # every figure is measured on the files
     return Pruned(
-        folder=folder_written,
-        ranks={name: (before[name], rank) for name, rank in layers.ranks.items()},
-        parameters=(parameters, layers.parameters),
-        loss=(loss, loaded.loss(scored.samples)),
+        folder=written.adapter,
+        ranks={name: (rank, written.layers.ranks.get(name, 0)) for name, rank in before.items()},
+        parameters=(parameters, written.layers.parameters),
+        loss=(loss, written.loss(scored.samples)),
         examples=len(loaded.held_apart(scored.samples)),
     )
 
@@ -204,6 +211,18 @@ def check_budget(loaded: LoadedAdapter, budget: Budget) -> ResolvedBudget:
             f"the adapter already fits the budget ({used}): there is nothing to prune. Give a smaller budget"
         )
     return resolved
+
+
+def check_adapter(adapter: Path) -> None:
+    """Checks, from its settings alone, that a smaller adapter can be made of an adapter.
+
+    Args:
+        adapter: the folder of an adapter, or of the run that made it.
+
+    Raises:
+        AdapterError: there is no LoRA adapter, or its initialisation changed the base weights.
+    """
+    check_file_can_shrink(read_adapter_config(adapter_of_run(adapter)).get("init_lora_weights"))
 
 
 def check_out(adapter: Path, out: str | Path, *, overwrite: bool) -> None:
