@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers import set_seed
 
 from lorank.config.settings import ConfigError, RunConfig, load_config, make_config
 from lorank.experiments import folder
 from lorank.experiments.errors import ModelError
-from lorank.experiments.models import load_model, load_tokenizer
-from lorank.lora import AdapterLayers, find_layers, load_adapter, read_adapter_config
+from lorank.experiments.models import load_onto_new_base, load_tokenizer
+from lorank.lora import AdapterLayers, find_layers, read_adapter_config
 from lorank.tasks import Example, Task, build_task, mean_loss
 from lorank.tasks.known import KNOWN
 
@@ -61,17 +60,8 @@ class LoadedAdapter:
 
     def reload(self, adapter: Path) -> LoadedAdapter:
         """Loads another adapter of the same base model from its files, onto a base model that is loaded anew."""
-        model = load_onto_new_base(self.config, self.task, adapter)
+        model = load_onto_new_base(self.config.model, self.task, adapter, seed=self.config.training.seed)
         return replace(self, adapter=adapter, model=model, layers=find_layers(model))
-
-
-def load_onto_new_base(config: RunConfig, task: Task, adapter: Path) -> nn.Module:
-    """Loads the base model of a configuration, and an adapter from its files onto it.
-
-    The new weights of a classification head, which an adapter that was saved replaces, are drawn from the run's seed.
-    """
-    set_seed(config.training.seed)
-    return load_adapter(load_model(config.model, task), adapter)
 
 
 def load_finished(
@@ -107,7 +97,7 @@ def load_finished(
     tokenizer = _with_hint(lambda: load_tokenizer(settings.model), model)
     # no training happens here, so one training example is enough
     built = build_task(settings.task.model_copy(update={"max_train": 1}), tokenizer)
-    loaded = _with_hint(lambda: load_onto_new_base(settings, built, path), model)
+    loaded = _with_hint(lambda: load_onto_new_base(settings.model, built, path, seed=settings.training.seed), model)
     return LoadedAdapter(path, settings, loaded, find_layers(loaded), built)
 
 
