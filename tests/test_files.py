@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorank import files
-from lorank.files import WriteError, remove_leftovers, replacing_folder, write_text
+from lorank.files import WriteError, remove_leftovers, write_text
 
 LIMITED = """
 import resource, signal, sys
@@ -65,32 +65,11 @@ def test_a_limit_of_the_system_leaves_the_old_file(tmp_path: Path) -> None:
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_folder_is_exchanged_and_an_error_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "adapter"
-    for content in ("first", "second"):
-        with replacing_folder(path) as scratch:
-            (scratch / content).write_text(content)
-
-    def fail() -> None:
-        with replacing_folder(path) as scratch:
-            (scratch / "third").write_text("half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert [found.name for found in path.iterdir()] == ["second"]
-    assert [found.name for found in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_a_folder_is_replaced_where_the_system_cannot_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_swap_names", lambda *_: False)
-    test_a_folder_is_exchanged_and_an_error_leaves_the_old_one(tmp_path)
-
-
 def test_leftovers_of_killed_writers_go_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.123.part").write_text("half")
     (tmp_path / ".adapter.123.part").mkdir()
-    (tmp_path / "mine.part").write_text("mine")
-    (tmp_path / ".mine").write_text("mine")
+    theirs = {"mine.part", ".mine", ".mine.part", ".bashrc.old", ".a.b.old"}
+    for name in theirs:
+        (tmp_path / name).write_text("mine")
     remove_leftovers(tmp_path)
-    assert {found.name for found in tmp_path.iterdir()} == {"mine.part", ".mine"}
+    assert {found.name for found in tmp_path.iterdir()} == theirs

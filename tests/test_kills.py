@@ -1,4 +1,4 @@
-"""The small version of `python -m tests.kills --count 100`."""
+"""The small version of `python -m tests.kills --count 100`, and `python -m tests.kills_saving`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ def test_a_run_that_is_killed_three_times_ends_as_one_that_was_not() -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "3 kills" in done.stdout
     assert " 0 different" in done.stdout
+
+
+def test_a_save_that_is_killed_at_any_write_touches_no_other_file_and_mixes_no_two_adapters() -> None:
+    command = [sys.executable, "-m", "tests.kills_saving"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    found = dict(line.split(":", 1) for line in done.stdout.splitlines() if "moments" in line)
+    assert set(found) == {"shared", "alone", "alone, without exchange", "new"}
+    assert "'refused'" not in found["alone"]  # it always holds an adapter
+    assert all("'new'" in text for text in found.values())
+    assert "'refused'" in found["shared"]  # between its two files
 
 
 def test_the_last_bit_of_a_tensor_is_a_difference() -> None:

@@ -1,8 +1,9 @@
-"""Atomic writing of files and folders, and reading with a limit on the size.
+"""Atomic writing of files, and reading with a limit on the size.
 
-A file or a folder is written next to its destination under a temporary name (``.NAME.PID.part``). It is flushed to disk
-(fsync of the files, then of the parent folder) and renamed. If the process or the machine stops at any moment, a reader
-finds either the complete old content or the complete new content.
+A file is written next to its destination under a temporary name (``.NAME.PID.part``). It is flushed to disk (fsync of
+the file, then of its folder) and renamed. If the process or the machine stops at any moment, a reader finds either the
+complete old content or the complete new content. :mod:`lorank.lora.io.adapter_folder` does the same for the files of an
+adapter.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from lorank.errors import LorankError
 
 _RENAME_EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
 _AT_FDCWD = -100  # Linux: paths are relative to the working directory
+_LEFTOVER = re.compile(r"\..+\.\d+\.(part|old)")
 
 
 class WriteError(LorankError, OSError):
@@ -37,8 +40,8 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
         WriteError: no space, no permission.
     """
     path = Path(path)
-    temporary = _temporary_path(path)
-    with _system_errors_as_write_errors(path):
+    temporary = temporary_path(path)
+    with system_errors_as_write_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
@@ -48,39 +51,6 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-
-
-@contextmanager
-def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Yields an empty temporary folder to write to, then renames that folder to ``path``.
-
-    An existing folder is exchanged for the new one in one step where the system supports this (Linux, most file
-    systems). On other systems, neither folder has this name for a moment; the old one is then called
-    ``.NAME.PID.old``.
-
-    Raises:
-        WriteError: no space, no permission.
-    """
-    path = Path(path)
-    temporary, old = _temporary_path(path), path.with_name(f".{path.name}.{os.getpid()}.old")
-    with _system_errors_as_write_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            yield temporary
-            sync_tree(temporary)
-            if not path.exists():
-                temporary.rename(path)
-            elif not _swap_names(temporary, path):
-                path.rename(old)
-                temporary.rename(path)
-            sync(path.parent)
-        finally:
-            if old.exists() and not path.exists():
-                old.rename(path)
-            for leftover in (temporary, old):
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -100,7 +70,7 @@ def append_text(path: str | Path, text: str) -> None:
         WriteError: no space, no permission.
     """
     path = Path(path)
-    with _system_errors_as_write_errors(path):
+    with system_errors_as_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         with path.open("ab", buffering=0) as file:  # close() would write a buffer again after a failure
@@ -118,7 +88,7 @@ def append_text(path: str | Path, text: str) -> None:
 
 def remove_leftovers(folder: str | Path) -> None:
     """Removes the temporary files of killed processes from ``folder``. No other process may write there meanwhile."""
-    for leftover in [*Path(folder).glob(".*.part"), *Path(folder).glob(".*.old")]:
+    for leftover in filter(is_leftover, list(Path(folder).iterdir())):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -126,8 +96,8 @@ def remove_leftovers(folder: str | Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether ``path`` has the name of a temporary file that :func:`remove_leftovers` removes."""
-    return path.name.startswith(".") and path.suffix in (".part", ".old")
+    """Whether ``path`` has the name of a temporary file that :func:`remove_leftovers` removes, ``.NAME.PID.part``."""
+    return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def sync(path: str | Path) -> None:
@@ -181,12 +151,13 @@ def parse_json(text: str) -> Any:
         raise ValueError("the JSON is nested too deeply") from error
 
 
-def _temporary_path(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
+    """The temporary name beside ``path``, ``.NAME.PID.part``."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 @contextmanager
-def _system_errors_as_write_errors(path: Path) -> Iterator[None]:
+def system_errors_as_write_errors(path: Path) -> Iterator[None]:
     """Turns an OSError into a WriteError that names the file and what remains of it."""
     try:
         yield
@@ -200,8 +171,8 @@ def _system_errors_as_write_errors(path: Path) -> Iterator[None]:
         raise WriteError(f"{path} cannot be written: {error.strerror or error}: {advice}") from error
 
 
-def _swap_names(first: Path, second: Path) -> bool:
-    """Swaps two names in one step. Returns False if the system does not support this."""
+def swap_names(first: Path, second: Path) -> bool:
+    """Exchanges two names in one step. Returns False if the system does not support this."""
     try:
         swap = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):

@@ -91,7 +91,7 @@ class TestByGradient:
 
 @pytest.mark.parametrize("method", ["gradient", "eva"])
 @pytest.mark.parametrize(
-    "budget", [None, 3, "40 ranks", "3000 params", "12kB", {"ranks_per_module": 4, "max_lora_rank": 5}]
+    "budget", [None, 3, "40 ranks", "7 ranks", "3000 params", "12kB", {"ranks_per_module": 4, "max_lora_rank": 5}]
 )
 def test_the_budget_holds_in_every_unit(method: str, budget) -> None:
     model = adapted(tiny_llama(), random_B=False, r=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,31 @@ def test_mistakes_in_options(adapter: Path, texts: Path, tmp_path: Path, options
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_overwriting_replaces_the_adapter_and_no_other_file(adapter: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(adapter, out)
+    theirs = {"checkpoint-4/optimizer.pt": "moments", "tokenizer.json": "{}", "notes.txt": "mine"}
+    for name, text in theirs.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(text)
+    (out / "README.md").write_text("my own words")
+    before = {name: (out / name).stat() for name in (*theirs, "README.md")}
+    options = ["--budget", "50%", "--data", texts, "--by", "saliency", "--samples", 4, "--overwrite"]
+    result = lorank("prune", adapter, *options, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert size(out) <= 0.5 * size(adapter)
+    for name, stat in before.items():
+        assert (out / name).stat().st_mtime_ns == stat.st_mtime_ns
+        assert (out / name).stat().st_ino == stat.st_ino
+        assert (out / name).read_text() == theirs.get(name, "my own words")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    result = lorank("prune", adapter, *options, "--out", precious, "--model", "no/such/model")
+    assert "exists and is not an adapter's folder" in result.stderr  # said before the model is loaded
+    assert contents(precious) == {"thesis.txt": b"years of work"}
 
 
 def test_no_data(adapter: Path) -> None:

@@ -20,6 +20,7 @@ from lorank.errors import LorankError
 from lorank.experiments import ModelError, RunFolderError, SettingsError, train
 from lorank.experiments.models import load_tokenizer, resolve
 from lorank.experiments.run import total_steps
+from lorank.lora import AdapterLayers, find_layers, save_adapter
 from lorank.tasks import build_task
 from lorank.training import read_history
 
@@ -182,10 +183,59 @@ def test_overwriting_removes_the_run_and_nothing_else(make: Make) -> None:
     (first.folder / "notes.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="complete"):
         train(config, resume=True)
+    theirs = ("rank_history_notes.jsonl", "checkpoint-notes/notes.txt", ".bashrc.old", ".mine.part")
+    for name in theirs:
+        (first.folder / name).parent.mkdir(exist_ok=True)
+        (first.folder / name).write_text("mine")
     again = train(config, overwrite=True)
-    assert (first.folder / "notes.txt").read_text() == "mine"
+    assert all((first.folder / name).read_text() == "mine" for name in ("notes.txt", *theirs))
+    for name in theirs:
+        (first.folder / name).unlink()
     assert again.metrics["test"] == first.metrics["test"]
     assert len(list(first.folder.glob("rank_history*"))) == 1
+
+
+def test_a_run_with_other_files_inside_its_own_folders_is_not_overwritten(make: Make) -> None:
+    config = make(training={"max_steps": 4})
+    folder = train(config).folder
+    for subfolder in ("adapter", "checkpoint-4"):
+        notes = folder / subfolder / "deep" / "notes.txt"
+        notes.parent.mkdir()
+        notes.write_text("mine")
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        with pytest.raises(RunFolderError, match=rf"(?s){subfolder}.deep.notes\.txt is inside.*\(1 such files"):
+            train(config, overwrite=True)
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+        shutil.move(notes.parent, folder / f"moved from {subfolder}")  # as the message says
+    (folder / "checkpoint-4" / "lorank_complete.json").unlink()  # names alone tell the files of a Trainer
+    assert train(config, overwrite=True).metrics["steps"] == 4
+    assert (folder / "moved from adapter" / "notes.txt").read_text() == "mine"
+
+
+def test_the_metrics_are_those_of_the_files(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the writer shows in the figures: this one writes an update of another sign."""
+
+    def save_wrongly(layers: AdapterLayers, directory: Path) -> Path:
+        for layer in layers.values():
+            layer.B.data.neg_()
+        written = save_adapter(layers, directory)
+        for layer in layers.values():
+            layer.B.data.neg_()
+        return written
+
+    monkeypatch.setattr("lorank.experiments.run.save_adapter", save_wrongly)
+    config = make(allocator={"name": "static"}, training={"max_steps": 8, "lr": 0.03})
+    metrics = train(config).metrics
+    task = build_task(config.task, load_tokenizer(config.model))
+    base = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2)
+    base.config.pad_token_id = task.collator.tokenizer.pad_token_id
+    written = PeftModel.from_pretrained(base, Path(config.output_dir) / "adapter")
+    assert task.evaluate(written, "test", progress=False) == pytest.approx(metrics["test"], abs=1e-5)
+    found = task.evaluate(written, "validation", progress=False)["loss"]
+    assert metrics["validation"]["loss_after"] == pytest.approx(found, abs=1e-5)
+    for layer in find_layers(written).values():
+        layer.B.data.neg_()
+    assert abs(task.evaluate(written, "validation", progress=False)["loss"] - found) > 1e-3
 
 
 def test_bad_input_leaves_no_folder_behind(make: Make, sentiment: Path) -> None:

@@ -61,11 +61,6 @@ def test_an_embedding_receives_nothing() -> None:
     assert list(components(layers, token_batch(rows=8))) == [name for name in layers if "q_proj" in name]
 
 
-def test_without_ranks_there_is_nothing_to_compute() -> None:
-    layers = find_layers(adapted(tiny_llama(), random_B=False, target_modules=["q_proj"]))
-    assert eva_components(layers, [token_batch()], dict.fromkeys(layers, 0), layers.ranks) == {}
-
-
 def test_a_batch_whose_counted_inputs_are_too_few_is_refused() -> None:
     layers = find_layers(adapted(tiny_llama(), random_B=False, target_modules=["q_proj"]))
     batch = token_batch(rows=1)

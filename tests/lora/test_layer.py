@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorank.errors import AdapterError
-from lorank.lora import find_layers
+from lorank.errors import AdapterError, PlanError
+from lorank.lora import LayerPlan, find_layers, resize_
 from tests.lora.forms import Q
 from tests.models import adapted, tiny_llama
 
@@ -48,9 +48,28 @@ def test_an_embedding_is_a_layer_whose_inputs_are_its_rows() -> None:
     assert (layer.d_in, layer.d_out, layer.rank) == (64, 32, 4)
 
 
-@pytest.mark.parametrize(("dora", "fewest"), [(False, 0), (True, 1)])
-def test_the_smallest_rank(dora: bool, fewest: int) -> None:
-    assert find_layers(adapted(tiny_llama(), use_dora=dora))[Q].min_rank == fewest
+@pytest.mark.parametrize(
+    ("lora", "with_bias", "fewest"),
+    [
+        ({}, True, 0),
+        ({"use_dora": True}, False, 1),
+        ({"lora_bias": True}, True, 1),
+        ({"bias": "lora_only"}, True, 1),
+        ({"bias": "all"}, True, 1),
+        ({"bias": "all"}, False, 0),
+        ({"bias": "lora_only"}, False, 0),
+    ],
+)
+def test_the_smallest_rank(lora: dict, with_bias: bool, fewest: int) -> None:
+    targets = ["q_proj", "v_proj", *([] if lora.get("lora_bias") else ["up_proj"])]
+    layers = find_layers(adapted(tiny_llama(attention_bias=with_bias), target_modules=targets, **lora))
+    assert layers[Q].min_rank == fewest
+    assert layers[Q].uses_dora == bool(lora.get("use_dora"))
+    if fewest:
+        with pytest.raises(PlanError, match="which needs at least one rank; the plan leaves none"):
+            resize_(layers, {Q: LayerPlan(())})
+    if "up_proj" in targets:  # it has no bias
+        assert layers["model.layers.0.mlp.up_proj"].min_rank == int("use_dora" in lora)
 
 
 def test_learned_gates_of_another_number_are_refused() -> None:

@@ -28,7 +28,8 @@ The paper does not specify the following.
 - Under a given budget, a round adds new ranks as long as the budget has room for them, instead of n_A. A rank costs
   more parameters in one module than in another, so the number of ranks may change while the budget holds in every unit.
   A later round can use the part of the budget that a round leaves unused.
-- A module that needs at least one rank (DoRA) keeps its last rank, and the next lowest rank is pruned instead.
+- A module that needs at least one rank (DoRA, a trained bias) keeps its last rank, and the next lowest rank is pruned
+  instead.
 - A new rank has A as at first initialisation, B = 0 and optimiser moments at zero.
 - With ``unit="epochs"``, if the length of an epoch is unknown, the run counts as ten epochs, the longest training in
   the paper.

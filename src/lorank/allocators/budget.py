@@ -191,9 +191,10 @@ def _check(budget: ResolvedBudget) -> None:
         # An adapter file needs at least one rank: if no module has a minimum, the cheapest rank.
         least = constraint.cost(budget.minima) or min(constraint.costs.values())
         if constraint.limit < least:
+            why = " (one rank each: DoRA and trained biases need one)" if any(budget.minima.values()) else ""
             raise BudgetError(
                 f"the budget of {constraint.amount(constraint.limit)} is less than the "
-                f"{constraint.amount(least)} that {modules} modules need at least: give a larger budget"
+                f"{constraint.amount(least)} that {modules} modules need at least{why}: give a larger budget"
             )
     over = [c for c in budget.constraints if c.limit > c.cost(budget.caps)]
     if len(over) == len(budget.constraints):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lorank.allocators.budget import Budget, BudgetLike
 from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.errors import AdapterError, BudgetError
-from lorank.lora import AdapterLayers, find_layers, plan_for_rank, resize_
+from lorank.lora import AdapterLayers, check_base_unchanged, find_layers, plan_for_rank, resize_
 from lorank.lora.eva import eva_components
 from lorank.scoring import weight_gradient_singular_values
 from lorank.scoring.loss import LossFn
@@ -68,13 +68,15 @@ def initial_ranks_(
         The rank of each module.
 
     Raises:
-        AdapterError: there is no LoRA adapter, or it has already been trained (or was made with B ≠ 0, as by PiSSA).
+        AdapterError: there is no LoRA adapter, or it has already been trained (or was made with B ≠ 0, as by
+            ``orthogonal``), or its initialisation changed the base weights (PiSSA, …).
         BudgetError: the budget cannot be parsed or does not fit the modules; or the method is unknown.
         ValidationBatchError: there is no batch, a batch gives no loss, or a batch is too small for EVA.
     """
     if method not in ("gradient", "eva"):
         raise BudgetError(f"initial ranks by {method!r}: expected 'gradient' or 'eva'")
     layers = find_layers(model, adapter)
+    check_base_unchanged(layers, "initial_ranks_")
     _check_fresh(layers)
     resolved = _resolve(layers, budget)
     kept = list(batches)
@@ -91,7 +93,9 @@ def initial_ranks_(
 
 
 def _eva(layers: AdapterLayers, budget: ResolvedBudget, batches: list[Mapping[str, Any]], seed: int) -> None:
-    even = budget.uniform()
+    # Every module takes part with at least one rank, also where the budget has fewer ranks than there are modules. What
+    # exceeds the budget is then removed in proportion, below.
+    even = {name: max(1, rank) for name, rank in budget.uniform().items()}
     components = eva_components(layers, batches, even, budget.caps)
     wanted = {name: max(budget.minima[name], len(components.get(name, range(even[name])))) for name in layers}
     if not budget.is_used_up_by(wanted):
@@ -119,5 +123,5 @@ def _check_fresh(layers: AdapterLayers) -> None:
         if layer.rank and bool(start.detach().any()):
             raise AdapterError(
                 f"{name} already has an update (B ≠ 0): initial ranks need a fresh adapter. Choose them right after "
-                "get_peft_model, and do not use an init_lora_weights that sets B (PiSSA, OLoRA, LoftQ)"
+                "get_peft_model, and do not use an init_lora_weights that sets B ('orthogonal', False)"
             )

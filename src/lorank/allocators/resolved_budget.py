@@ -48,7 +48,8 @@ class ResolvedBudget:
     Args:
         constraints: the constraints; all of them must hold.
         caps: per module, in the model's order, the highest allowed rank.
-        minima: per module, the lowest allowed rank: 0, or 1 if the file format needs a rank (DoRA).
+        minima: per module, the lowest allowed rank: 0, or 1 if the module trains something beside its LoRA
+            (:attr:`lorank.lora.AdapterLayer.min_rank`).
     """
 
     constraints: tuple[Constraint, ...]

@@ -153,6 +153,7 @@ def prune(
         from lorank.experiments import posthoc
 
         posthoc.check_out(adapter, out, overwrite=overwrite)
+        posthoc.check_adapter(adapter)
         loaded = _load(adapter, data, task, model, config, overrides)
         wanted = posthoc.pruning_budget(loaded, budget, max_lora_rank)
         resolved = posthoc.check_budget(loaded, wanted)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers import set_seed
 
 from lorank.config.settings import ConfigError, RunConfig, load_config, make_config
 from lorank.experiments import folder
 from lorank.experiments.errors import ModelError
-from lorank.experiments.models import load_model, load_tokenizer
-from lorank.lora import AdapterLayers, find_layers, load_adapter, read_adapter_config
+from lorank.experiments.models import load_onto_new_base, load_tokenizer
+from lorank.lora import AdapterLayers, find_layers, read_adapter_config
 from lorank.tasks import Example, Task, build_task, mean_loss
 from lorank.tasks.known import KNOWN
 
@@ -59,6 +58,11 @@ class LoadedAdapter:
         examples = self.held_apart(samples)
         return mean_loss(self.model, examples, self.task.collator, batch_size=self.batch_size, progress=progress)
 
+    def reload(self, adapter: Path) -> LoadedAdapter:
+        """Loads another adapter of the same base model from its files, onto a base model that is loaded anew."""
+        model = load_onto_new_base(self.config.model, self.task, adapter, seed=self.config.training.seed)
+        return replace(self, adapter=adapter, model=model, layers=find_layers(model))
+
 
 def load_finished(
     adapter: str | Path,
@@ -84,9 +88,7 @@ def load_finished(
         AdapterError: the folder holds no LoRA adapter, or the adapter does not fit this model.
         ConfigError, DataError, ModelError, SettingsError: the model or the data cannot be used.
     """
-    path = Path(adapter)
-    if (path / folder.CONFIG).is_file() and (path / folder.ADAPTER).is_dir():
-        path, config = path / folder.ADAPTER, config or (None if data else path / folder.CONFIG)
+    path = adapter_of_run(Path(adapter))
     saved = read_adapter_config(path)
     inside = path.resolve().parent / folder.CONFIG
     if config is None and data is None and inside.is_file():
@@ -95,10 +97,13 @@ def load_finished(
     tokenizer = _with_hint(lambda: load_tokenizer(settings.model), model)
     # no training happens here, so one training example is enough
     built = build_task(settings.task.model_copy(update={"max_train": 1}), tokenizer)
-    set_seed(settings.training.seed)
-    base = _with_hint(lambda: load_model(settings.model, built), model)
-    loaded = load_adapter(base, path)
+    loaded = _with_hint(lambda: load_onto_new_base(settings.model, built, path, seed=settings.training.seed), model)
     return LoadedAdapter(path, settings, loaded, find_layers(loaded), built)
+
+
+def adapter_of_run(path: Path) -> Path:
+    """The adapter's folder inside the folder of a finished run; any other folder as it is."""
+    return path / folder.ADAPTER if (path / folder.CONFIG).is_file() and (path / folder.ADAPTER).is_dir() else path
 
 
 def _settings(

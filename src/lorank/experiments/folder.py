@@ -10,6 +10,7 @@ metrics.json         the metrics; written last, so this file exists only if the 
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from lorank.config.settings import RunConfig, load_config, to_yaml
 from lorank.experiments.errors import RunFolderError
 from lorank.experiments.folder_check import CONFIG, METRICS, check_folder, is_free, require_run
 from lorank.files import remove_leftovers, write_text
-from lorank.training.checkpoint.integrity import last_checkpoint, remove_broken
+from lorank.training.checkpoint.integrity import checkpoints, files_of_others, last_checkpoint, remove_broken
 
 logger = logging.getLogger("lorank")
 
@@ -27,7 +28,7 @@ __all__ = ["ADAPTER", "CONFIG", "FULL_MODEL", "HISTORY", "METRICS", "abandon", "
 
 HISTORY = "rank_history.jsonl"
 ADAPTER, FULL_MODEL = "adapter", "model"
-_CHECKPOINT = "checkpoint-"
+_HISTORIES = re.compile(r"rank_history(\.\d+)?\.jsonl")
 
 
 def prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> Path | None:
@@ -36,7 +37,8 @@ def prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> Path | None:
     Args:
         config: the run; its `output_dir` is the folder.
         resume: continue the run in the folder.
-        overwrite: remove the run in the folder. Other files are not touched.
+        overwrite: remove the run in the folder. Other files are not touched; if they are inside its checkpoints or its
+            results, the run is not removed.
 
     Returns:
         The checkpoint to resume from; None to start at the first step (also if the resumed run had saved no
@@ -65,8 +67,8 @@ def prepare(config: RunConfig, *, resume: bool, overwrite: bool) -> Path | None:
 
 
 def abandon(folder: Path) -> None:
-    """Undoes `prepare` for a run that has taken no step."""
-    remove_run(folder)
+    """Undoes `prepare` for a run that has taken no step, and so has no checkpoint."""
+    _remove_records(folder)
     if not any(folder.iterdir()):
         folder.rmdir()
 
@@ -87,14 +89,26 @@ def remove_run(folder: Path) -> None:
     """Removes the files of a run. Other files are not touched.
 
     Raises:
-        RunFolderError: the folder holds no run.
+        RunFolderError: the folder holds no run, or other files are inside the run's own subfolders. The Trainer removes
+            whole checkpoints, so they would not be safe there. Nothing was removed.
     """
     require_run(folder)
-    for path in [*folder.glob(f"{_CHECKPOINT}*"), folder / ADAPTER, folder / FULL_MODEL]:
-        if path.is_dir():
-            shutil.rmtree(path)
+    subfolders = [*checkpoints(folder), *(path for name in (ADAPTER, FULL_MODEL) if (path := folder / name).is_dir())]
+    others = [path for subfolder in subfolders for path in files_of_others(subfolder)]
+    if others:
+        raise RunFolderError(
+            f"--overwrite: {others[0]} is inside the run's own folders and was not written by the run ({len(others)} "
+            "such files in all); nothing was removed. Move them elsewhere, or name another output_dir."
+        )
+    for path in subfolders:
+        shutil.rmtree(path)
+    _remove_records(folder)
+
+
+def _remove_records(folder: Path) -> None:
     # remove the configuration last: if this is interrupted, the folder can still be recognised as a run's folder
-    for path in [*folder.glob("rank_history*.jsonl"), folder / METRICS, folder / CONFIG]:
+    histories = [path for path in folder.iterdir() if _HISTORIES.fullmatch(path.name)]
+    for path in [*histories, folder / METRICS, folder / CONFIG]:
         path.unlink(missing_ok=True)
 
 

@@ -6,16 +6,19 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    set_seed,
 )
 
 from lorank.config.sections import ModelSettings
 from lorank.experiments.errors import ModelError, SettingsError
+from lorank.lora import load_adapter
 from lorank.tasks import Task
 
 
@@ -89,6 +92,23 @@ def load_model(settings: ModelSettings, task: Task) -> PreTrainedModel:
     # a decoder classifier reads the last token that is not padding
     model.config.pad_token_id = task.collator.tokenizer.pad_token_id
     return model
+
+
+def load_onto_new_base(settings: ModelSettings, task: Task, adapter: Path, *, seed: int) -> nn.Module:
+    """Loads the base model anew, and an adapter from its files onto it, as any user of these files would.
+
+    Args:
+        settings: the base model.
+        task: decides the model's head.
+        adapter: the adapter's folder.
+        seed: the seed of a new classification head, for adapters that were saved without theirs.
+
+    Raises:
+        ModelError, SettingsError: see :func:`load_model`.
+        AdapterError: the adapter cannot be read, or does not fit this model.
+    """
+    set_seed(seed)
+    return load_adapter(load_model(settings, task), adapter)
 
 
 def _not_loaded(what: str, settings: ModelSettings, error: Exception) -> ModelError:

@@ -19,9 +19,16 @@ from torch import Tensor
 
 from lorank.allocators import Budget, ResolvedBudget
 from lorank.errors import AdapterError, BudgetError
-from lorank.experiments.adapter_session import LoadedAdapter
+from lorank.experiments.adapter_session import LoadedAdapter, adapter_of_run
 from lorank.experiments.errors import SettingsError
-from lorank.lora import LayerPlan, resize_, save_adapter
+from lorank.lora import (
+    LayerPlan,
+    check_file_can_shrink,
+    check_save_directory,
+    read_adapter_config,
+    resize_,
+    save_adapter,
+)
 from lorank.scoring import ablation_scores, first_order_scores, saliency_scores, screened_scores
 from lorank.tasks import mean_loss
 
@@ -53,7 +60,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A smaller adapter.
+    """A smaller adapter. What is measured on it is measured on its files, loaded onto a base model loaded anew.
 
     Args:
         folder: its folder.
@@ -137,7 +144,7 @@ def prune(loaded: LoadedAdapter, scored: Scored, budget: Budget, out: str | Path
         scored: its scores.
         budget: the budget of the smaller adapter.
         out: the folder for the smaller adapter.
-        overwrite: replace an adapter in `out`. The original is never replaced.
+        overwrite: replace an adapter in `out`. The original is never replaced, and other files are never touched.
 
     Raises:
         BudgetError: the adapter already fits the budget, or no adapter can fit it.
@@ -149,12 +156,12 @@ def prune(loaded: LoadedAdapter, scored: Scored, budget: Budget, out: str | Path
     parameters = layers.parameters
     loss = loaded.loss(scored.samples)
     resize_(layers, {name: LayerPlan(kept) for name, kept in resolved.keep_best(scored.scores).items()})
-    folder_written = save_adapter(layers, out)
+    written = loaded.reload(save_adapter(layers, out))  # every figure is measured on the files
     return Pruned(
-        folder=folder_written,
-        ranks={name: (before[name], rank) for name, rank in layers.ranks.items()},
-        parameters=(parameters, layers.parameters),
-        loss=(loss, loaded.loss(scored.samples)),
+        folder=written.adapter,
+        ranks={name: (rank, written.layers.ranks.get(name, 0)) for name, rank in before.items()},
+        parameters=(parameters, written.layers.parameters),
+        loss=(loss, written.loss(scored.samples)),
         examples=len(loaded.held_apart(scored.samples)),
     )
 
@@ -206,19 +213,33 @@ def check_budget(loaded: LoadedAdapter, budget: Budget) -> ResolvedBudget:
     return resolved
 
 
+def check_adapter(adapter: Path) -> None:
+    """Checks, from its settings alone, that a smaller adapter can be made of an adapter.
+
+    Args:
+        adapter: the folder of an adapter, or of the run that made it.
+
+    Raises:
+        AdapterError: there is no LoRA adapter, or its initialisation changed the base weights.
+    """
+    check_file_can_shrink(read_adapter_config(adapter_of_run(adapter)).get("init_lora_weights"))
+
+
 def check_out(adapter: Path, out: str | Path, *, overwrite: bool) -> None:
     """Checks that a new adapter may be written to `out`, before anything slow begins.
 
     Args:
-        adapter: the folder of the original adapter.
+        adapter: the folder of the original adapter, or of the run that made it.
         out: the folder for the new adapter.
-        overwrite: an adapter in `out` may be replaced.
+        overwrite: an adapter in `out` may be replaced. Other files in `out` are never touched.
 
     Raises:
-        AdapterError: `out` is the folder of the original, or it exists, is not empty and `overwrite` is False.
+        AdapterError: `out` is the folder of the original, or it exists, is not empty and `overwrite` is False, or it
+            holds other files and no adapter.
     """
     out = Path(out)
-    if out.resolve() == adapter.resolve():
+    if out.resolve() in (adapter.resolve(), adapter_of_run(adapter).resolve()):
         raise AdapterError(f"--out {out} is the adapter itself, which is never changed: name another folder")
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"--out {out} already exists: name a new folder, or replace the adapter in it (--overwrite)")
+    check_save_directory(out)

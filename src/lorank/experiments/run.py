@@ -24,7 +24,7 @@ from lorank.config.settings import FullSettings, RunConfig
 from lorank.errors import LorankError
 from lorank.experiments import folder
 from lorank.experiments.errors import SettingsError
-from lorank.experiments.models import load_model, load_tokenizer
+from lorank.experiments.models import load_model, load_onto_new_base, load_tokenizer
 from lorank.experiments.progress import TrainingProgress
 from lorank.files import write_text
 from lorank.lora import find_layers, make_peft_model, save_adapter
@@ -101,9 +101,10 @@ def train(
         save_adapter(find_layers(model), out / folder.ADAPTER)
     else:
         trainer.save_model(str(out / folder.FULL_MODEL))
-    began = time.perf_counter()
-    after = mean_loss(model, task.validation, task.collator, batch_size=batch, progress=console.is_terminal)
-    test = task.evaluate(model, "test", batch_size=batch, progress=console.is_terminal) if task.has_test else {}
+    began, ended_with = time.perf_counter(), _budget(model)
+    written = _written_model(config, task, model)  # the metrics are those of the files
+    after = mean_loss(written, task.validation, task.collator, batch_size=batch, progress=console.is_terminal)
+    test = task.evaluate(written, "test", batch_size=batch, progress=console.is_terminal) if task.has_test else {}
     evaluated = time.perf_counter() - began
     records = ranks.ranks.history.allocations if ranks and ranks.ranks else []
     resumed = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
@@ -118,7 +119,7 @@ def train(
         "resumed_from_step": resumed,
         "examples": {"train": len(task.train), "validation": len(task.validation)},
         "budget": started_with,
-        "final": _budget(model),
+        "final": ended_with,
         "allocations": len(records),
         "validation": {"loss_before": before, "loss_after": after},
         "test": test,
@@ -130,6 +131,18 @@ def train(
     }
     write_text(out / folder.METRICS, json.dumps(metrics, indent=2) + "\n")
     return RunResult(out, metrics)
+
+
+def _written_model(config: RunConfig, task: Task, live: nn.Module) -> nn.Module:
+    """The result of a run, loaded from its files onto the device of the live model, which moves to the CPU."""
+    out, device = Path(config.output_dir), next(live.parameters()).device
+    live.to("cpu")
+    if isinstance(config.allocator, FullSettings):
+        settings = config.model.model_copy(update={"name": str(out / folder.FULL_MODEL), "revision": None})
+        written: nn.Module = load_model(settings, task)
+    else:
+        written = load_onto_new_base(config.model, task, out / folder.ADAPTER, seed=config.training.seed)
+    return written.to(device)
 
 
 def _rank_callback(config: RunConfig, task: Task, progress: TrainingProgress) -> RankCallback | None:

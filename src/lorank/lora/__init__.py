@@ -5,9 +5,11 @@ from lorank.lora.base_size import base_parameters
 from lorank.lora.find_layers import find_layers
 from lorank.lora.fused_forward import fuse_, is_compiled, unfuse_
 from lorank.lora.gates import LearnedGates
+from lorank.lora.initialisation import check_base_unchanged, check_file_can_shrink
+from lorank.lora.io.adapter_folder import is_adapter_file
 from lorank.lora.io.load_adapter import load_adapter, read_adapter_config
 from lorank.lora.io.load_weights import resize_on_load
-from lorank.lora.io.save_adapter import fold_gates_, make_peft_model, save_adapter
+from lorank.lora.io.save_adapter import check_save_directory, fold_gates_, make_peft_model, save_adapter
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_state import check_state, unwrap_optimizer
@@ -30,11 +32,15 @@ __all__ = [
     "Plan",
     "RepackingPrevention",
     "base_parameters",
+    "check_base_unchanged",
+    "check_file_can_shrink",
+    "check_save_directory",
     "check_state",
     "find_layers",
     "fold_gates_",
     "fuse_",
     "head_groups",
+    "is_adapter_file",
     "is_compiled",
     "load_adapter",
     "make_peft_model",

@@ -35,7 +35,7 @@ def eva_components(
         layers: all LoRA layers. Embeddings are left out, because EVA does not support them.
         batches: arguments of the model's forward. Padding (attention_mask) and prompts (labels −100) are ignored.
             PEFT repeats the batches until the components have converged.
-        ranks: per module, its rank before EVA redistributes the ranks.
+        ranks: per module, its rank before EVA redistributes the ranks. ≥ 1, because PEFT fails at rank 0.
         caps: per module, its maximum rank. EVA's ρ, the factor by which a module may grow, is 2, or less if the
             smallest ratio of cap to rank is below 2.
 
@@ -53,7 +53,7 @@ def eva_components(
         )
     if not batches:
         raise ValidationBatchError("there is no batch to compute EVA on: give at least one")
-    linear = {name: layer for name, layer in layers.items() if not layer.is_embedding and ranks[name]}
+    linear = {name: layer for name, layer in layers.items() if not layer.is_embedding}
     if not linear:
         return {}
     rho = max(1.0, min([RHO, *(caps[name] / ranks[name] for name in linear)]))

@@ -49,7 +49,7 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
             continue
         name = full_name.removeprefix(prefix)
         _check_supported(name, module, adapter)
-        layer = AdapterLayer(name, module, adapter)
+        layer = AdapterLayer(name, module, adapter, configs[adapter].bias)
         for parameter in (layer.A, layer.B):
             if id(parameter) in parameter_owner:
                 raise AdapterError(

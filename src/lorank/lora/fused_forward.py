@@ -118,7 +118,7 @@ def _reason_unfused(layer: AdapterLayer) -> str | None:
         return "lora_bias"
     if not isinstance(dropout, nn.Dropout | nn.Identity):
         return f"an unsupported dropout ({type(dropout).__name__})"
-    if layer.min_rank:  # DoRA
+    if layer.uses_dora:
         W = frozen_weight(module)
         if W is None or W.dtype != layer.A.dtype:
             return "DoRA on a base layer that is quantised, trained, has hooks or has another dtype"

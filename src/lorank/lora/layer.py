@@ -33,19 +33,21 @@ class AdapterLayer:
         name: full name of the module in the base model, e.g. ``model.layers.0.self_attn.q_proj``.
         module: PEFT's LoRA layer.
         adapter: the name of the adapter.
+        bias: PEFT's setting of which biases of the base model are trained: none, all or lora_only.
 
     Attributes:
         scaling: s, a constant. It is read when the view is made and kept through every resize. Otherwise PEFT would
             compute ``alpha / r`` with the new rank and silently rescale the update.
     """
 
-    def __init__(self, name: str, module: LoraLayer, adapter: str) -> None:
+    def __init__(self, name: str, module: LoraLayer, adapter: str, bias: str = "none") -> None:
         self.name = name
         self.module = module
         self.adapter = adapter
         self.is_embedding = adapter in module.lora_embedding_A
         self.scaling = float(module.scaling[adapter])
         self.use_rslora = bool(module.use_rslora[adapter])
+        self._trains_base_bias = bias != "none" and getattr(module.get_base_layer(), "bias", None) is not None
 
     @property
     def A(self) -> nn.Parameter:
@@ -131,8 +133,27 @@ class AdapterLayer:
 
     @property
     def min_rank(self) -> int:
-        """1 for DoRA, because a file can only hold DoRA's magnitudes together with a LoRA; else 0."""
-        return int(is_dora(self.form))
+        """The lowest allowed rank: 1 if the layer trains something beside A and B (:attr:`companion`), else 0."""
+        return int(self.companion is not None)
+
+    @property
+    def companion(self) -> str | None:
+        """What the layer trains beside A and B, in words, or None.
+
+        A file has no entry for a module without a LoRA, so this would be lost with the last rank. It is DoRA's
+        magnitudes, a bias in lora_B (``lora_bias=True``), or the bias of the base layer (``bias="all"`` or
+        ``"lora_only"``).
+        """
+        if self.uses_dora:
+            return "DoRA"
+        if not self.is_embedding and self.module.lora_B[self.adapter].bias is not None:
+            return "lora_bias"
+        return "a trained bias" if self._trains_base_bias else None
+
+    @property
+    def uses_dora(self) -> bool:
+        """Whether the layer is a DoRA."""
+        return is_dora(self.form)
 
     @property
     def form(self) -> Any:

@@ -143,7 +143,7 @@ def _check_can_split(layer: AdapterLayer) -> None:
             f"{layer.name} is in per-head form already: end its run with ranks.finish(), and start the next run from a "
             "fresh adapter"
         )
-    if layer.min_rank or own is not None:
+    if own is not None:
         raise AdapterError(
             f"{layer.name} uses {type(own).__name__}, which has no per-head form: keep one rank per module with "
             "heads='module'"

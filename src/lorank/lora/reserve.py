@@ -85,7 +85,7 @@ def _check_can_reserve(layer: AdapterLayer, max_rank: int | None) -> None:
     if layer.is_embedding:
         reason = "is an embedding"
     elif layer.form is not None:
-        reason = "uses DoRA" if layer.min_rank else "has a LoRA per head"
+        reason = "uses DoRA" if layer.uses_dora else "has a LoRA per head"
     elif layer.gate is not None:
         reason = "has gates"
     if reason is not None:

@@ -3,8 +3,8 @@
 The rank changes on the same ``nn.Parameter``, so that hooks, parameter groups and the bookkeeping of distributed
 training remain valid. Kept ranks keep their values, gradients and optimiser moments bit for bit. New ranks start with A
 as PEFT initialises it, B = 0 and zero moments, so that the model's output does not change. For an embedding, PEFT's
-initialisation is A = 0 and B random. If the adapter was initialised from the base weights or from data (PiSSA, OLoRA,
-EVA, …), new ranks use PEFT's default initialisation.
+initialisation is A = 0 and B random. If the adapter was initialised from data or by a scheme of its own (EVA,
+orthogonal), new ranks use PEFT's default initialisation.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from lorank.errors import OptimizerStateError, PlanError
+from lorank.lora.initialisation import check_base_unchanged, set_plain_init_
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_state import check_state, plan_state_update, unwrap_optimizer
 from lorank.lora.rank_index import reindex_ranks
@@ -45,6 +46,7 @@ def resize_(
         PlanError: the plan names a layer or a rank that does not exist, names a rank twice, gives a layer more than
             min(d_in, d_out) or fewer than ``min_rank`` ranks, or leaves no rank in the whole model; a layer is merged;
             or the call is under ``torch.inference_mode``.
+        AdapterError: the adapter's initialisation changed the base weights (:mod:`lorank.lora.initialisation`).
         OptimizerStateError: the optimiser does not hold a parameter, or its state has an unknown shape.
     """
     _check_plan(layers, plan)
@@ -53,6 +55,8 @@ def resize_(
     changes = [
         (i, layer, layer_plan) for i, layer, layer_plan in changes if layer_plan.origins != tuple(range(layer.rank))
     ]
+    if changes:
+        check_base_unchanged(layers)
     states = [_plan_states(inner, layer, layer_plan) for _, layer, layer_plan in changes]
     for (index, layer, layer_plan), state_updates in zip(changes, states, strict=True):
         _resize_layer(
@@ -100,7 +104,7 @@ def _check_plan(layers: AdapterLayers, plan: Plan) -> None:
                 f"{name} can hold at most {most}{layer.max_rank} ranks; the plan asks for {layer_plan.rank}"
             )
         if layer_plan.rank < min(layer.min_rank, layer.rank):
-            raise PlanError(f"{name} uses DoRA, which needs at least one rank; the plan leaves none")
+            raise PlanError(f"{name} uses {layer.companion}, which needs at least one rank; the plan leaves none")
     if not any(plan[name].rank if name in plan else layer.rank for name, layer in layers.items()):
         raise PlanError("the plan leaves no rank in any module: an adapter without weights cannot be saved or trained")
 
@@ -208,12 +212,15 @@ def scaling_of(alpha: float, rank: int, use_rslora: bool) -> float:
 def write_patterns(layers: AdapterLayers) -> None:
     """Writes all ranks and alphas to the live ``LoraConfig``, so that PEFT saves and reloads them exactly.
 
+    The initialisation becomes one with which PEFT loads any ranks (:func:`set_plain_init_`).
+
     PEFT treats the keys of its patterns as regular expressions that may match the end of a name, and uses the first
     match. So a key is ``^`` and the escaped full name, and every module has a key. A missing alpha would silently load
     a wrong scaling. r = the largest rank and alpha = s·r also make the global values correct, for servers that ignore
     the patterns. PEFT's configuration refuses rank 0, so ``target_modules`` lists only the modules with ranks.
     """
     config = layers.config
+    set_plain_init_(config)
     alive = {name: layer for name, layer in layers.items() if layer.rank}
     largest = max(layer.rank for layer in alive.values())
     config.rank_pattern = {f"^{re.escape(name)}": layer.rank for name, layer in alive.items()}

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from lorank.lora.initialisation import INIT_FIELDS
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.resize import replace_data
 
-_CONFIG_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
+_CONFIG_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", *INIT_FIELDS)
 _LAYER_FIELDS = ("r", "lora_alpha", "scaling", "lora_variant")
 
 

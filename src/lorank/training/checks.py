@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorank.errors import LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
-from lorank.lora import AdapterLayers, check_state
+from lorank.lora import AdapterLayers, check_base_unchanged, check_state
 from lorank.scoring import validation_loss
 from lorank.training.parallel.deepspeed import ZeroOptimizer
 from lorank.training.parallel.fsdp import SHARD_BASE_ADVICE
@@ -13,11 +13,12 @@ from lorank.training.run_state import RunState
 
 
 def check_run(run: RunState) -> None:
-    """Checks the run's length and its optimiser.
+    """Checks the run's length, its adapter and its optimiser.
 
     Raises:
         ScheduleError: ``total_steps`` is less than 1.
         LorankError: parameters or optimiser state are sharded over processes, or layers have a pool without DeepSpeed.
+        AdapterError: the method moves ranks, and the adapter's initialisation changed the base weights.
         OptimizerStateError: the optimiser does not hold the LoRA parameters.
     """
     layers, optimizer = run.layers, run.optimizer
@@ -30,6 +31,8 @@ def check_run(run: RunState) -> None:
             "lorank.reserve_ gives parameters the fixed shape that DeepSpeed's ZeRO needs, but the optimiser is "
             f"{type(optimizer).__name__}: pass the optimiser that deepspeed.initialize returned, or leave out reserve_"
         )
+    if run.allocator.moves_ranks:
+        check_base_unchanged(layers, f"{type(run.allocator).__name__}, which moves ranks,")
     _check_not_sharded(layers, optimizer)
     held_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in layers.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lorank
-from lorank.training.checkpoint.integrity import SEAL, checkpoints, find_problem, remove_broken, seal
+from lorank.training.checkpoint.integrity import SEAL, checkpoints, files_of_others, find_problem, remove_broken, seal
 from tests.training.trainer_run import make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -92,3 +92,20 @@ def test_incomplete_checkpoints_are_removed_with_a_warning(run: Path, caplog: py
 
 def test_no_checkpoint(tmp_path: Path) -> None:
     assert lorank.last_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_broken_checkpoint_is_removed_without_the_files_of_others(run: Path, sealed: bool) -> None:
+    last = run / "checkpoint-4"
+    if not sealed:
+        (last / SEAL).unlink()
+    assert not files_of_others(last)
+    (last / "optimizer.pt").unlink()
+    for name in ("notes.txt", "deep/adapter_notes.txt"):
+        (last / name).parent.mkdir(exist_ok=True)
+        (last / name).write_text("mine")
+    for _ in range(2):
+        remove_broken(run)
+        assert sorted(path.name for path in last.rglob("*")) == ["adapter_notes.txt", "deep", "notes.txt"]
+        assert (last / "notes.txt").read_text() == "mine"
+    assert lorank.last_checkpoint(run) == str(run / "checkpoint-2")

@@ -140,8 +140,12 @@ class ARDLoRA(Allocator):
 
     def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
         budget = resolve_budget(self.budget, layers)
-        if not self.min_rank and any(layer.min_rank for layer in layers.values()):
-            raise ScheduleError("ARDLoRA(min_rank=0): a module with DoRA needs a rank; use min_rank=1")
+        needing = next((layer for layer in layers.values() if layer.min_rank), None)
+        if not self.min_rank and needing is not None:
+            raise ScheduleError(
+                f"ARDLoRA(min_rank=0): a module with {needing.companion} needs a rank, here {needing.name}: use "
+                "min_rank=1"
+            )
         if budget is None:
             return None
         budget = replace(budget, minima={name: self.min_rank * size for name, size in group_sizes(layers).items()})

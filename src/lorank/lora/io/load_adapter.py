@@ -10,6 +10,8 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
 from lorank.errors import AdapterError
+from lorank.lora.initialisation import check_file_can_be_loaded
+from lorank.lora.io.adapter_folder import readable_folder
 from lorank.lora.io.adapter_validation import CONFIG, check_weights, read_config
 
 
@@ -23,7 +25,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError(f"{folder}: there is no such folder. Give the folder of an adapter, which contains {CONFIG}")
-    path = folder / CONFIG
+    path = readable_folder(folder) / CONFIG
     if not path.is_file():
         merged = (folder / "config.json").is_file()
         why = "is a whole model; if an adapter was merged into it, its ranks are lost" if merged else "has no " + CONFIG
@@ -36,18 +38,21 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
 
     Args:
         base: the model that the adapter was trained on; it is changed in place.
-        folder: a folder that ``save_pretrained`` of a PEFT model wrote; it is not changed.
+        folder: a folder that ``save_pretrained`` of a PEFT model wrote; it is not changed. If :func:`save_adapter` was
+            interrupted in it, the new adapter is read (:mod:`lorank.lora.io.adapter_folder`).
 
     Raises:
-        AdapterError: the folder holds no LoRA adapter, its weights cannot be read, or its modules or shapes do not
-            fit ``base``.
+        AdapterError: the folder holds no LoRA adapter, its weights cannot be read, its modules or shapes do not fit
+            ``base``, or PEFT cannot repeat its initialisation (CorDA, LoRA-GA).
     """
+    folder = readable_folder(Path(folder))
     config = read_adapter_config(folder)
     does_not_fit = (
         f"The adapter in {folder} does not fit this model. It was trained on "
         f"{config.get('base_model_name_or_path')!r}; load it onto that model"
     )
-    check_weights(Path(folder), config)
+    check_weights(folder, config)
+    check_file_can_be_loaded(config.get("init_lora_weights"))
     try:
         saved = load_peft_weights(str(folder), device="cpu")
         model = PeftModel.from_pretrained(base, str(folder))

@@ -1,4 +1,4 @@
-"""Saves the adapter as an ordinary PEFT adapter: gates folded into B, and written atomically."""
+"""Saves the adapter as an ordinary PEFT adapter: gates folded into B, with the folder's other files untouched."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lorank.errors import AdapterError
-from lorank.files import WriteError, replacing_folder
-from lorank.lora.io.adapter_validation import CONFIG
+from lorank.files import WriteError, is_leftover
+from lorank.lora.io.adapter_folder import contains_adapter, replacing_adapter
 from lorank.lora.layer import AdapterLayers
 from lorank.lora.variants.gated import fold_gate
 
@@ -29,8 +29,16 @@ def fold_gates_(layers: AdapterLayers) -> None:
 def save_adapter(layers: AdapterLayers, directory: str | Path) -> Path:
     """Saves a plain PEFT adapter that loads without lorank: same outputs, gates folded into B, no module of rank 0.
 
-    The folder is written under a temporary name, flushed to disk and renamed. So a reader never finds an incomplete
-    adapter, even if the process or the machine stops (:mod:`lorank.files`). The live model keeps its gates.
+    Only the files of an adapter are replaced; whatever else the folder holds is never touched. If the process or the
+    machine stops at any moment, no reader loads a mixture of two adapters (:mod:`lorank.lora.io.adapter_folder`):
+
+    - A new folder, or one that holds nothing but an adapter: it is written under a temporary name, flushed to disk and
+      renamed, so it always holds a complete adapter, the old one or the new one.
+    - A folder that also holds other files: the adapter's files are replaced one by one, and ``adapter_config.json`` is
+      missing meanwhile. After an interruption there, PEFT refuses the folder, lorank reads the complete new adapter
+      from it, and the next save into it completes the interrupted one.
+
+    A ``README.md`` in the folder is kept. The live model keeps its gates.
 
     Args:
         layers: all LoRA layers of the adapter.
@@ -40,35 +48,44 @@ def save_adapter(layers: AdapterLayers, directory: str | Path) -> Path:
         ``directory`` as a path.
 
     Raises:
-        AdapterError: ``directory`` is a file, or a folder that holds something else than an adapter; or the adapter's
-            name is not a valid folder name.
+        AdapterError: ``directory`` is a file, or a folder that holds other files and no adapter; or the adapter's name
+            is not a valid folder name.
         WriteError: no space, no permission. An adapter in this folder is unchanged.
     """
     target, name = Path(directory), layers.adapter
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or _contains_adapter(target))):
-        raise AdapterError(f"{target} exists and is not an adapter's folder: give a new folder, or remove this first")
+    check_save_directory(target)
     if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
         raise AdapterError(f"PEFT saves an adapter under its name, here {name!r}: use a name without slashes")
-    with replacing_folder(target) as temporary:
+    with replacing_adapter(target) as temporary:
         try:
             layers.model.save_pretrained(str(temporary), **_selected_adapter(layers))  # type: ignore[operator]  # PEFT
         except SafetensorError as error:  # safetensors raises this if the disk is full
             raise WriteError(f"{target} cannot be written: {error}. The old content is unchanged") from error
         named = temporary / name  # PEFT's subfolder for every adapter with another name than "default"
-        if _contains_adapter(named):
+        if contains_adapter(named):
             for path in named.iterdir():
                 path.rename(temporary / path.name)
             named.rmdir()
     return target
 
 
+def check_save_directory(directory: Path) -> None:
+    """Checks that :func:`save_adapter` accepts a folder.
+
+    Raises:
+        AdapterError: ``directory`` is a file, or a folder that holds other files and no adapter.
+    """
+    if not directory.exists():
+        return
+    if not directory.is_dir() or not (contains_adapter(directory) or all(map(is_leftover, directory.iterdir()))):
+        raise AdapterError(
+            f"{directory} exists and is not an adapter's folder: give a new folder, or one with an adapter"
+        )
+
+
 def _selected_adapter(layers: AdapterLayers) -> dict[str, Any]:
     """Arguments that select the adapter to save. A transformers model always saves its active adapter."""
     return {"selected_adapters": [layers.adapter]} if hasattr(layers.model, "base_model_torch_dtype") else {}
-
-
-def _contains_adapter(directory: Path) -> bool:
-    return (directory / CONFIG).is_file()
 
 
 def make_peft_model(model: nn.Module, **lora_config: Any) -> nn.Module:

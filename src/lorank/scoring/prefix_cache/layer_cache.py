@@ -77,7 +77,7 @@ class LayerCache:
         try:
             with ExitStack() as stack:
                 for name, layer in self.layers.items():
-                    if not layer.min_rank:  # DoRA, which has a minimum rank, scales the output of W and reads W itself
+                    if not layer.uses_dora:  # DoRA scales the output of W and reads W itself
                         base = layer.module.get_base_layer()
                         stack.enter_context(replaced_forward(base, self._recording_forward(name, base.forward)))
                 yield

@@ -23,7 +23,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lorank.files import parse_json, read_bounded, remove_leftovers, sync_tree, write_text
+from lorank.files import is_leftover, parse_json, read_bounded, remove_leftovers, sync_tree, write_text
+from lorank.lora import is_adapter_file
 
 logger = logging.getLogger("lorank")
 
@@ -37,6 +38,13 @@ _WEIGHTS = (
     ("adapter_config.json", "adapter_model.safetensors"),
     ("model.safetensors",),
     ("model.safetensors.index.json",),
+)
+# what the Trainer and save_pretrained write into a folder, besides an adapter
+_WRITTEN = re.compile(
+    r"README\.md|trainer_state\.json|training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth"
+    r"|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|config\.json|generation_config\.json"
+    r"|(tokenizer|vocab|spiece|sentencepiece|special_tokens_map|added_tokens|chat_template)(\.\w+)*|merges\.txt"
+    r"|\w+_config\.json"
 )
 _OTHER_PROCESSES = re.compile(r"rng_state_\d+\.pth")  # of other processes, which may write them later
 
@@ -70,12 +78,18 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def remove_broken(folder: str | Path) -> None:
-    """Removes incomplete checkpoints, with a warning each, so that later checkpoints do not mix with their files."""
+    """Removes incomplete checkpoints, with a warning each, so that later checkpoints do not mix with their files.
+
+    A file that no Trainer writes stays where it is.
+    """
     for path in checkpoints(folder):
         reason = find_problem(path)
         if reason is not None:
+            others = files_of_others(path)
+            if others and len(others) == sum(not other.is_dir() for other in path.rglob("*")):
+                continue  # no checkpoint, or no longer one
             logger.warning("%s is not complete (%s): it is removed", path, reason)
-            shutil.rmtree(path)
+            _remove_written(path, others)
         else:
             remove_leftovers(path)
 
@@ -89,6 +103,38 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def files_of_others(folder: Path) -> list[Path]:
+    """The files in a checkpoint, or in a folder with an adapter or a model, that neither PEFT nor the Trainer writes.
+
+    Files that are named in a checkpoint's seal were written by the Trainer, whatever their names are.
+    """
+    try:
+        sealed = parse_json(read_bounded(folder / SEAL, _MAX_STATE))
+    except (OSError, ValueError):
+        sealed = None
+    known = sealed if isinstance(sealed, dict) else {}
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if not path.is_dir() or path.is_symlink()
+        if not (is_adapter_file(path.name) or is_leftover(path) or _WRITTEN.fullmatch(path.name) or path.name == SEAL)
+        if path.relative_to(folder).as_posix() not in known
+    ]
+
+
+def _remove_written(folder: Path, others: list[Path]) -> None:
+    """Removes a folder, except for the files ``others`` and their parent folders."""
+    if not others:
+        shutil.rmtree(folder)
+        return
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder comes after its content
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path not in others:
+            path.unlink()
 
 
 def find_problem(checkpoint: Path) -> str | None:
