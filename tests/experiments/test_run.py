@@ -34,7 +34,7 @@ def test_a_run_leaves_everything_a_user_needs(make: Make) -> None:
     assert load_config(out / "config.yaml") == config
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics == result.metrics
-    assert metrics["budget"]["ranks"] == 16  # 2 layers × q and v × rank 4
+    assert metrics["start"]["ranks"] == 16  # 2 layers × q and v × rank 4
     assert metrics["final"]["ranks"] <= 16
     assert metrics["steps"] == 12
     assert metrics["validation"]["loss_after"] < metrics["validation"]["loss_before"]
@@ -64,11 +64,38 @@ def test_ranks_really_move_and_the_last_step_is_the_result_where_the_best_is_not
     assert result.metrics["best_step"] is None
 
 
+def test_a_run_in_which_no_rank_moved_says_so_in_its_results(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    result = train(make(allocator={"name": "alora", "k1": 100, "unit": "steps"}))
+    assert "will not move a single rank" in caplog.text  # before training
+    assert result.metrics["ranks_moved"] == result.metrics["allocations"] == 0
+    assert "alora moved no rank in this run" in result.metrics["note"]
+    assert "alora moved no rank in this run" in caplog.text
+
+
+def test_a_result_from_before_the_first_allocation_says_so(make: Make) -> None:
+    late = {"name": "alora", "k1": 11, "k2": 1, "unit": "steps", "rounds": 1, "per_round": 4}
+    result = train(make(allocator=late, training={"eval_steps": 10}))
+    assert result.metrics["best_step"] == 10
+    assert "is from before the first allocation of alora, after step 11" in result.metrics["note"]
+    assert result.metrics["ranks_moved"] > 0
+    assert result.metrics["start"] == result.metrics["final"]
+
+
+def test_the_metrics_hold_the_budget_that_was_named(make: Make) -> None:
+    named = {"name": "sora", "budget": "9 ranks", "prune_every": 1, "until": 0.5}
+    result = train(make(allocator=named, training={"load_best_model_at_end": False}))
+    assert result.metrics["budget"]["ranks"] == {"used": result.metrics["final"]["ranks"], "limit": 9}
+    assert result.metrics["start"]["ranks"] == 16
+    assert result.metrics["note"] is None
+
+
 def test_the_static_allocator_is_plain_lora(make: Make) -> None:
     result = train(make(allocator={"name": "static"}))
     assert result.metrics["allocations"] == 0
-    assert result.metrics["budget"] == result.metrics["final"]
+    assert result.metrics["start"] == result.metrics["final"]
     assert result.metrics["seconds"]["scoring"] == 0
+    assert result.metrics["note"] is None
+    assert result.metrics["budget"] is None
 
 
 def test_generation_and_language_modelling_run(make: Make, tmp_path: Path, values: dict[str, Any]) -> None:
@@ -303,8 +330,8 @@ def test_full_fine_tuning_trains_every_weight_and_saves_a_whole_model(make: Make
     metrics = result.metrics
     task = build_task(config.task, load_tokenizer(config.model))
     model = AutoModelForSequenceClassification.from_pretrained(result.folder / "model")
-    assert metrics["budget"]["ranks"] == 0
-    assert metrics["budget"]["trainable_parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert metrics["start"]["ranks"] == 0
+    assert metrics["start"]["trainable_parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert task.evaluate(model, "test", progress=False) == pytest.approx(metrics["test"], abs=1e-5)
     base = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2)
     untrained = dict(base.named_parameters())
@@ -344,7 +371,7 @@ def test_initial_ranks_from_data_within_the_budget_and_a_resumed_run_finds_them_
     assert began.total_rank == 10
     assert list(began.ranks.values()) != [3, 3, 2, 2]  # as evenly as it goes
     assert allocated.total_rank <= 10
-    assert result.metrics["budget"]["ranks"] == 10
+    assert result.metrics["start"]["ranks"] == 10
     final = load_file(result.folder / "adapter" / "adapter_model.safetensors")
     (result.folder / "metrics.json").unlink()
     shutil.rmtree(result.folder / "checkpoint-8")

@@ -143,11 +143,15 @@ def _summary(result: RunResult) -> Table:
     from rich.table import Table
 
     metrics: Mapping[str, Any] = result.metrics
-    budget, final, validation, seconds = (metrics[key] for key in ("budget", "final", "validation", "seconds"))
+    start, final, validation, seconds = (metrics[key] for key in ("start", "final", "validation", "seconds"))
     table = Table(title=f"{metrics['model']} · {metrics['data']} · {metrics['allocator']}", show_header=False)
-    table.add_row("total rank", f"{budget['ranks']} → {final['ranks']} in {final['modules']} modules")
-    table.add_row("trainable parameters", f"{budget['trainable_parameters']:,} → {final['trainable_parameters']:,}")
-    table.add_row("allocations", str(metrics["allocations"]))
+    table.add_row("total rank", f"{start['ranks']} → {final['ranks']} in {final['modules']} modules")
+    table.add_row("trainable parameters", f"{start['trainable_parameters']:,} → {final['trainable_parameters']:,}")
+    for unit, amount in (metrics["budget"] or {}).items():
+        table.add_row("budget", f"{amount['used']:,.6g} of {amount['limit']:,.6g} {unit.replace('_', ' ')}")
+    table.add_row("allocations", f"{metrics['allocations']}, {metrics['ranks_moved']} ranks pruned or added")
+    if metrics["note"]:
+        table.add_row("[bold yellow]note[/]", metrics["note"])
     best = f", best at {metrics['best_step']}" if metrics["best_step"] else ""
     table.add_row("steps", f"{metrics['steps']}{best}")
     table.add_row("validation loss", f"{validation['loss_before']:.4f} → {validation['loss_after']:.4f}")

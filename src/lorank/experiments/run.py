@@ -30,6 +30,7 @@ from lorank.files import write_text
 from lorank.lora import find_layers, make_peft_model, save_adapter
 from lorank.tasks import Task, build_task, mean_loss
 from lorank.training import RankCallback
+from lorank.training.history import Record
 
 logger = logging.getLogger("lorank")
 
@@ -74,7 +75,7 @@ def train(
     set_seed(config.training.seed)
     model = _adapted(config, task)
     _spread_ranks(config, task, model)
-    started_with = _budget(model)
+    started_with = _size(model)
     arguments = _arguments(config, len(task.train))
     # after every check of the input: an error above makes no folder and removes no earlier run
     checkpoint = folder.prepare(config, resume=resume, overwrite=overwrite)
@@ -101,12 +102,13 @@ def train(
         save_adapter(find_layers(model), out / folder.ADAPTER)
     else:
         trainer.save_model(str(out / folder.FULL_MODEL))
-    began, ended_with = time.perf_counter(), _budget(model)
+    began, ended_with = time.perf_counter(), _size(model)
     written = _written_model(config, task, model)  # the metrics are those of the files
     after = mean_loss(written, task.validation, task.collator, batch_size=batch, progress=console.is_terminal)
     test = task.evaluate(written, "test", batch_size=batch, progress=console.is_terminal) if task.has_test else {}
     evaluated = time.perf_counter() - began
     records = ranks.ranks.history.allocations if ranks and ranks.ranks else []
+    best_step = trainer.state.best_global_step if settings.load_best_model_at_end else None
     resumed = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
     metrics = {
         "lorank": __version__,
@@ -115,12 +117,15 @@ def train(
         "allocator": config.allocator.name,
         "seed": settings.seed,
         "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step if settings.load_best_model_at_end else None,
+        "best_step": best_step,
         "resumed_from_step": resumed,
         "examples": {"train": len(task.train), "validation": len(task.validation)},
-        "budget": started_with,
+        "start": started_with,
         "final": ended_with,
+        "budget": _named_budget(ranks),
         "allocations": len(records),
+        "ranks_moved": sum(map(_moved, records)),
+        "note": _note(config, ranks, best_step),
         "validation": {"loss_before": before, "loss_after": after},
         "test": test,
         "seconds": {
@@ -220,7 +225,41 @@ def _spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:
     )
 
 
-def _budget(model: nn.Module) -> dict[str, int]:
+def _named_budget(callback: RankCallback | None) -> dict[str, Any] | None:
+    """The budget that the configuration names or the method has by default, and how much of it the result uses.
+
+    By unit: the limit and the use. None: there is no budget.
+    """
+    if callback is None or callback.ranks is None or callback.ranks.budget is None:
+        return None
+    return callback.ranks.budget.used(callback.ranks.layers.ranks)
+
+
+def _moved(record: Record) -> int:
+    """The number of ranks that an allocation pruned and added."""
+    return sum(map(len, record.pruned.values())) + sum(record.added.values())
+
+
+def _note(config: RunConfig, callback: RankCallback | None, best_step: int | None) -> str | None:
+    """What a reader of the results must know: they say nothing about a method that moved no rank before the result."""
+    if callback is None or callback.ranks is None or not callback.allocator.moves_ranks:
+        return None
+    steps = [record.step for record in callback.ranks.history.allocations if _moved(record)]
+    name = config.allocator.name
+    if not steps:
+        note = f"{name} moved no rank in this run, so the results say nothing about the method"
+    elif best_step is not None and best_step < steps[0]:
+        note = (
+            f"the best checkpoint, of step {best_step}, is from before the first allocation of {name}, after step "
+            f"{steps[0]}, so the results say nothing about the method"
+        )
+    else:
+        return None
+    logger.warning("%s", note)
+    return note
+
+
+def _size(model: nn.Module) -> dict[str, int]:
     """Total rank, number of LoRA modules, and trainable parameters (including heads that are trained in full)."""
     layers = find_layers(model) if hasattr(model, "peft_config") else None
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
