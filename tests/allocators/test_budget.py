@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import lorank
 from lorank.allocators import ALoRA, Budget, StaticLoRA, TrainingInfo
 from lorank.allocators.reallocation import prune_and_reallocate
 from lorank.config.settings import make_config, to_yaml
@@ -32,6 +33,8 @@ from tests.models import adapted, tiny_bert, tiny_gpt2, tiny_llama
         ("0.32%", Budget(percent=0.32)),
         (" .5 % of base ", Budget(percent=0.5)),
         ("0.32% of the base model", Budget(percent=0.32)),
+        ("50% of adapter", Budget(percent_of_adapter=50)),
+        ("150 % of the adapter", Budget(percent_of_adapter=150)),
         ("4M", Budget(parameters=4_000_000)),
         ("4.1M params", Budget(parameters=4_100_000)),
         ("300k parameters", Budget(parameters=300_000)),
@@ -202,6 +205,19 @@ def test_a_wrong_budget_in_a_configuration_is_listed_with_its_key() -> None:
     }
     with pytest.raises(Exception, match=r"allocator.*'8 apples': expected 8 \(ranks per module\)"):
         make_config(values)
+
+
+@pytest.mark.parametrize("method", [lorank.ALoRA, lorank.StaticLoRA, lorank.AdaLoRA, lorank.SoRA, lorank.ARDLoRA])
+def test_per_cent_of_the_adapter_are_of_the_adapter_as_it_was_made(method: type[lorank.Allocator]) -> None:
+    """Not of the present one: a resumed run has other ranks, and the same budget."""
+    made = layers_of(r=4)
+    numbers = made.parameters
+    run = TrainingInfo(total_steps=100, initial_ranks=made.ranks)
+    budget = method(budget="50% of adapter").resolve_budget(made, run)
+    assert budget.constraints[0].limit == numbers // 2
+    later = layers_of(r=1)
+    assert method(budget="50% of adapter").resolve_budget(later, run) == budget
+    assert "50 per cent of the adapter as it was made" in budget.describe()
 
 
 class TestALoRAUnderABudget:

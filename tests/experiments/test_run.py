@@ -74,8 +74,8 @@ def test_a_run_in_which_no_rank_moved_says_so_in_its_results(make: Make, caplog:
 
 def test_a_result_from_before_the_first_allocation_says_so(make: Make) -> None:
     late = {"name": "alora", "k1": 11, "k2": 1, "unit": "steps", "rounds": 1, "per_round": 4}
-    result = train(make(allocator=late, training={"eval_steps": 10}))
-    assert result.metrics["best_step"] == 10
+    result = train(make(allocator=late, training={"lr": 1.0, "scheduler": "constant_with_warmup"}))
+    assert result.metrics["best_step"] < 11
     assert "is from before the first allocation of alora, after step 11" in result.metrics["note"]
     assert result.metrics["ranks_moved"] > 0
     assert result.metrics["start"] == result.metrics["final"]

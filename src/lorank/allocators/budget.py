@@ -3,6 +3,7 @@
 Budget.parse(8)              8 ranks per module on average      Budget.parse("0.32%")   of the base model's parameters
 Budget.parse("120 ranks")    in all                             Budget.parse("8MB")     A and B in the saved file
 Budget.parse("4M params")    numbers in A and B                 Budget.parse({"percent": 0.32, "max_lora_rank": 64})
+Budget.parse("50% of adapter")   of the numbers in A and B of the adapter as it was made
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from lorank.allocators.resolved_budget import Constraint, ResolvedBudget
 from lorank.allocators.settings import settings
 from lorank.errors import BudgetError
 from lorank.lora import AdapterLayer, AdapterLayers, LayerPlan, Plan, base_parameters, plan_for_rank
+from lorank.scoring.context import TrainingInfo
 
 EXAMPLES = (
-    "8 (ranks per module), '120 ranks', '4M params', '0.32%' (of the base model), '8MB', or a mapping such as "
+    "8 (ranks per module), '120 ranks', '4M params', '0.32% of base', '50% of adapter', '8MB', or a mapping such as "
     "{percent: 0.32, max_lora_rank: 64}"
 )
 _POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -29,6 +31,7 @@ _NUMBER = r"(?P<number>\d+\.?\d*(?:e\d+)?|\.\d+)\s*"
 _FORMS = {
     "ranks_per_module": re.compile(_NUMBER + r"(?:(?:ranks?\s*)?(?:per|/)\s*module)?", re.IGNORECASE),
     "ranks": re.compile(_NUMBER + r"ranks?(?:\s+in\s+all)?", re.IGNORECASE),
+    "percent_of_adapter": re.compile(_NUMBER + r"%\s*of\s+(?:the\s+)?adapter", re.IGNORECASE),
     "percent": re.compile(_NUMBER + r"%(?:\s*of\s+(?:the\s+)?base(?:\s+model)?)?", re.IGNORECASE),
     "bytes": re.compile(_NUMBER + r"(?:(?P<power>[kmg]i?)b|(?P<plain>)bytes?)", re.IGNORECASE),
     "parameters": re.compile(_NUMBER + r"(?:(?P<power>[km])(?:\s*param(?:eter)?s?)?|param(?:eter)?s?)", re.IGNORECASE),
@@ -53,6 +56,8 @@ class Budget:
         parameters: trained numbers in A and B, of all modules together. ≥ 1.
         percent: trained numbers in A and B, in per cent of the base model's parameters. Above 0, at most 100. Packed
             weights (4-bit, GPTQ) count as the numbers that they encode. Adapters and trained copies do not count.
+        percent_of_adapter: trained numbers in A and B, in per cent of those of the adapter as it was made. > 0. With
+            100 the adapter keeps its parameters, whatever modules the ranks move to.
         bytes: size of A and B in the saved file, in their own dtype. ≥ 1.
         max_lora_rank: the highest rank of any module, as inference servers limit it. ≥ 1. As the only limit, it does
             not change the number of ranks.
@@ -65,6 +70,7 @@ class Budget:
     ranks: Count = None
     parameters: Count = None
     percent: Annotated[float | None, Field(gt=0, le=100)] = None
+    percent_of_adapter: Annotated[float | None, Field(gt=0)] = None
     bytes: Count = None
     max_lora_rank: Count = None
 
@@ -84,7 +90,7 @@ class Budget:
         """A budget from what a user writes: a Budget, a mapping of its fields, a number (ranks per module) or a string.
 
         Strings: ``"8"`` or ``"8 per module"``, ``"120 ranks"``, ``"4M"`` or ``"4M params"`` (k, M), ``"0.32%"`` or
-        ``"0.32% of base"``, ``"8MB"``, ``"8MiB"`` or ``"8000 bytes"``.
+        ``"0.32% of base"``, ``"50% of adapter"``, ``"8MB"``, ``"8MiB"`` or ``"8000 bytes"``.
 
         Raises:
             BudgetError: ``spec`` has none of these forms.
@@ -105,8 +111,13 @@ class Budget:
                     return cls(**{unit: rounded})  # type: ignore[arg-type]  # cls checks the value
         raise BudgetError(f"budget {spec!r}: expected {EXAMPLES}")
 
-    def resolve(self, layers: AdapterLayers) -> ResolvedBudget:
+    def resolve(self, layers: AdapterLayers, made: Mapping[str, int] | None = None) -> ResolvedBudget:
         """This budget for one model: the costs per rank, the limits, and the cap min(d_in, d_out, ``max_lora_rank``).
+
+        Args:
+            layers: all LoRA layers of the adapter.
+            made: per module, the rank that the adapter was made with (``run.initial_ranks``), for
+                ``percent_of_adapter``; None: the present ranks.
 
         Raises:
             BudgetError: the budget is less than the modules need, or more than they can hold.
@@ -128,6 +139,11 @@ class Budget:
         if self.percent is not None:
             per_cent = base_parameters(layers.model) / 100
             constraints.append(Constraint("percent", trained, _floor(self.percent * per_cent), per_cent))
+        if self.percent_of_adapter is not None:
+            ranks = made or layers.ranks
+            per_cent = sum(rank * (layers[name].d_in + layers[name].d_out) for name, rank in ranks.items()) / 100
+            limit = _floor(self.percent_of_adapter * per_cent)
+            constraints.append(Constraint("percent_of_adapter", trained, limit, per_cent))
         if self.bytes is not None:
             constraints.append(Constraint("bytes", saved, self.bytes))
         cap = math.inf if self.max_lora_rank is None else self.max_lora_rank
@@ -135,9 +151,9 @@ class Budget:
         if not constraints:  # only a cap: the present number of ranks, or as many as the modules can hold
             constraints.append(Constraint("ranks", each, min(layers.total_rank, sum(caps.values()))))
         minima = {name: getattr(layer, "min_rank", 0) for name, layer in layers.items()}
-        made = ResolvedBudget(tuple(constraints), caps, minima)
-        _check(made)
-        return made
+        resolved = ResolvedBudget(tuple(constraints), caps, minima)
+        _check(resolved)
+        return resolved
 
 
 def as_budget(spec: BudgetLike) -> Budget | None:
@@ -154,18 +170,24 @@ BudgetSetting = Annotated[
 are equal, and serialised as a mapping of its limits."""
 
 
-def resolve_budget(spec: BudgetLike, layers: AdapterLayers) -> ResolvedBudget | None:
-    """The budget of a setting, resolved for a model; None if there is no budget."""
-    return None if spec is None else Budget.parse(spec).resolve(layers)
+def resolve_budget(spec: BudgetLike, layers: AdapterLayers, run: TrainingInfo | None = None) -> ResolvedBudget | None:
+    """The budget of a setting, resolved for a model; None if there is no budget.
+
+    Args:
+        spec: the setting.
+        layers: all LoRA layers of the adapter.
+        run: the run; its initial ranks are those of the adapter as it was made. None: the present ranks are.
+    """
+    return None if spec is None else Budget.parse(spec).resolve(layers, run.initial_ranks if run else None)
 
 
-def uniform_plan(spec: BudgetLike, layers: AdapterLayers) -> Plan:
+def uniform_plan(spec: BudgetLike, layers: AdapterLayers, run: TrainingInfo | None = None) -> Plan:
     """The plan from the adapter's present ranks to ranks that use up the budget, as evenly as possible.
 
     The plan is empty without a budget. It is also empty if the present ranks already use up the budget, because the
     user may have chosen them.
     """
-    budget = resolve_budget(spec, layers)
+    budget = resolve_budget(spec, layers, run)
     if budget is None or budget.is_used_up_by(layers.ranks):
         return {}
     plan: dict[str, LayerPlan] = {}

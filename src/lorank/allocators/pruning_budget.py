@@ -34,7 +34,7 @@ def final_budget(budget: BudgetLike, layers: AdapterLayers, run: TrainingInfo) -
         # Computed from the initial ranks, because a resumed run, with fewer ranks, must get the same budget.
         room = sum(min(layer.max_rank, cap) for layer in layers.values())
         wanted = replace(wanted, ranks=min(initial, room))
-    return wanted.resolve(layers)
+    return wanted.resolve(layers, run.initial_ranks)
 
 
 def warn_if_nothing_to_prune(method: str, budget: ResolvedBudget, run: TrainingInfo) -> None:

@@ -13,7 +13,11 @@ from torch import Tensor
 
 from lorank.errors import BudgetError
 
-_UNITS = {"ranks_per_module": "ranks per module", "percent": "per cent of the base model"}
+_UNITS = {
+    "ranks_per_module": "ranks per module",
+    "percent": "per cent of the base model",
+    "percent_of_adapter": "per cent of the adapter as it was made",
+}
 """Units as text, where the name of the field is not the text."""
 
 

@@ -102,10 +102,10 @@ class RoundAllocator(Allocator):
         return self._schedule.due(step, run)
 
     def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
-        return resolve_budget(self.budget, layers)
+        return resolve_budget(self.budget, layers, run)
 
     def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
-        return uniform_plan(self.budget, layers)
+        return uniform_plan(self.budget, layers, run)
 
     def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
         self._check_that_ranks_stay(layers, run)

@@ -29,10 +29,10 @@ class StaticLoRA(Allocator):
     moves_ranks: ClassVar[bool] = False
 
     def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
-        return resolve_budget(self.budget, layers)
+        return resolve_budget(self.budget, layers, run)
 
     def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
-        return uniform_plan(self.budget, layers)
+        return uniform_plan(self.budget, layers, run)
 
     def allocate(self, context: Context, state: State) -> Allocation | None:
         return None

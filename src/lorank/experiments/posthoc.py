@@ -6,7 +6,6 @@ read are not changed.
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Mapping
@@ -36,7 +35,7 @@ By = Literal["ablation", "first_order", "screen", "saliency"]
 Terms = Literal["both", "without", "alone"]
 SALIENCY_BATCH = 4
 """Samples per gradient: few, so that gradients of different samples do not cancel."""
-_OF_THE_ADAPTER = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*%(\s*of\s+(the\s+)?adapter)?\s*", re.IGNORECASE)
+_PER_CENT = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*")
 
 
 @dataclass(frozen=True)
@@ -181,20 +180,10 @@ def pruning_budget(loaded: LoadedAdapter, spec: str | None, max_lora_rank: int |
         raise BudgetError("give a budget: --budget 50% (of the adapter), 0.32% of base, 8, 120 ranks, 2M or 8MB")
     if spec is None:
         return Budget(max_lora_rank=max_lora_rank)
-    own = _OF_THE_ADAPTER.fullmatch(spec)
-    if own:
-        share = float(own[1])
-        if not 0 < share < 100:
-            raise BudgetError(f"--budget {spec!r}: expected more than 0 and less than 100 per cent of the adapter")
-        parameters = math.floor(loaded.layers.parameters * share / 100 + 1e-6)
-        if not parameters:
-            raise BudgetError(
-                f"--budget {spec!r} of {loaded.layers.parameters} parameters is less than one parameter: give a larger "
-                "budget"
-            )
-        budget = Budget(parameters=parameters)
-    else:
-        budget = Budget.parse(spec)
+    share = _PER_CENT.fullmatch(spec)
+    budget = Budget.parse(f"{share[1]}% of adapter" if share else spec)
+    if budget.percent_of_adapter is not None and budget.percent_of_adapter >= 100:
+        raise BudgetError(f"--budget {spec!r}: expected less than 100 per cent of the adapter")
     return budget if max_lora_rank is None else replace(budget, max_lora_rank=max_lora_rank)
 
 

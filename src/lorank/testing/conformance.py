@@ -174,7 +174,8 @@ class AllocatorConformance:
         if resolved is None:
             raise AssertionError(
                 f"make(budget={budget!r}) must return a method whose resolve_budget returns a budget, for example "
-                "lorank.allocators.resolve_budget(self.budget, layers). For a method without a budget, set budgets = {}"
+                "lorank.allocators.resolve_budget(self.budget, layers, run). For a method without a budget, set "
+                "budgets = {}"
             )
         per_head = any(layer.groups is not None for layer in loop.ranks.layers.values())
         loop.run()

@@ -139,7 +139,7 @@ class ARDLoRA(Allocator):
         return head_groups(layers, self.head_overrides) if self.heads == "auto" else {}
 
     def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
-        budget = resolve_budget(self.budget, layers)
+        budget = resolve_budget(self.budget, layers, run)
         needing = next((layer for layer in layers.values() if layer.min_rank), None)
         if not self.min_rank and needing is not None:
             raise ScheduleError(
