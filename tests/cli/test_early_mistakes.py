@@ -43,6 +43,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({**CONFIG, "trainig": {"lr": 1}, "lora": {"r": 0}}))
     (tmp_path / "no.yaml").write_text("a: [")
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"base": "nowhere", "output_dir": "out"}))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     return tmp_path
@@ -60,6 +62,16 @@ def folder(tmp_path: Path) -> Path:
         (["train", "run.yaml", "--overwrite", "output_dir=full"], "holds no run"),
         (["train", "run.yaml", "--resume"], "there is no run in runs/x"),
         (["train", "run.yaml", "--resume", "--overwrite"], "give only one of them"),
+        (["score", "nowhere"], "nowhere: there is no such folder"),
+        (["score", "full"], "full has no adapter_config.json"),
+        (
+            ["score", "adapter", "--by", "magic"],
+            "--by 'magic': expected one of ablation, first_order, screen",
+        ),
+        (["prune", "adapter", "--out", "full", "--budget", "50%"], "--out full already exists"),
+        (["prune", "adapter", "--out", "adapter", "--budget", "50%"], "--out adapter is the adapter itself"),
+        (["prune", "adapter", "--out", "new"], "give a budget"),
+        (["prune", "adapter", "--out", "new", "--budget", "8", "--config", "no"], "there is no such file"),
         (["sweep", "nope.yaml"], "there is no such file"),
         (["sweep", "sweep.yaml"], "base: "),
         (["sweep", "run.yaml"], "error"),

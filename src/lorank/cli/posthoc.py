@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorank.cli.common import console, one_message, quiet_libraries
+from lorank.experiments.adapter_folder import check_adapter, check_budget_given, check_choice, check_pruned_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,6 +94,7 @@ def score(
     `lorank score my/adapter --data rows.jsonl --by saliency task.holdout=0.1 task.validation_split=null`
     """
     with one_message():
+        _check(adapter, config, by, terms)
         from lorank.experiments import posthoc
         from lorank.files import write_text
 
@@ -150,6 +152,9 @@ def prune(
     `lorank prune my/adapter --data e2e_nlg --max-lora-rank 16 --out for_vllm`
     """
     with one_message():
+        _check(adapter, config, by, terms)
+        check_pruned_folder(adapter, out, overwrite=overwrite)
+        check_budget_given(budget, max_lora_rank)
         from lorank.experiments import posthoc
 
         posthoc.check_out(adapter, out, overwrite=overwrite)
@@ -168,6 +173,17 @@ def prune(
             )
         pruned = posthoc.prune(loaded, scored, wanted, out, overwrite=overwrite)
         console().print(_pruned_table(loaded, pruned))
+
+
+def _check(adapter: Path, config: Path | None, by: str, terms: str) -> None:
+    """Finds mistakes before the imports that take seconds."""
+    check_adapter(adapter)
+    check_choice("--by", by, ("ablation", "first_order", "screen", "saliency"))
+    check_choice("--terms", terms, ("both", "without", "alone"))
+    if config is not None:
+        from lorank.config.recipes import find_file
+
+        find_file(config)
 
 
 def _load(

@@ -12,6 +12,7 @@ from torch import nn
 
 from lorank.config.settings import ConfigError, RunConfig, load_config, make_config
 from lorank.experiments import folder
+from lorank.experiments.adapter_folder import adapter_of_run
 from lorank.experiments.errors import ModelError
 from lorank.experiments.models import load_onto_new_base, load_tokenizer
 from lorank.lora import AdapterLayers, find_layers, read_adapter_config
@@ -99,11 +100,6 @@ def load_finished(
     built = build_task(settings.task.model_copy(update={"max_train": 1}), tokenizer)
     loaded = _with_hint(lambda: load_onto_new_base(settings.model, built, path, seed=settings.training.seed), model)
     return LoadedAdapter(path, settings, loaded, find_layers(loaded), built)
-
-
-def adapter_of_run(path: Path) -> Path:
-    """The adapter's folder inside the folder of a finished run; any other folder as it is."""
-    return path / folder.ADAPTER if (path / folder.CONFIG).is_file() and (path / folder.ADAPTER).is_dir() else path
 
 
 def _settings(

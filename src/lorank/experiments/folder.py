@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorank.config.settings import RunConfig, load_config, to_yaml
+from lorank.experiments.adapter_folder import ADAPTER
 from lorank.experiments.errors import RunFolderError
 from lorank.experiments.folder_check import CONFIG, METRICS, check_folder, is_free, require_run
 from lorank.files import remove_leftovers, write_text
@@ -27,7 +28,7 @@ logger = logging.getLogger("lorank")
 __all__ = ["ADAPTER", "CONFIG", "FULL_MODEL", "HISTORY", "METRICS", "abandon", "differences", "prepare", "remove_run"]
 
 HISTORY = "rank_history.jsonl"
-ADAPTER, FULL_MODEL = "adapter", "model"
+FULL_MODEL = "model"
 _HISTORIES = re.compile(r"rank_history(\.\d+)?\.jsonl")
 
 

@@ -17,8 +17,9 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lorank.allocators import Budget, ResolvedBudget
-from lorank.errors import AdapterError, BudgetError
-from lorank.experiments.adapter_session import LoadedAdapter, adapter_of_run
+from lorank.errors import BudgetError
+from lorank.experiments.adapter_folder import adapter_of_run, check_budget_given, check_pruned_folder
+from lorank.experiments.adapter_session import LoadedAdapter
 from lorank.experiments.errors import SettingsError
 from lorank.lora import (
     LayerPlan,
@@ -176,8 +177,7 @@ def pruning_budget(loaded: LoadedAdapter, spec: str | None, max_lora_rank: int |
     Raises:
         BudgetError: no budget was given, or it cannot be read.
     """
-    if spec is None and max_lora_rank is None:
-        raise BudgetError("give a budget: --budget 50% (of the adapter), 0.32% of base, 8, 120 ranks, 2M or 8MB")
+    check_budget_given(spec, max_lora_rank)
     if spec is None:
         return Budget(max_lora_rank=max_lora_rank)
     share = _PER_CENT.fullmatch(spec)
@@ -226,9 +226,5 @@ def check_out(adapter: Path, out: str | Path, *, overwrite: bool) -> None:
         AdapterError: `out` is the folder of the original, or it exists, is not empty and `overwrite` is False, or it
             holds other files and no adapter.
     """
-    out = Path(out)
-    if out.resolve() in (adapter.resolve(), adapter_of_run(adapter).resolve()):
-        raise AdapterError(f"--out {out} is the adapter itself, which is never changed: name another folder")
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise AdapterError(f"--out {out} already exists: name a new folder, or replace the adapter in it (--overwrite)")
-    check_save_directory(out)
+    check_pruned_folder(adapter, Path(out), overwrite=overwrite)
+    check_save_directory(Path(out))

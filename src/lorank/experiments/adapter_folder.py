@@ -1,0 +1,59 @@
+"""The folders of `lorank score` and `lorank prune`. They are checked before anything slow is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorank.errors import AdapterError, BudgetError
+from lorank.experiments.errors import SettingsError
+from lorank.experiments.folder_check import CONFIG
+
+ADAPTER = "adapter"
+"""The adapter's folder inside the folder of a run."""
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def adapter_of_run(path: Path) -> Path:
+    """The adapter's folder inside the folder of a finished run; any other folder as it is."""
+    return path / ADAPTER if (path / CONFIG).is_file() and (path / ADAPTER).is_dir() else path
+
+
+def check_adapter(path: Path) -> None:
+    """Checks that a folder holds an adapter, or a run with an adapter.
+
+    Raises:
+        AdapterError: there is no such folder, or it has no adapter_config.json.
+    """
+    folder = adapter_of_run(path)
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: there is no such folder. Give the folder of an adapter or of a finished run")
+    if not (folder / _ADAPTER_CONFIG).is_file():
+        merged = " It holds a whole model, in which no ranks are left." if (folder / "config.json").is_file() else ""
+        raise AdapterError(
+            f"{folder} has no {_ADAPTER_CONFIG}.{merged} Give the folder that save_pretrained of the PEFT model wrote"
+        )
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises SettingsError if the value of an option is not one of the choices."""
+    if value not in choices:
+        raise SettingsError(f"{option} {value!r}: expected one of {', '.join(choices)}")
+
+
+def check_pruned_folder(adapter: Path, out: Path, *, overwrite: bool) -> None:
+    """Checks that a pruned adapter may be written to `out`.
+
+    Raises:
+        AdapterError: `out` is the folder of the original, or it exists, is not empty and `overwrite` is False.
+    """
+    if out.resolve() in (adapter.resolve(), adapter_of_run(adapter).resolve()):
+        raise AdapterError(f"--out {out} is the adapter itself, which is never changed: name another folder")
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise AdapterError(f"--out {out} already exists: name a new folder, or replace the adapter in it (--overwrite)")
+
+
+def check_budget_given(budget: str | None, max_lora_rank: int | None) -> None:
+    """Raises BudgetError if no budget was given."""
+    if budget is None and max_lora_rank is None:
+        raise BudgetError("give a budget: --budget '50% of adapter', '0.32% of base', 8, 120 ranks, 2M or 8MB")
