@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lorank.cli.app import app
@@ -126,14 +128,16 @@ def test_a_failure_is_told_and_tried_again(write: Write) -> None:
 
     def failing(config: Any, **options: Any) -> Any:
         if config.lora.r == 1:
-            raise RuntimeError("no memory left")
+            raise RuntimeError("no memory left [/cpu] [red]")  # not the markup of a console
         return train(config, **options)
 
-    result = run_sweep(runs, train_run=failing)
+    console = Console(file=io.StringIO(), width=200)
+    result = run_sweep(runs, train_run=failing, console=console)
+    assert "failed RuntimeError: no memory left [/cpu] [red]" in console.file.getvalue()
     assert [f.run.config.lora.r for f in result.finished] == [2]
-    assert result.failures == [("r=1, lr=1e-05", 0, "RuntimeError: no memory left")]
+    assert result.failures == [("r=1, lr=1e-05", 0, "RuntimeError: no memory left [/cpu] [red]")]
     write_results(result, out)
-    assert "failed: r=1, lr=1e-05, seed 0: RuntimeError: no memory left" in (out / "table.md").read_text()
+    assert "failed: r=1, lr=1e-05, seed 0: RuntimeError: no memory left [/cpu] [red]" in (out / "table.md").read_text()
     assert run_sweep(runs).new == 1
 
 

@@ -140,11 +140,12 @@ app.command()(planted.planted)
 
 
 def _summary(result: RunResult) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
     metrics: Mapping[str, Any] = result.metrics
     start, final, validation, seconds = (metrics[key] for key in ("start", "final", "validation", "seconds"))
-    table = Table(title=f"{metrics['model']} · {metrics['data']} · {metrics['allocator']}", show_header=False)
+    table = Table(title=escape(f"{metrics['model']} · {metrics['data']} · {metrics['allocator']}"), show_header=False)
     table.add_row("total rank", f"{start['ranks']} → {final['ranks']} in {final['modules']} modules")
     table.add_row("trainable parameters", f"{start['trainable_parameters']:,} → {final['trainable_parameters']:,}")
     for unit, amount in (metrics["budget"] or {}).items():
@@ -158,5 +159,5 @@ def _summary(result: RunResult) -> Table:
     for name, value in metrics["test"].items():
         table.add_row(f"test {name.replace('_', ' ')}", f"{value:.4f}")
     table.add_row("seconds", f"{seconds['training']:.0f} training, of which {seconds['scoring']:.0f} scoring")
-    table.add_row("written to", str(result.folder))
+    table.add_row("written to", escape(str(result.folder)))
     return table

@@ -98,4 +98,4 @@ def planted(
         output = console()
         output.print(rich_table(rows, scenario))
         for written in write_results(rows, scenario, out):
-            output.print(f"written to {written}", highlight=False)
+            output.print(f"written to {written}", highlight=False, markup=False)

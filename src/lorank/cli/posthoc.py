@@ -111,7 +111,7 @@ def score(
             write_text(out, json.dumps(_as_json(loaded, scored), indent=2) + "\n")
         console().print(_scores_table(loaded, scored))
         if out is not None:
-            console().print(f"written to {out}")
+            console().print(f"written to {out}", markup=False)
 
 
 def prune(
@@ -225,11 +225,13 @@ def _as_json(loaded: LoadedAdapter, scored: Scored) -> dict[str, Any]:
 
 
 def _scores_table(loaded: LoadedAdapter, scored: Scored) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
-        title=f"{loaded.adapter}: {loaded.layers.total_rank} ranks by {scored.by}, on {scored.samples} examples of "
-        f"{loaded.config.task.data} (loss {scored.loss:.4f}), in {scored.seconds:.1f} s; higher = keep"
+        title=escape(str(loaded.adapter))
+        + f": {loaded.layers.total_rank} ranks by {scored.by}, on {scored.samples} examples of "
+        f"{escape(loaded.config.task.data)} (loss {scored.loss:.4f}), in {scored.seconds:.1f} s; higher = keep"
     )
     table.add_column("module", overflow="fold")
     for column in ("rank", "min", "mean", "max", "lowest ranks"):
@@ -245,18 +247,19 @@ def _scores_table(loaded: LoadedAdapter, scored: Scored) -> Table:
 
 
 def _pruned_table(loaded: LoadedAdapter, pruned: Pruned) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
     before, after = (sum(pair[side] for pair in pruned.ranks.values()) for side in (0, 1))
     with_ranks = [sum(1 for pair in pruned.ranks.values() if pair[side]) for side in (0, 1)]
     highest = [max(pair[side] for pair in pruned.ranks.values()) for side in (0, 1)]
     table = Table(show_header=False)
-    table.add_row("adapter", str(loaded.adapter))
+    table.add_row("adapter", escape(str(loaded.adapter)))
     table.add_row("total rank", f"{before} → {after}")
     table.add_row("modules with ranks", f"{with_ranks[0]} → {with_ranks[1]}")
     table.add_row("highest rank", f"{highest[0]} → {highest[1]}")
     share = 100 * pruned.parameters[1] / pruned.parameters[0]
     table.add_row("parameters", f"{pruned.parameters[0]:,} → {pruned.parameters[1]:,} ({share:.1f} %)")
     table.add_row("validation loss", f"{pruned.loss[0]:.4f} → {pruned.loss[1]:.4f} ({pruned.examples} examples)")
-    table.add_row("written to", str(pruned.folder))
+    table.add_row("written to", escape(str(pruned.folder)))
     return table

@@ -49,10 +49,12 @@ def sweep(
         output = console()
         files = write_results(result, out)
         if result.finished:
-            output.print(rich_table(result.finished, f"{file}: {len(result.finished)} of {len(runs)} runs"))
+            output.print(
+                rich_table(result.finished, f"{escape(str(file))}: {len(result.finished)} of {len(runs)} runs")
+            )
         output.print(f"runs: {result.new} new, {len(result.finished) - result.new} finished before", highlight=False)
         for written in files:
-            output.print(f"written to {written}", highlight=False)
+            output.print(f"written to {written}", highlight=False, markup=False)
         for label, seed, message in result.failures:
             progress.print(f"[bold red]failed:[/] {escape(f'{label}, seed {seed}: {message}')}", highlight=False)
         if result.failures:

@@ -30,7 +30,15 @@ SETTINGS: Mapping[str, Any] = {
 }
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "static": {"name": "static"},
-    "alora": {"name": "alora", "scores": "exact", "unit": "steps", "k1": 30, "k2": 30, "rounds": 3},
+    "alora": {
+        "name": "alora",
+        "scores": "exact",
+        "unit": "steps",
+        "k1": 30,
+        "k2": 30,
+        "rounds": 3,
+        "budget": "100% of adapter",
+    },
 }
 TITLES = {"static": "LoRA, static", "alora": "ALoRA"}
 
@@ -65,8 +73,8 @@ def main(output: str | Path = "lorank-demo", *, seed: int = 0, console: Console 
     )
     console.print(comparison(results))
     alora = results["alora"].folder
-    console.print(f"picture of the ranks {picture}", highlight=False)
-    console.print(f"history of ranks     {alora / 'rank_history.jsonl'}", highlight=False)
+    console.print(f"picture of the ranks {picture}", highlight=False, markup=False)
+    console.print(f"history of ranks     {alora / 'rank_history.jsonl'}", highlight=False, markup=False)
     console.print(
         f"the adapter          {alora / 'adapter'}   (plain PEFT: PeftModel.from_pretrained)", highlight=False
     )

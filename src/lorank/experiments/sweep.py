@@ -155,7 +155,7 @@ def run_sweep(
     for number, (run, known) in enumerate(zip(runs, metrics, strict=True), 1):
         seed, there = run.config.training.seed, known
         if there is None:
-            console.print(f"[bold]{number} of {len(runs)}:[/] {run.label}, seed {seed}", highlight=False)
+            console.print(f"[bold]{number} of {len(runs)}:[/] {escape(run.label)}, seed {seed}", highlight=False)
             began = (Path(run.config.output_dir) / folder.CONFIG).is_file()
             try:
                 there = train_run(run.config, resume=began, console=console).metrics
