@@ -243,6 +243,51 @@ def test_overwriting_replaces_the_adapter_and_no_other_file(adapter: Path, texts
     assert contents(precious) == {"thesis.txt": b"years of work"}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT, of bases that it changes
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_whose_initialisation_changed_the_base(
+    init: str, model_folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    """Scores are those of what PEFT loads. Pruning is refused before a model is loaded, and the remedy works."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=init),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    data = ["--data", texts, "--by", "saliency", "--samples", 4]
+    result = lorank("score", tmp_path / "adapter", *data, "--out", tmp_path / "scores.json")
+    assert result.exit_code == 0, result.output
+    opened = load_finished(tmp_path / "adapter", data=str(texts))
+    loss = mean_loss(model.eval(), opened.task.validation[:4], opened.task.collator, batch_size=8, progress=False)
+    assert json.loads((tmp_path / "scores.json").read_text())["loss"] == pytest.approx(loss, abs=1e-4)
+
+    refused = lorank(
+        "prune", tmp_path / "adapter", "--budget", "50%", *data, "--out", tmp_path / "half", "--model", "no/such/model"
+    )
+    assert refused.exit_code == 2
+    assert f"made with init_lora_weights='{init}'" in refused.stderr
+    assert "Save the changed base as a base model of its own" in refused.stderr
+    assert not (tmp_path / "half").exists()
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "adapter")
+    config = model.peft_config["default"]
+    config.init_lora_weights, config.base_model_name_or_path = True, str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "plain")
+    model.unload().save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "base")
+    result = lorank("prune", tmp_path / "plain", "--budget", "50%", *data, "--out", tmp_path / "half")
+    assert result.exit_code == 0, result.output
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    half = PeftModel.from_pretrained(base, tmp_path / "half").eval()
+    held = opened.task.validation[4:]
+    losses = [mean_loss(m, held, opened.task.collator, batch_size=8, progress=False) for m in (opened.model, half)]
+    assert f"{losses[0]:.4f} → {losses[1]:.4f}" in result.stdout
+
+
 def test_no_data(adapter: Path) -> None:
     result = lorank("score", adapter)
     assert result.exit_code == 2
