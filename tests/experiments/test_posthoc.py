@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from lorank.allocators import Budget
 from lorank.cli.app import app
 from lorank.experiments.adapter_session import load_finished
+from lorank.experiments.posthoc import prune, score
+from lorank.lora import AdapterLayers, LayerPlan, resize_, save_adapter
 from lorank.tasks import mean_loss
 from tests.elsewhere import Case, reload
 
@@ -241,6 +244,34 @@ def test_overwriting_replaces_the_adapter_and_no_other_file(adapter: Path, texts
     result = lorank("prune", adapter, *options, "--out", precious, "--model", "no/such/model")
     assert "exists and is not an adapter's folder" in result.stderr  # said before the model is loaded
     assert contents(precious) == {"thesis.txt": b"years of work"}
+
+
+def test_the_figures_are_those_of_the_files(
+    adapter: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of the writer shows in the figures: this one leaves a module out and writes updates of another sign."""
+
+    def save_wrongly(layers: AdapterLayers, directory: Path) -> Path:
+        resize_(layers, {next(iter(layers)): LayerPlan(())})
+        for layer in layers.values():
+            layer.B.data.neg_()
+        written = save_adapter(layers, directory)
+        for layer in layers.values():
+            layer.B.data.neg_()
+        return written
+
+    monkeypatch.setattr("lorank.experiments.posthoc.save_adapter", save_wrongly)
+    loaded = load_finished(adapter, data=str(texts))
+    scored = score(loaded, by="saliency", samples=4)
+    pruned = prune(loaded, scored, Budget(ranks=12), tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(loaded.config.model.name)
+    written = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    found = mean_loss(written, loaded.held_apart(4), loaded.task.collator, batch_size=8, progress=False)
+    assert pruned.loss[1] == pytest.approx(found, abs=1e-5)
+    assert pruned.parameters[1] == size(tmp_path / "out")
+    after = {name: rank for name, (_, rank) in pruned.ranks.items()}
+    assert after == loaded.layers.ranks
+    assert after[next(iter(after))] == 0
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT, of bases that it changes
