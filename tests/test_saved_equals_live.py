@@ -55,7 +55,7 @@ class EmptyAndMove(Allocator):
     def allocate(self, context: Context, state: State) -> Allocation:
         plan = {}
         for position, (name, layer) in enumerate(context.layers.items()):
-            if (position + context.step // 2) % 2:
+            if layer.rank and (position + context.step // 2) % 2:
                 plan[name] = LayerPlan(tuple(range(layer.min_rank)))
             else:
                 plan[name] = LayerPlan(tuple(range(1, layer.rank)), 2 + position)
@@ -262,6 +262,16 @@ def test_a_process_that_never_imports_lorank_computes_the_same(init: Any, bias: 
 def test_tokens_that_are_trained_beside_the_ranks_are_kept(tmp_path: Path) -> None:
     model = make(True, trainable_token_indices=[3, 4, 5])
     assert min(run(model, EmptyAndMove(), 6).values()) == 0
+    model.save_pretrained(tmp_path)
+    assert gap(PeftModel.from_pretrained(base(), tmp_path), logits(model)) <= 1e-6
+
+
+def test_a_module_that_was_emptied_before_the_run_and_gets_ranks_in_it_is_saved(tmp_path: Path) -> None:
+    model = make(True)
+    layers = find_layers(model)
+    names = list(layers)
+    resize_(layers, {name: LayerPlan(()) for name in names[::2]})  # as initial_ranks_ may do
+    assert min(run(model, EmptyAndMove(), 3).values()) > 0
     model.save_pretrained(tmp_path)
     assert gap(PeftModel.from_pretrained(base(), tmp_path), logits(model)) <= 1e-6
 
