@@ -246,6 +246,18 @@ def test_overwriting_replaces_the_adapter_and_no_other_file(adapter: Path, texts
     assert contents(precious) == {"thesis.txt": b"years of work"}
 
 
+def test_scores_replace_scores_and_no_other_file(adapter: Path, texts: Path, tmp_path: Path) -> None:
+    options = [adapter, "--data", texts, "--by", "saliency", "--samples", 4, "--out"]
+    for _ in range(2):
+        assert lorank("score", *options, tmp_path / "scores.json").exit_code == 0
+    (tmp_path / "notes.json").write_text("{}")
+    for out, message in ((tmp_path / "notes.json", "does not hold scores"), (tmp_path, "is a folder: name a file")):
+        refused = lorank("score", *options, out, "--model", "no/such/model")
+        assert refused.exit_code == 2
+        assert message in refused.stderr  # before the model is loaded
+    assert (tmp_path / "notes.json").read_text() == "{}"
+
+
 def test_the_figures_are_those_of_the_files(
     adapter: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
