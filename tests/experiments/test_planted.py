@@ -247,6 +247,23 @@ def test_a_study_does_what_is_missing_and_no_more(calls: Calls, tmp_path: Path) 
     assert len(file.read_text().splitlines()) == 9
 
 
+@pytest.mark.parametrize("theirs", ['{"loss": 1}\n{"loss": 2}', "a line", '{"fingerprint": "a"}\n{"loss": 2}'])
+def test_a_file_that_is_of_no_study_is_left_alone(theirs: str, calls: Calls, tmp_path: Path) -> None:
+    (tmp_path / "runs.jsonl").write_text(theirs)
+    with pytest.raises(PlantedError, match=r"runs\.jsonl is not of a study of planted ranks"):
+        run_study(TINY, ["uniform"], tmp_path, seeds=[0], tuning_seeds=[9])
+    assert (tmp_path / "runs.jsonl").read_text() == theirs
+    assert calls == []
+
+
+def test_a_table_that_is_of_no_study_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "table.md").write_text("mine")
+    done = CliRunner().invoke(app, ["planted", "--out", str(tmp_path), "--methods", "uniform"])
+    assert done.exit_code == 2, done.output
+    assert "table.md would be replaced" in " ".join(done.stderr.split())
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_a_method_that_fails_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any, **__: Any) -> Any:
         raise PlantedError("every rank is off")

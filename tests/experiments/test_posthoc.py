@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from lorank.allocators import Budget
 from lorank.cli.app import app
 from lorank.experiments.adapter_session import load_finished
+from lorank.experiments.posthoc import prune, score
+from lorank.lora import AdapterLayers, LayerPlan, resize_, save_adapter
 from lorank.tasks import mean_loss
 from tests.elsewhere import Case, reload
 
@@ -241,6 +244,91 @@ def test_overwriting_replaces_the_adapter_and_no_other_file(adapter: Path, texts
     result = lorank("prune", adapter, *options, "--out", precious, "--model", "no/such/model")
     assert "exists and is not an adapter's folder" in result.stderr  # said before the model is loaded
     assert contents(precious) == {"thesis.txt": b"years of work"}
+
+
+def test_scores_replace_scores_and_no_other_file(adapter: Path, texts: Path, tmp_path: Path) -> None:
+    options = [adapter, "--data", texts, "--by", "saliency", "--samples", 4, "--out"]
+    for _ in range(2):
+        assert lorank("score", *options, tmp_path / "scores.json").exit_code == 0
+    (tmp_path / "notes.json").write_text("{}")
+    for out, message in ((tmp_path / "notes.json", "does not hold scores"), (tmp_path, "is a folder: name a file")):
+        refused = lorank("score", *options, out, "--model", "no/such/model")
+        assert refused.exit_code == 2
+        assert message in refused.stderr  # before the model is loaded
+    assert (tmp_path / "notes.json").read_text() == "{}"
+
+
+def test_the_figures_are_those_of_the_files(
+    adapter: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of the writer shows in the figures: this one leaves a module out and writes updates of another sign."""
+
+    def save_wrongly(layers: AdapterLayers, directory: Path) -> Path:
+        resize_(layers, {next(iter(layers)): LayerPlan(())})
+        for layer in layers.values():
+            layer.B.data.neg_()
+        written = save_adapter(layers, directory)
+        for layer in layers.values():
+            layer.B.data.neg_()
+        return written
+
+    monkeypatch.setattr("lorank.experiments.posthoc.save_adapter", save_wrongly)
+    loaded = load_finished(adapter, data=str(texts))
+    scored = score(loaded, by="saliency", samples=4)
+    pruned = prune(loaded, scored, Budget(ranks=12), tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(loaded.config.model.name)
+    written = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    found = mean_loss(written, loaded.held_apart(4), loaded.task.collator, batch_size=8, progress=False)
+    assert pruned.loss[1] == pytest.approx(found, abs=1e-5)
+    assert pruned.parameters[1] == size(tmp_path / "out")
+    after = {name: rank for name, (_, rank) in pruned.ranks.items()}
+    assert after == loaded.layers.ranks
+    assert after[next(iter(after))] == 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT, of bases that it changes
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_whose_initialisation_changed_the_base(
+    init: str, model_folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    """Scores are those of what PEFT loads. Pruning is refused before a model is loaded, and the remedy works."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=init),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    data = ["--data", texts, "--by", "saliency", "--samples", 4]
+    result = lorank("score", tmp_path / "adapter", *data, "--out", tmp_path / "scores.json")
+    assert result.exit_code == 0, result.output
+    opened = load_finished(tmp_path / "adapter", data=str(texts))
+    loss = mean_loss(model.eval(), opened.task.validation[:4], opened.task.collator, batch_size=8, progress=False)
+    assert json.loads((tmp_path / "scores.json").read_text())["loss"] == pytest.approx(loss, abs=1e-4)
+
+    refused = lorank(
+        "prune", tmp_path / "adapter", "--budget", "50%", *data, "--out", tmp_path / "half", "--model", "no/such/model"
+    )
+    assert refused.exit_code == 2
+    assert f"made with init_lora_weights='{init}'" in refused.stderr
+    assert "Save the changed base as a base model of its own" in refused.stderr
+    assert not (tmp_path / "half").exists()
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "adapter")
+    config = model.peft_config["default"]
+    config.init_lora_weights, config.base_model_name_or_path = True, str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "plain")
+    model.unload().save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "base")
+    result = lorank("prune", tmp_path / "plain", "--budget", "50%", *data, "--out", tmp_path / "half")
+    assert result.exit_code == 0, result.output
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    half = PeftModel.from_pretrained(base, tmp_path / "half").eval()
+    held = opened.task.validation[4:]
+    losses = [mean_loss(m, held, opened.task.collator, batch_size=8, progress=False) for m in (opened.model, half)]
+    assert f"{losses[0]:.4f} → {losses[1]:.4f}" in result.stdout
 
 
 def test_no_data(adapter: Path) -> None:

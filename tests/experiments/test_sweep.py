@@ -157,6 +157,13 @@ def test_the_command(write: Write, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "runs: 1 new, 0 finished before" in done.output
     assert "runs: 0 new, 1 finished before" in run.invoke(app, ["sweep", file]).output
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "table.md").write_text("mine")
+    refused = run.invoke(app, ["sweep", file, f"output_dir={foreign}"])
+    assert refused.exit_code == 2
+    assert "table.md would be replaced" in " ".join(refused.stderr.split())
+    assert [path.name for path in foreign.iterdir()] == ["table.md"]
     wrong = run.invoke(app, ["sweep", file, "training.lr=fast"])
     assert wrong.exit_code == 2
     assert "training.lr" in wrong.stderr

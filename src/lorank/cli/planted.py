@@ -64,11 +64,12 @@ def planted(
         require("lorank planted", "matplotlib")
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        from lorank.experiments.folder import check_results
         from lorank.experiments.planted.methods import METHODS
         from lorank.experiments.planted.metrics import MOST_EXACT
         from lorank.experiments.planted.problem import Scenario
-        from lorank.experiments.planted.study import PlantedError, run_study
-        from lorank.experiments.planted.table import rich_table, write_results
+        from lorank.experiments.planted.study import RUNS, PlantedError, run_study
+        from lorank.experiments.planted.table import PICTURE, TABLE, rich_table, write_results
 
         errors = console(stderr=True)
         quiet_libraries(errors)
@@ -85,6 +86,7 @@ def planted(
             ) from error
         if len(reported) > MOST_EXACT:
             require(f"lorank planted with more than {MOST_EXACT} seeds", "scipy")
+        check_results(out, (TABLE, PICTURE), runs=RUNS)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
             task = bar.add_task("Students", total=None)

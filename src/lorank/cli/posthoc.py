@@ -98,6 +98,8 @@ def score(
         from lorank.experiments import posthoc
         from lorank.files import write_text
 
+        if out is not None:
+            posthoc.check_scores_file(out)
         loaded = _load(adapter, data, task, model, config, overrides)
         with _progress() as report:
             scored = posthoc.score(

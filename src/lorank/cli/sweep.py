@@ -39,10 +39,12 @@ def sweep(
         read_sweep(file, [text for text in overrides or () if text.partition("=")[0].strip() == "output_dir"])
         from rich.markup import escape
 
+        from lorank.experiments import folder
         from lorank.experiments.sweep import load_sweep, run_sweep
-        from lorank.experiments.sweep_table import rich_table, write_results
+        from lorank.experiments.sweep_table import CSV, PICTURE, TABLE, rich_table, write_results
 
         out, runs = load_sweep(file, overrides or ())
+        folder.check_results(out, (TABLE, CSV, PICTURE), runs=f"*/seed*/{folder.CONFIG}")
         progress = console(stderr=True)
         quiet_libraries(progress)
         result = run_sweep(runs, console=progress)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorank.config.settings import RunConfig, make_config
+from lorank.experiments.folder import CONFIG, check_results
 from lorank.experiments.run import RunResult, train
 from lorank.report import rank_heatmap
 from lorank.training import read_history
@@ -40,6 +41,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "budget": "100% of adapter",
     },
 }
+PICTURE = "ranks.png"
 TITLES = {"static": "LoRA, static", "alora": "ALoRA"}
 
 
@@ -55,10 +57,12 @@ def main(output: str | Path = "lorank-demo", *, seed: int = 0, console: Console 
         The result of each method, by its name: `static` and `alora`.
 
     Raises:
-        RunFolderError: a method's folder holds something that is not a run.
+        RunFolderError: a method's folder holds something that is not a run, or the picture would replace a file that
+            is not of a demo.
     """
     console = console or Console()
     output = Path(output)
+    check_results(output, [PICTURE], runs=f"alora/{CONFIG}")
     began = time.perf_counter()
     console.print("A Llama of 3 M parameters, pretrained on old books, learns Python's reference manual.")
     results = {}
@@ -68,7 +72,7 @@ def main(output: str | Path = "lorank-demo", *, seed: int = 0, console: Console 
     history = read_history(results["alora"].folder / "rank_history.jsonl")
     picture = rank_heatmap(
         {"before": history[0].ranks, "after": history[-1].ranks},
-        output / "ranks.png",
+        output / PICTURE,
         title=f"ALoRA on Python's reference manual, {len(history) - 1} allocations",
     )
     console.print(comparison(results))

@@ -10,9 +10,10 @@ metrics.json         the metrics; written last, so this file exists only if the 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,25 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif before != after:
             found.append(f"{prefix}{key}: {before!r} → {after!r}")
     return found
+
+
+def check_results(folder: Path, names: Sequence[str], *, runs: str) -> None:
+    """Checks that results may be written into a folder: files of these names, if any, are results of earlier runs.
+
+    Args:
+        folder: the folder of a sweep, a study or the demo. It need not exist.
+        names: the names of the files with results.
+        runs: a pattern that finds the files of its own runs in the folder.
+
+    Raises:
+        RunFolderError: the folder holds such a file and no run that it could be a result of.
+    """
+    found = [name for name in names if os.path.lexists(folder / name)]
+    if found and next(folder.glob(runs), None) is None:
+        raise RunFolderError(
+            f"{folder / found[0]} would be replaced, and {folder} holds no run that it could be a result of ({runs}). "
+            "Name another folder, or move the file elsewhere."
+        )
 
 
 def remove_run(folder: Path) -> None:

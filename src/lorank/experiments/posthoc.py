@@ -36,6 +36,8 @@ By = Literal["ablation", "first_order", "screen", "saliency"]
 Terms = Literal["both", "without", "alone"]
 SALIENCY_BATCH = 4
 """Samples per gradient: few, so that gradients of different samples do not cancel."""
+SCORES_BEGIN = b'{\n  "adapter": '
+"""The first bytes of a file with scores."""
 _PER_CENT = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*")
 
 
@@ -212,6 +214,22 @@ def check_adapter(adapter: Path) -> None:
         AdapterError: there is no LoRA adapter, or its initialisation changed the base weights.
     """
     check_file_can_shrink(read_adapter_config(adapter_of_run(adapter)).get("init_lora_weights"))
+
+
+def check_scores_file(out: Path) -> None:
+    """Checks, before anything slow begins, that the scores may be written to `out`.
+
+    Raises:
+        SettingsError: `out` is a folder, or a file that does not hold scores.
+    """
+    if not out.exists():
+        return
+    if out.is_dir():
+        raise SettingsError(f"--out {out} is a folder: name a file, e.g. {out / 'scores.json'}")
+    with out.open("rb") as file:
+        theirs = not file.read(len(SCORES_BEGIN)).startswith(SCORES_BEGIN)
+    if theirs:
+        raise SettingsError(f"--out {out} exists and does not hold scores: name another file, or remove this one first")
 
 
 def check_out(adapter: Path, out: str | Path, *, overwrite: bool) -> None:

@@ -25,6 +25,9 @@ from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.gated import GatedLora, register_plain_lora_hooks
 from lorank.lora.variants.per_head import HeadLora
 
+TARGET_FIELDS = ("target_modules", "layers_to_transform", "layers_pattern")
+"""The fields of a ``LoraConfig`` that say which modules have a LoRA."""
+
 
 class AdapterLayer:
     """The LoRA of one module: a view, never a copy.
@@ -220,8 +223,8 @@ class AdapterLayers(Mapping[str, AdapterLayer]):
         self.config = config
         self.gates: LearnedGates | None = None
         self._layers = dict(layers)
-        # The user's setting. It is restored when no module has rank 0.
-        self.target_modules = config.target_modules
+        # The user's settings. They are restored when no module has rank 0.
+        self.targets = {name: getattr(config, name) for name in TARGET_FIELDS}
 
     def __getitem__(self, name: str) -> AdapterLayer:
         return self._layers[name]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -231,10 +231,19 @@ def write_patterns(layers: AdapterLayers) -> None:
     scalings = {layer.scaling for layer in alive.values()}
     if len(scalings) == 1:
         config.lora_alpha = alpha_for(scalings.pop(), largest, config.use_rslora)
-    if len(alive) == len(layers):
-        config.target_modules = layers.target_modules
+    _write_targets(layers, alive)
+
+
+def _write_targets(layers: AdapterLayers, alive: Collection[str]) -> None:
+    """Writes to the live ``LoraConfig`` which modules have ranks: as the user named them if that fits, or in full."""
+    config = layers.config
+    for field, value in layers.targets.items():
+        setattr(config, field, value)
+    # The user's setting may be older than a module's ranks: another view may have emptied the module before.
+    if all(bool(check_target_module_exists(config, name)) == (name in alive) for name in layers):
         return
     config.target_modules = set(alive)
+    config.layers_to_transform = config.layers_pattern = None  # full names need no further choice of layers
     if any(check_target_module_exists(config, name) for name in layers if name not in alive):
         # A name in a set also matches a longer name that ends with it. A string must match the whole name.
         config.target_modules = "|".join(re.escape(name) for name in alive)

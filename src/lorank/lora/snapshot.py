@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from lorank.lora.initialisation import INIT_FIELDS
-from lorank.lora.layer import AdapterLayer, AdapterLayers
+from lorank.lora.layer import TARGET_FIELDS, AdapterLayer, AdapterLayers
 from lorank.lora.resize import replace_data
 
-_CONFIG_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", *INIT_FIELDS)
+_CONFIG_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", *TARGET_FIELDS, *INIT_FIELDS)
 _LAYER_FIELDS = ("r", "lora_alpha", "scaling", "lora_variant")
 
 

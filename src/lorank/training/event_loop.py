@@ -204,7 +204,7 @@ class Ranks:
         All processes must call this method. Process 0 writes, and all return when the files are complete.
 
         Args:
-            directory: the destination. An adapter in this folder is replaced.
+            directory: the destination. An adapter in this folder is replaced; other files in it are never touched.
 
         Raises:
             AdapterError, WriteError: see :func:`lorank.save_adapter`.

@@ -102,6 +102,46 @@ def test_a_full_name_that_is_the_tail_of_another_is_told_apart(tmp_path: Path) -
     assert list(find_layers(PeftModel.from_pretrained(Net(), tmp_path))) == ["proj"]
 
 
+def test_full_names_need_no_choice_of_layers(tmp_path: Path) -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(4, 4)})])
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part()
+            self.tower = nn.ModuleDict({"part": Part()})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.tower["part"].layers[0]["proj"](self.part.layers[0]["proj"](x))
+
+    model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["proj"], layers_to_transform=[0]))
+    layers = find_layers(model)
+    resize_(layers, {"tower.part.layers.0.proj": LayerPlan(())})
+    model.save_pretrained(tmp_path)
+    assert list(find_layers(PeftModel.from_pretrained(Net(), tmp_path))) == ["part.layers.0.proj"]
+    resize_(layers, {"tower.part.layers.0.proj": LayerPlan((), 1)})
+    assert layers.config.target_modules == {"proj"}
+    assert layers.config.layers_to_transform == [0]
+
+
+def test_a_module_that_another_view_emptied_is_saved_once_it_has_ranks(tmp_path: Path) -> None:
+    model = adapted(tiny_llama()).eval()
+    name = next(iter(find_layers(model)))
+    resize_(find_layers(model), {name: LayerPlan(())})
+    layers = find_layers(model)
+    resize_(layers, {name: LayerPlan((), 2)})
+    with torch.no_grad():
+        layers[name].B.normal_()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(**token_batch()).logits
+        found = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()(**token_batch()).logits
+    assert torch.equal(found, expected)
+
+
 def test_merge_and_unload_after_a_resize() -> None:
     model = adapted(tiny_llama()).eval()
     layers = find_layers(model)

@@ -23,8 +23,10 @@ from lorank.errors import LorankError
 from lorank.experiments.planted.methods import METHODS
 from lorank.experiments.planted.problem import Scenario, make_problem
 from lorank.experiments.planted.student import Outcome, train_student
+from lorank.files import write_text
 
 RUNS = "runs.jsonl"
+_BEGINNING = '{"fingerprint": "'  # of every line
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEEDS = (100, 101)
 
@@ -205,14 +207,20 @@ def _carry_out(
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    """All complete lines of the file. A last line that an interruption left incomplete is removed."""
+    """All complete lines of the file. A last line that an interruption left incomplete is removed.
+
+    Raises:
+        PlantedError: the file is not of such a study. It is unchanged.
+    """
     if not file.is_file():
         return []
     text = file.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        file.write_text(text, encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    complete = text[: text.rfind("\n") + 1]
+    if any(not _BEGINNING.startswith(line[: len(_BEGINNING)]) for line in text.splitlines()):
+        raise PlantedError(f"{file} is not of a study of planted ranks: name another folder")
+    if text != complete:
+        write_text(file, complete)
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def _loss(record: Mapping[str, Any]) -> float:

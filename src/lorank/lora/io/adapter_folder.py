@@ -15,9 +15,9 @@ Several files cannot be renamed in one step. So the complete new adapter first b
     the old adapter_config.json goes → weights → stale weights go → the new adapter_config.json → the subfolder goes
 
 If the process or the machine stops in between, the folder has no ``adapter_config.json``, so that PEFT and servers
-refuse it, and never load old settings with new weights. While the subfolder exists, :func:`lorank.load_adapter` and
-``lorank prune`` read the new adapter from it, and the next :func:`lorank.save_adapter` into the folder first completes
-the interrupted one. An error before the first file was replaced restores the old adapter.
+refuse it, and never load old settings with new weights. While the subfolder exists, :func:`lorank.lora.load_adapter`
+and ``lorank prune`` read the new adapter from it, and the next :func:`lorank.save_adapter` into the folder first
+completes the interrupted one. An error before the first file was replaced restores the old adapter.
 
 Two processes must not save into the same folder at the same time.
 """

@@ -1,0 +1,17 @@
+"""The demo replaces its own results only. (`tests/cli/test_app.py` shows its options.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorank.experiments import RunFolderError
+from lorank.experiments.demo import main
+
+
+def test_a_picture_that_is_of_no_demo_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "ranks.png").write_text("mine")
+    with pytest.raises(RunFolderError, match=r"ranks\.png would be replaced"):
+        main(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
