@@ -60,6 +60,7 @@ from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.process_group import ProcessGroup, is_first_process
 from lorank.training.progress import Report, scoring_progress
 from lorank.training.run_state import RunState
+from lorank.training.step_hooks import StepHooks
 
 
 class Ranks:
@@ -120,9 +121,12 @@ class Ranks:
                     restore_on_error.callback(run.optimizer.param_groups[0].__setitem__, STATE_KEY, saved)
                 self._start(saved)
                 restore_on_error.pop_all()
+            step_hooks = StepHooks(
+                run.optimizer, self._begin_step, self._before_step, self._after_step, strict=allocator.moves_ranks
+            )
+            step_hooks.register()
+            undo.callback(step_hooks.remove)
             for handle in (
-                run.optimizer.register_step_pre_hook(self._before_step),
-                run.optimizer.register_step_post_hook(self._after_step),
                 run.optimizer.register_state_dict_post_hook(self._add_rank_state),
                 run.optimizer.register_load_state_dict_post_hook(lambda _: self._apply_loaded_state()),
                 resize_on_load(layers, run.optimizer, self._on_weights_replaced),
@@ -270,10 +274,12 @@ class Ranks:
 
     # The hooks of the optimiser, in the order in which they run.
 
-    def _before_step(self, *_: Any) -> None:
-        run = self._run
-        if STATE_KEY in run.optimizer.param_groups[0]:  # the optimiser's load_state_dict ran no hooks
+    def _begin_step(self) -> None:
+        if STATE_KEY in self._run.optimizer.param_groups[0]:  # the optimiser's load_state_dict ran no hooks
             self._apply_loaded_state()
+
+    def _before_step(self) -> None:
+        run = self._run
         try:
             self._integrations.before_step(run)
         except StepSkipped:
@@ -283,7 +289,7 @@ class Ranks:
         if not run.finished:
             run.allocator.before_step(run.context(), run.memory)
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self) -> None:
         run = self._run
         if self._step_taken:
             run.step += 1
