@@ -126,7 +126,8 @@ def test_the_state_changes_only_when_the_planned_update_is_called(axis: int) -> 
     optimizer.step()
     state = optimizer.state[parameter]
     before = {name: value.clone() for name, value in state.items()}
-    update = plan_state_update(optimizer, "lora_A", parameter, axis, torch.tensor([2, -1, 0, -1]))
+    data = torch.zeros((4, 3) if axis == 0 else (3, 4))
+    update = plan_state_update(optimizer, "lora_A", parameter, axis, torch.tensor([2, -1, 0, -1]), data)
     assert all(torch.equal(state[name], value) for name, value in before.items())
     update()
     for name in ("exp_avg", "exp_avg_sq"):
@@ -139,7 +140,7 @@ def test_the_state_changes_only_when_the_planned_update_is_called(axis: int) -> 
 def test_an_optimiser_without_a_state_needs_no_update() -> None:
     parameter = nn.Parameter(torch.zeros(3, 3))
     optimizer = torch.optim.SGD([parameter], lr=1e-2)
-    plan_state_update(optimizer, "lora_A", parameter, 0, torch.tensor([0]))()
+    plan_state_update(optimizer, "lora_A", parameter, 0, torch.tensor([0]), torch.zeros(1, 3))()
     assert not optimizer.state
 
 

@@ -46,13 +46,20 @@ from lorank.training.checkpoint.rank_state import (
     restore_layers_,
     restore_progress_,
 )
-from lorank.training.checks import check_batch, check_optimizer_state, check_run
+from lorank.training.checks import (
+    check_batch,
+    check_optimizer_state,
+    check_run,
+    check_state_follows,
+    check_weight_copies,
+)
 from lorank.training.history import RankHistory, Record, log_record, record_of
 from lorank.training.integrations.base import Integrations, StepSkipped
 from lorank.training.integrations.fused_forward import FusedForward
 from lorank.training.integrations.grad_scaling import GradScaling
 from lorank.training.integrations.no_allocation_warning import NoAllocationWarning
 from lorank.training.integrations.nonfinite_checks import NonfiniteChecks, require_finite_weights
+from lorank.training.integrations.optimizer_checks import OptimizerChecks
 from lorank.training.integrations.quantised_base import QuantisedBase
 from lorank.training.integrations.torch_compile import TorchCompile
 from lorank.training.parallel import find_backend
@@ -101,6 +108,7 @@ class Ranks:
                 NonfiniteChecks(),
                 FusedForward(enabled=fused, compiled=compiled),
                 NoAllocationWarning(),
+                OptimizerChecks(),
             ]
         )
         info = replace(info, initial_ranks=dict(initial_ranks or layers.ranks))
@@ -110,6 +118,7 @@ class Ranks:
         self._progress = progress
         self._weights_replaced = False  # whether weights were loaded since the last step, without a rank state
         self._step_taken = True  # false for a step that the gradient scaler skips
+        self._state_tried = False  # whether the optimiser's state was tried after its first step
         check_run(run)
         with ExitStack() as undo:
             self._integrations.on_start(run)
@@ -263,9 +272,12 @@ class Ranks:
         run.budget = allocator.resolve_budget(layers, run.info)
         if saved is None:
             check_optimizer_state(run)
+            if any(layer.A in optimizer.state or layer.B in optimizer.state for layer in layers.values()):
+                check_state_follows(run)
             resize_(layers, allocator.initial_plan(layers, run.info), optimizer, seed=run.seed)
         # The weights of a finished run are final: the method must not start again.
         run.memory = {} if saved and saved["finished"] else allocator.start(layers, run.info)
+        check_weight_copies(run)
         self._apply_loaded_state()
         if saved is None:
             self.history.begin(self._initial_record())
@@ -292,6 +304,9 @@ class Ranks:
     def _after_step(self) -> None:
         run = self._run
         if self._step_taken:
+            if not self._state_tried:
+                check_state_follows(run)
+                self._state_tried = True
             run.step += 1
             self._weights_replaced = False
             if not run.finished:

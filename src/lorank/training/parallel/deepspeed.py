@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorank.errors import LorankError
-from lorank.lora import AdapterLayer, AdapterLayers, padded, unwrap_optimizer
+from lorank.lora import AdapterLayer, AdapterLayers, check_zero_rule, padded, unwrap_optimizer
 from lorank.training.checkpoint.rank_state import STATE_KEY
 from lorank.training.parallel.backend import Backend
 from lorank.training.run_state import RunState
@@ -59,6 +59,8 @@ class ZeroBackend(Backend):
                 f"{type(run.allocator).__name__} runs its own backward passes, for which ZeRO-3 does not gather the "
                 "parameters: use ZeRO-2, or scores from forward passes (ALoRA with scores='exact')"
             )
+        if run.allocator.moves_ranks:
+            check_zero_rule(self.optimizer.inner)
         self.optimizer.take_over()
 
     def before_step(self, run: RunState) -> None:
@@ -129,6 +131,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def sharded(self) -> bool:
         """Whether parameters are sharded (ZeRO-3), so that a forward pass needs all processes at once."""
         return any(hasattr(weight, "ds_id") for layer in self._layers.values() for weight in layer.stored)
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The torch optimiser inside ZeRO's."""
+        return unwrap_optimizer(self._zero.optimizer)
 
     def take_over(self) -> None:
         """Makes the engine call this optimiser's ``step``, and save this optimiser's rank state in its checkpoints."""
