@@ -113,10 +113,10 @@ def test_torchaos_moments_follow_below_and_above_its_smallest_size(kind: str, mo
     """A moment of fewer than 4,096 numbers is a plain tensor, as in a new optimiser."""
     optim = pytest.importorskip("torchao.optim")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    model = adapted(tiny_llama(1, hidden_size=1024, intermediate_size=8), r=5, target_modules=["q_proj"])
+    model = adapted(tiny_llama(1, hidden_size=1024, intermediate_size=8), r=5, target_modules=["q_proj", "v_proj"])
     optimizer = getattr(optim, kind)(trainable(model), lr=1e-3)
     layers = find_layers(model)
-    (layer,) = layers.values()
+    layer = layers[Q]
     train_step(model, optimizer, token_batch())
     moments = optimizer.state[layer.A]
     own = type(moments["exp_avg"])
