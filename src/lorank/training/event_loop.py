@@ -298,6 +298,7 @@ class Ranks:
             self._step_taken = False
             return
         self._step_taken = True
+        run.record_learning_rate()
         if not run.finished:
             run.allocator.before_step(run.context(), run.memory)
 

@@ -234,8 +234,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def _learning_rates(self) -> dict[str, Any]:
-        group = self._zero.optimizer.param_groups[0]
-        return {key: group[key] for key in ("lr", "initial_lr") if key in group}
+        group = self._adapter_group()
+        return {key: group[key] for key in ("lr", "initial_lr", "max_lr") if key in group}
+
+    def _adapter_group(self) -> dict[str, Any]:
+        """The parameter group of the optimiser inside ZeRO whose flat parameters contain those of the adapter."""
+        groups: list[dict[str, Any]] = self._zero.optimizer.param_groups
+        own = {id(weight) for layer in self._layers.values() for weight in layer.stored}
+        # ZeRO-3 divides the parameters of a group into subgroups, and has a table from one to the other.
+        parts = getattr(self._zero, "bit16_groups", None) or getattr(self._zero, "fp16_groups", [])
+        group_of = getattr(self._zero, "sub_group_to_group_id", None)
+        for index, parameters in enumerate(parts):
+            if any(id(parameter) in own for parameter in parameters):
+                return groups[index if group_of is None else group_of[index]]
+        return groups[0]
 
     def _add_rank_state(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         own: dict[str, Any] = {}
