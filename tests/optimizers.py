@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from tempfile import gettempdir
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -112,6 +113,15 @@ class Elsewhere(torch.optim.SGD):
             if parameter.grad is not None:
                 momentum = self.momenta.setdefault(index, torch.zeros_like(parameter)).lerp_(parameter.grad, 0.1)
                 parameter.sub_(momentum, alpha=1e-2)
+
+
+class InAnObject(OwnAdam):
+    """An average of each weight in an object of its own."""
+
+    def __init__(self, params: Any) -> None:
+        params = list(params)
+        super().__init__(params)
+        self.keeper = SimpleNamespace(averages=[parameter.detach().clone() for parameter in params])
 
 
 class Named(Elsewhere):

@@ -48,12 +48,12 @@ def take_steps(
 
 def dense(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """The state's tensors of the parameter's shape, dequantised."""
-    from bitsandbytes.functional import dequantize_blockwise
-
     found: dict[str, Tensor] = {}
     state = optimizer.state[parameter]
     for key, value in state.items():
         if key in ("state1", "state2") and value.dtype == torch.uint8:
+            from bitsandbytes.functional import dequantize_blockwise
+
             absmax, code = state[f"absmax{key[-1]}"], state[f"qmap{key[-1]}"]
             parts = value.reshape(-1, parameter.numel()), absmax.reshape(-1, -(-parameter.numel() // 256))
             for i, (own, scale) in enumerate(zip(*parts, strict=True)):
@@ -134,5 +134,7 @@ def test_the_others_are_refused_before_training(name: str) -> None:
 
 
 def test_the_trainers_optimisers_are_really_here() -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("torchao")
     assert {"optim=adafactor", "optim=adamw_torch_8bit", "optim=paged_ademamix_8bit"} <= OF_THE_TRAINER.keys()
     assert len(OF_THE_TRAINER) >= 20

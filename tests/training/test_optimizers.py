@@ -147,6 +147,7 @@ UNKNOWN: dict[str, tuple[Any, str]] = {
     "a flat entry": (lambda p: WithEntry(p, lambda weight: torch.zeros(weight.numel())), "'entry' of .* has shape"),
     "an object": (lambda p: WithEntry(p, lambda _: object()), "entries of unknown kinds"),
     "an attribute": (optimizers.Elsewhere, "it keeps tensors in 'momenta'"),
+    "an attribute's attribute": (optimizers.InAnObject, "it keeps tensors in 'keeper'"),
     "names": (optimizers.Named, "it keeps no state under the parameter"),
     "made gradients": (optimizers.FillsGradients, "a step with it fails on a copy .*ZeroDivisionError"),
 }

@@ -50,12 +50,19 @@ def try_optimizer(optimizer: torch.optim.Optimizer, layers: AdapterLayers) -> No
     for name, weight, axis in weights:
         origins = torch.tensor([*range(weight.shape[axis]), -1])
         plan_state_update(optimizer, name, weight, axis, origins, reindex_ranks(weight.detach(), origins, axis))
-    if find_rule(optimizer) is not None:
-        return
-    trained = [item for item in weights if item[1].numel() and item[1].grad is not None] or [
-        item for item in weights if item[1].numel()
-    ]
     kind = type(optimizer).__name__
+    trained = [item for item in weights if item[1].numel() and item[1].grad is not None]
+    if find_rule(optimizer) is not None:
+        missing = [name for name, weight, _ in trained if not optimizer.state.get(weight)]
+        if missing and not isinstance(optimizer, torch.optim.SGD):  # without momentum, SGD has no state
+            raise OptimizerStateError(
+                f"{kind} has no state for {missing[0]} after a step with its gradient, so another optimiser steps it. "
+                "Attach to that one"
+            )
+        return
+    trained = trained or [item for item in weights if item[1].numel()]
+    if not trained:
+        return
     refusal = f"lorank does not know the optimiser {kind}, and"
     _check_place(optimizer, trained, refusal)
     name, weight, axis = min(trained, key=lambda item: item[1].numel())
@@ -83,7 +90,7 @@ def _check_place(optimizer: torch.optim.Optimizer, trained: list[tuple[str, nn.P
 
 
 def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    """All tensors in nested containers and modules."""
+    """All tensors in nested containers, objects and modules."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, nn.Module):
@@ -91,6 +98,8 @@ def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
     elif depth and isinstance(value, Mapping | list | tuple | set):
         for item in [*value, *value.values()] if isinstance(value, Mapping) else value:
             yield from _tensors(item, depth - 1)
+    elif depth and hasattr(value, "__dict__") and not callable(value):
+        yield from _tensors(vars(value), depth - 1)
 
 
 def _find_fault(optimizer: torch.optim.Optimizer, weight: nn.Parameter, axis: int) -> str | None:

@@ -96,10 +96,10 @@ class StepHooks:
             if self._closure_calls and not self._strict:
                 return closure(*args, **kwargs)
             if self._closure_calls:
-                raise self._refusal("calls its closure more than once in a step, so its gradients are not those seen")
+                raise self._refusal("calls its closure more than once in a step, so its gradients are uncertain")
             self._closure_calls = 1
             if any(not torch.equal(parameter, copy) for parameter, copy in self._weights):
-                raise self._refusal("moves the weights before it calls its closure, as SAM does")
+                raise self._refusal("moves the weights before it calls its closure, which then has other gradients")
             loss = closure(*args, **kwargs)
             with torch.set_grad_enabled(grad_mode):
                 self._before()
@@ -111,7 +111,7 @@ class StepHooks:
         if self._is_nested():
             return
         if self._closure_calls == 0 and self._strict:
-            raise self._refusal("does not call its closure, so there are no gradients to read")
+            raise self._refusal("does not call its closure, so the step has used old gradients")
         self._checked = self._checked or self._closure_calls is not None
         self._weights = []
         self._after()
@@ -135,4 +135,4 @@ class StepHooks:
                     parameter.copy_(copy)
             state = "The weights are as before the step"
         self._weights = []
-        return OptimizerStateError(f"{name} {fault} by the method. {state}. {_REMEDY.format(name=name)}")
+        return OptimizerStateError(f"{name} {fault}. {state}. {_REMEDY.format(name=name)}")
