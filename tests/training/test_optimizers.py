@@ -163,6 +163,20 @@ def test_an_unknown_optimiser_is_refused_after_its_first_step(name: str) -> None
     assert list(run.ranks.layers.ranks.values()) == [4, 4]
 
 
+def test_a_copy_of_weights_that_are_still_zero_is_seen() -> None:
+    """As in a first step at learning rate 0, in a warm-up."""
+
+    def make(params: Any) -> torch.optim.Optimizer:
+        optimizer = WithEntry(params, lambda weight: weight.detach().clone())
+        optimizer.param_groups[0]["lr"] = 0.0
+        return optimizer
+
+    run = Run(make, random_B=False)
+    with pytest.raises(OptimizerStateError, match="is a copy of the weights"):
+        run.train()
+    assert not any(layer.B.any() for layer in run.ranks.layers.values())
+
+
 def test_an_optimiser_of_ones_own_is_tried_without_a_trace() -> None:
     """The trial draws no random numbers, and leaves weights, gradients, state and schedules alone."""
 

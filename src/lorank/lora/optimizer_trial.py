@@ -109,7 +109,9 @@ def _find_fault(optimizer: torch.optim.Optimizer, weight: nn.Parameter, axis: in
     if odd or any(isinstance(value, Tensor) and type(value) is not Tensor for value in state.values()):
         return f"its state has entries of unknown kinds ({', '.join(map(repr, odd or state))})"
 
-    new, entries = _step(optimizer, weight, weight.detach().clone(), {}, torch.zeros_like(weight))
+    # B may still be zero, where a copy of it would not show itself.
+    values = torch.linspace(1, 2, weight.numel(), dtype=weight.dtype, device=weight.device).reshape(weight.shape)
+    new, entries = _step(optimizer, weight, values, {}, torch.zeros_like(weight))
     for key, value in entries.items():
         if isinstance(value, Tensor) and value.shape == weight.shape and bool((~(value.abs() <= TINY)).any()):
             what = "a copy of the weights" if torch.equal(value, new.detach().to(value)) else "not zero"
