@@ -108,6 +108,28 @@ def test_eight_bit_adamw_follows() -> None:
     train_step(model, optimizer, token_batch(seed=5))
 
 
+@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_torchaos_moments_follow_below_and_above_its_smallest_size(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A moment of fewer than 4,096 numbers is a plain tensor, as in a new optimiser."""
+    optim = pytest.importorskip("torchao.optim")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = adapted(tiny_llama(1, hidden_size=1024, intermediate_size=8), r=5, target_modules=["q_proj", "v_proj"])
+    optimizer = getattr(optim, kind)(trainable(model), lr=1e-3)
+    layers = find_layers(model)
+    layer = layers[Q]
+    train_step(model, optimizer, token_batch())
+    moments = optimizer.state[layer.A]
+    own = type(moments["exp_avg"])
+    assert own is not Tensor
+    for plan, quantised in ((LayerPlan((4, 1, 2, 0)), True), (LayerPlan((1, 3)), False), (LayerPlan((1, 0), 2), False)):
+        resize_(layers, {layer.name: plan}, optimizer)
+        assert type(moments["exp_avg"]) is (own if quantised else Tensor)
+        train_step(model, optimizer, token_batch())
+        assert layer.A.isfinite().all()
+    resize_(layers, {layer.name: LayerPlan(())}, optimizer)
+    assert moments["exp_avg"].shape == (0, 1024)
+
+
 def _dequantised(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
     from bitsandbytes.functional import dequantize_blockwise
 
@@ -126,7 +148,8 @@ def test_the_state_changes_only_when_the_planned_update_is_called(axis: int) -> 
     optimizer.step()
     state = optimizer.state[parameter]
     before = {name: value.clone() for name, value in state.items()}
-    update = plan_state_update(optimizer, "lora_A", parameter, axis, torch.tensor([2, -1, 0, -1]))
+    data = torch.zeros((4, 3) if axis == 0 else (3, 4))
+    update = plan_state_update(optimizer, "lora_A", parameter, axis, torch.tensor([2, -1, 0, -1]), data)
     assert all(torch.equal(state[name], value) for name, value in before.items())
     update()
     for name in ("exp_avg", "exp_avg_sq"):
@@ -139,7 +162,7 @@ def test_the_state_changes_only_when_the_planned_update_is_called(axis: int) -> 
 def test_an_optimiser_without_a_state_needs_no_update() -> None:
     parameter = nn.Parameter(torch.zeros(3, 3))
     optimizer = torch.optim.SGD([parameter], lr=1e-2)
-    plan_state_update(optimizer, "lora_A", parameter, 0, torch.tensor([0]))()
+    plan_state_update(optimizer, "lora_A", parameter, 0, torch.tensor([0]), torch.zeros(1, 3))()
     assert not optimizer.state
 
 

@@ -40,4 +40,5 @@ def test_an_optimiser_without_a_learning_rate_has_zero() -> None:
     run = run_of()
     del run.optimizer.param_groups[0]["lr"]
     run.optimizer.defaults.clear()
+    run = RunState(run.layers, run.model, run.optimizer, run.allocator, run.info)
     assert (run.context().lr, run.context().peak_lr) == (0.0, 0.0)

@@ -12,7 +12,9 @@ from lorank.lora.io.load_weights import resize_on_load
 from lorank.lora.io.save_adapter import check_save_directory, fold_gates_, make_peft_model, save_adapter
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
+from lorank.lora.optimizer_rules import check_optimizer, check_zero_rule, copies_weights
 from lorank.lora.optimizer_state import check_state, unwrap_optimizer
+from lorank.lora.optimizer_trial import try_optimizer
 from lorank.lora.per_head_conversion import merge_heads_, restore_layout_, split_into_heads_
 from lorank.lora.pool import padded
 from lorank.lora.quantised import RepackingPrevention, prevent_repacking
@@ -34,8 +36,11 @@ __all__ = [
     "base_parameters",
     "check_base_unchanged",
     "check_file_can_shrink",
+    "check_optimizer",
     "check_save_directory",
     "check_state",
+    "check_zero_rule",
+    "copies_weights",
     "find_layers",
     "fold_gates_",
     "fuse_",
@@ -58,6 +63,7 @@ __all__ = [
     "restore_layout_",
     "save_adapter",
     "split_into_heads_",
+    "try_optimizer",
     "unfuse_",
     "unwrap_optimizer",
 ]

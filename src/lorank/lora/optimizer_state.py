@@ -1,23 +1,28 @@
 """Resizes an optimiser's state together with a parameter whose rank axis changes.
 
-There are two phases, so that a state of unknown shape stops the resize before anything has changed.
-:func:`plan_state_update` checks the state and raises. The function that it returns changes the state.
+:func:`plan_state_update` computes the new state and raises if it cannot. The function that it returns only assigns it,
+so an error leaves the optimiser as it was.
 
-- A tensor of the parameter's own shape (Adam's and SGD's moments, amsgrad, Lion, …) is indexed on the rank axis.
+- A tensor of the parameter's own shape (Adam's and SGD's moments, amsgrad, Lion, …) is indexed on the rank axis. At new
+  ranks it has the value of the optimiser's rule (:mod:`lorank.lora.optimizer_rules`).
 - A scalar (Adam's step) is unchanged.
 - A factored second moment of Adafactor (torch's or transformers' layout) is indexed on the rank axis, if it has one.
-- bitsandbytes' 8-bit moments are dequantised, indexed and requantised block by block.
+- Two moments in one tensor (AdEMAMix) are indexed together.
+- bitsandbytes' 8-bit moments are dequantised, indexed and requantised block by block; so are torchao's 8-bit, 4-bit and
+  fp8 moments. A moment that becomes too small for torchao's blocks becomes a plain tensor, as in a new optimiser.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorank.errors import OptimizerStateError
+from lorank.lora.optimizer_rules import ADVICE, WEIGHT, ZERO, Rule, find_rule
 from lorank.lora.rank_index import reindex_ranks
 
 # Factored moments: name → (the axis that was averaged, whether this axis is kept with size 1).
@@ -28,10 +33,14 @@ FACTORED = {
     "exp_avg_sq_col": (-2, False),
 }
 
+STACKED = "state1"  # bitsandbytes' AdEMAMix: two moments in one tensor, (2, *the parameter's shape)
+
 # bitsandbytes' blockwise 8-bit moments: values → (scales, code).
 EIGHT_BIT = {"state1": ("absmax1", "qmap1"), "state2": ("absmax2", "qmap2")}
-_EIGHT_BIT_PARTS = {name for parts in EIGHT_BIT.values() for name in parts}
 EIGHT_BIT_BLOCK = 256
+_OTHER_BITSANDBYTES = {*(name for parts in EIGHT_BIT.values() for name in parts), "gnorm_vec"}  # no entry per rank
+
+TORCHAO_SMALLEST = 4096  # torchao quantises moments of at least so many numbers
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -41,7 +50,7 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         OptimizerStateError: there is no ``torch.optim.Optimizer``.
     """
     inner = optimizer
-    while not _has_own_state(inner) and hasattr(inner, "optimizer"):
+    while hasattr(inner, "optimizer") and not _has_own_state(inner):
         inner = inner.optimizer
     if not isinstance(inner, torch.optim.Optimizer):
         raise OptimizerStateError(
@@ -51,114 +60,190 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _has_own_state(optimizer: Any) -> bool:
-    return isinstance(optimizer, torch.optim.Optimizer) and "state" in vars(optimizer)
+    if not isinstance(optimizer, torch.optim.Optimizer) or "state" not in vars(optimizer):
+        return False
+    # Lightning's wrapper copies the attributes of its optimiser, and calls the step of the optimiser.
+    return getattr(getattr(optimizer, "optimizer", None), "state", None) is not optimizer.state
+
+
+@dataclass(frozen=True)
+class _Resize:
+    """A change of a parameter's rank axis.
+
+    Args:
+        name: the parameter's name, for error messages.
+        axis: the rank axis.
+        origins: (ranks after,) int64, the old index of each rank, or −1 for a new rank.
+        data: the parameter's values after the change.
+        group: the parameter group.
+        rule: the optimiser's rule; None: the optimiser is unknown, and was tried with zeros.
+    """
+
+    name: str
+    axis: int
+    origins: Tensor
+    data: Tensor
+    group: Mapping[str, Any]
+    rule: Rule | None
+
+    def entry(self, key: str, values: Tensor) -> Tensor:
+        """An entry of the parameter's shape, after the change."""
+        if self.rule is not None and key not in self.rule:
+            raise KeyError(f"the entry {key!r} is not one of this optimiser's own")
+        resized = reindex_ranks(values, self.origins, self.axis)
+        start = ZERO if self.rule is None else self.rule[key]
+        new = (self.origins < 0).nonzero().squeeze(1).to(resized.device)
+        if start == WEIGHT:
+            fresh = self.data.to(resized).index_select(self.axis, new)
+            resized.index_copy_(self.axis, new, fresh)
+        elif start != ZERO:
+            resized.index_fill_(self.axis, new, float(self.group[start]))
+        return resized
 
 
 def check_state(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> None:
     """Raises OptimizerStateError if the state of ``parameter`` does not fit the parameter's shape.
 
-    A fused optimiser accepts such a state silently, or crashes the process. So this check runs after every resize.
+    A fused optimiser accepts such a state silently, or crashes the process.
     """
-    _plan_updates(optimizer.state.get(parameter, {}), name, parameter, axis=0, origins=torch.arange(0))
+    _check_entries(optimizer.state.get(parameter, {}), name, parameter.shape)
 
 
 def plan_state_update(
-    optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, axis: int, origins: Tensor
+    optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, axis: int, origins: Tensor, data: Tensor
 ) -> Callable[[], None]:
-    """Checks the state of ``parameter`` and returns a function that resizes it.
+    """Computes the state of ``parameter`` after a resize, and returns a function that assigns it.
 
     Args:
         name: the parameter's name, for the error message.
         axis: the rank axis of ``parameter`` (2-D).
         origins: (ranks after,) int64, the old index of each rank, or −1 for a new rank.
+        data: the values of ``parameter`` after the resize.
 
     Raises:
-        OptimizerStateError: an entry has a shape for which there is no rule.
+        OptimizerStateError: there is no rule for an entry, or it cannot be resized. Nothing has changed.
     """
     state = optimizer.state.get(parameter)
     if not state:
         return lambda: None
-    updates = _plan_updates(state, name, parameter, axis, origins)
+    _check_entries(state, name, parameter.shape)
+    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+    resize = _Resize(name, axis, origins, data, group, find_rule(optimizer))
+    try:
+        updates = _resized_entries(state, resize, parameter.shape)
+    except Exception as error:
+        raise OptimizerStateError(
+            f"the state of {name} in {type(optimizer).__name__} cannot be resized ({type(error).__name__}: {error}). "
+            f"{ADVICE}"
+        ) from error
+    _check_entries({**state, **updates}, name, data.shape)
+    return lambda: state.update(updates)
 
-    def apply() -> None:
-        state.update({key: make() for key, make in updates.items()})
 
-    return apply
+def reset_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Resets the state of ``parameter`` to that of a new optimiser. Call it when the parameter has its new shape."""
+    old = optimizer.state.pop(parameter, None)
+    if old and type(optimizer) is torch.optim.Adagrad:  # it makes its state when it is constructed, and only then
+        group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+        total = torch.full_like(parameter, group["initial_accumulator_value"], requires_grad=False)
+        optimizer.state[parameter] = {"step": torch.zeros_like(old["step"]), "sum": total}
 
 
-def _plan_updates(
-    state: Mapping[str, Any], name: str, parameter: Tensor, axis: int, origins: Tensor
-) -> dict[str, Callable[[], Any]]:
-    """For each entry that changes, a function that returns its new value. Raises for a shape without a rule."""
-    updates: dict[str, Callable[[], Any]] = {}
+def _check_entries(state: Mapping[str, Any], name: str, shape: torch.Size) -> None:
+    """Raises for an entry whose shape has no rule."""
     for key, value in state.items():
-        if not isinstance(value, Tensor) or key in _EIGHT_BIT_PARTS:
+        if not isinstance(value, Tensor) or key in _OTHER_BITSANDBYTES:
             continue
         if key in EIGHT_BIT and value.dtype == torch.uint8:
-            _check_eight_bit(state, key, name, parameter)
-            updates |= _eight_bit_updates(state, key, tuple(parameter.shape), axis, origins)
+            _check_eight_bit(state, key, name, shape)
+        elif key in FACTORED:
+            axis, is_kept = FACTORED[key]
+            axis %= len(shape)
+            if list(value.shape) != [*shape[:axis], *([1] if is_kept else []), *shape[axis + 1 :]]:
+                raise _shape_error(name, key, value, shape)
+        elif value.shape != shape and value.dim() > 0 and value.numel() != 1 and not _is_stacked(key, value, shape):
+            raise _shape_error(name, key, value, shape)
+
+
+def _resized_entries(state: Mapping[str, Any], resize: _Resize, shape: torch.Size) -> dict[str, Tensor]:
+    """The new values of the entries that change. The entries fit ``shape``, the parameter's old shape."""
+    updates: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or key in _OTHER_BITSANDBYTES:
+            continue
+        if key in EIGHT_BIT and value.dtype == torch.uint8:
+            updates |= _resized_eight_bit(state, key, resize, shape)
         elif key in FACTORED:
             averaged_axis, is_kept = FACTORED[key]
-            averaged_axis %= parameter.dim()
-            expected = list(parameter.shape)
-            expected[averaged_axis : averaged_axis + 1] = [1] if is_kept else []
-            if list(value.shape) != expected:
-                raise _shape_error(name, key, value, parameter)
-            if averaged_axis != axis:
-                rank_axis = axis if is_kept or axis < averaged_axis else axis - 1
-                updates[key] = _reindex_later(value, rank_axis, origins)
-        elif value.shape == parameter.shape:
-            updates[key] = _reindex_later(value, axis, origins)
-        elif value.dim() > 0 and value.numel() != 1:
-            raise _shape_error(name, key, value, parameter)
+            averaged_axis %= len(shape)
+            if averaged_axis != resize.axis:
+                rank_axis = resize.axis if is_kept or resize.axis < averaged_axis else resize.axis - 1
+                updates[key] = reindex_ranks(value, resize.origins, rank_axis)
+        elif _is_stacked(key, value, shape):
+            updates[key] = reindex_ranks(value, resize.origins, resize.axis + 1)
+        elif value.shape == shape:
+            is_torchao = type(value).__module__.startswith("torchao.optim")
+            updates[key] = _resized_torchao(value, resize) if is_torchao else resize.entry(key, value)
     return updates
 
 
-def _reindex_later(value: Tensor, axis: int, origins: Tensor) -> Callable[[], Tensor]:
-    return lambda: reindex_ranks(value, origins, axis)
+def _is_stacked(key: str, value: Tensor, shape: torch.Size) -> bool:
+    return key == STACKED and value.shape == (2, *shape)
 
 
-def _shape_error(name: str, key: str, value: Tensor, parameter: Tensor) -> OptimizerStateError:
+def _shape_error(name: str, key: str, value: Tensor, shape: torch.Size) -> OptimizerStateError:
     return OptimizerStateError(
         f"the optimiser's state {key!r} of {name} has shape {tuple(value.shape)}, which does not fit the parameter's "
-        f"shape {tuple(parameter.shape)}. Load the optimiser after the ranks and from the same checkpoint, or use "
-        "AdamW, SGD, Adafactor or 8-bit AdamW"
+        f"shape {tuple(shape)}. Load the optimiser after the ranks and from the same checkpoint. {ADVICE}"
     )
 
 
-def _check_eight_bit(state: Mapping[str, Any], key: str, name: str, parameter: Tensor) -> None:
+def _check_eight_bit(state: Mapping[str, Any], key: str, name: str, shape: torch.Size) -> None:
     absmax, code = (state.get(part) for part in EIGHT_BIT[key])
-    blocks = -(-parameter.numel() // EIGHT_BIT_BLOCK)
+    value = state[key]
+    moments = 2 if _is_stacked(key, value, shape) else 1
+    blocks = -(-shape.numel() // EIGHT_BIT_BLOCK)
     fits = (
-        state[key].numel() == parameter.numel()
+        value.numel() == moments * shape.numel()
         and isinstance(absmax, Tensor)
         and isinstance(code, Tensor)
-        and absmax.numel() == blocks
+        and absmax.numel() == moments * blocks
     )
     if not fits:
-        raise _shape_error(name, key, state[key], parameter)
+        raise _shape_error(name, key, value, shape)
 
 
-def _eight_bit_updates(
-    state: Mapping[str, Any], key: str, shape: tuple[int, ...], axis: int, origins: Tensor
-) -> dict[str, Callable[[], Any]]:
+def _resized_eight_bit(state: Mapping[str, Any], key: str, resize: _Resize, shape: torch.Size) -> dict[str, Tensor]:
+    from bitsandbytes import functional as bnb
+
     absmax_key, code_key = EIGHT_BIT[key]
-    results: list[tuple[Tensor, Tensor]] = []
+    codes, absmax, code = state[key], state[absmax_key], state[code_key]
+    if not _is_stacked(key, codes, shape):
+        codes, absmax = codes.unsqueeze(0), absmax.unsqueeze(0)
+    quantised: list[tuple[Tensor, Tensor]] = []
+    for own_codes, own_absmax in zip(codes, absmax, strict=True):
+        if shape.numel():
+            flat = own_codes.reshape(-1)
+            values = bnb.dequantize_blockwise(flat, absmax=own_absmax, code=code, blocksize=EIGHT_BIT_BLOCK)
+        else:
+            values = own_codes.new_zeros(0, dtype=torch.float32)
+        resized = reindex_ranks(values.reshape(shape), resize.origins, resize.axis).contiguous()
+        if resized.numel():
+            new_codes, quant_state = bnb.quantize_blockwise(resized, code=code, blocksize=EIGHT_BIT_BLOCK)
+            quantised.append((new_codes.reshape(resized.shape), quant_state.absmax))
+        else:  # bitsandbytes refuses an empty tensor
+            quantised.append((own_codes.new_zeros(resized.shape), own_absmax.new_zeros(0)))
+    if state[key].dim() == codes.dim():
+        return {key: torch.stack([c for c, _ in quantised]), absmax_key: torch.stack([a for _, a in quantised])}
+    return {key: quantised[0][0], absmax_key: quantised[0][1]}
 
-    def requantise() -> tuple[Tensor, Tensor]:
-        if not results:
-            from bitsandbytes import functional as bnb
 
-            code = state[code_key]
-            values = bnb.dequantize_blockwise(
-                state[key].reshape(-1), absmax=state[absmax_key], code=code, blocksize=EIGHT_BIT_BLOCK
-            ).reshape(shape)
-            grown = reindex_ranks(values, origins, axis).contiguous()
-            if not grown.numel():  # bitsandbytes refuses an empty tensor
-                results.append((state[key].new_zeros(grown.shape), state[absmax_key].new_zeros(0)))
-            else:
-                quantised, quant_state = bnb.quantize_blockwise(grown, code=code, blocksize=EIGHT_BIT_BLOCK)
-                results.append((quantised.reshape(grown.shape), quant_state.absmax))
-        return results[0]
-
-    return {key: lambda: requantise()[0], absmax_key: lambda: requantise()[1]}
+def _resized_torchao(value: Any, resize: _Resize) -> Tensor:
+    resized = reindex_ranks(value.dequantize(torch.float32), resize.origins, resize.axis)
+    if resized.numel() < TORCHAO_SMALLEST or resized.numel() % value.block_size:
+        return resized.to(value.dtype)
+    sign = {"signed": value.signed} if hasattr(value, "signed") else {}
+    quantised: Tensor = type(value).zeros(
+        resized.shape, **sign, block_size=value.block_size, device=value.device, dtype=value.dtype
+    )
+    return quantised.copy_(resized)

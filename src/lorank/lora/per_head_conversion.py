@@ -9,7 +9,7 @@ import torch
 from lorank.errors import AdapterError
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
-from lorank.lora.optimizer_state import unwrap_optimizer
+from lorank.lora.optimizer_state import reset_state, unwrap_optimizer
 from lorank.lora.resize import replace_data, resize_, write_patterns
 from lorank.lora.resize_plan import LayerPlan, plan_for_heads, plan_for_rank
 from lorank.lora.variants.per_head import HeadLora, head_ranks_of
@@ -62,7 +62,7 @@ def split_into_heads_(
         for parameter, data in zip((layer.A, layer.B), empty, strict=True):
             replace_data(parameter, data)
             if inner is not None:
-                inner.state.pop(parameter, None)
+                reset_state(inner, parameter)
         layer.set_heads(heads, [0] * heads.count)
         _update_peft_widths(layer)
     resize_(layers, plan, optimizer, seed=seed)
@@ -85,7 +85,7 @@ def merge_heads_(layers: AdapterLayers, optimizer: torch.optim.Optimizer | None 
             if data.shape != parameter.shape:
                 replace_data(parameter, data)
                 if inner is not None:
-                    inner.state.pop(parameter, None)
+                    reset_state(inner, parameter)
         _update_peft_widths(layer)
     if changed:
         write_patterns(layers)

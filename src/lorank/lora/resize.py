@@ -2,16 +2,17 @@
 
 The rank changes on the same ``nn.Parameter``, so that hooks, parameter groups and the bookkeeping of distributed
 training remain valid. Kept ranks keep their values, gradients and optimiser moments bit for bit. New ranks start with A
-as PEFT initialises it, B = 0 and zero moments, so that the model's output does not change. For an embedding, PEFT's
-initialisation is A = 0 and B random. If the adapter was initialised from data or by a scheme of its own (EVA,
-orthogonal), new ranks use PEFT's default initialisation.
+as PEFT initialises it, B = 0 and the optimiser state of new weights, so that the model's output does not change. For an
+embedding, PEFT's initialisation is A = 0 and B random. If the adapter was initialised from data or by a scheme of its
+own (EVA, orthogonal), new ranks use PEFT's default initialisation.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from lorank.errors import OptimizerStateError, PlanError
 from lorank.lora.initialisation import check_base_unchanged, set_plain_init_
 from lorank.lora.layer import AdapterLayer, AdapterLayers
-from lorank.lora.optimizer_state import check_state, plan_state_update, unwrap_optimizer
+from lorank.lora.optimizer_state import plan_state_update, unwrap_optimizer
 from lorank.lora.rank_index import reindex_ranks
 from lorank.lora.resize_plan import LayerPlan, Plan, check_heads, check_places
 from lorank.lora.variants.gated import register_plain_lora_hooks
@@ -57,19 +58,14 @@ def resize_(
     ]
     if changes:
         check_base_unchanged(layers)
-    states = [_plan_states(inner, layer, layer_plan) for _, layer, layer_plan in changes]
-    for (index, layer, layer_plan), state_updates in zip(changes, states, strict=True):
-        _resize_layer(
-            layer,
-            layer_plan,
-            torch.Generator().manual_seed(_combine_seeds(seed, index)),
-            layers.config.init_lora_weights,
-        )
-        for update in state_updates:
-            update()
-        if inner is not None:
-            check_state(inner, f"{layer.name}.lora_A", layer.A)
-            check_state(inner, f"{layer.name}.lora_B", layer.B)
+    init = layers.config.init_lora_weights
+    resized = []
+    for index, layer, layer_plan in changes:
+        generator = torch.Generator().manual_seed(_combine_seeds(seed, index))
+        resized.append(_plan_layer(layer, layer_plan, generator, init, inner))
+    # Every new tensor exists now. From here on they are only assigned.
+    for (_, layer, layer_plan), new in zip(changes, resized, strict=True):
+        _assign_layer(layer, layer_plan, new)
     if changes:
         if layers.gates is not None:
             layers.learn_gates(torch.cat([layer.gate for layer in layers.values()]))  # type: ignore[misc]  # all are set
@@ -109,12 +105,59 @@ def _check_plan(layers: AdapterLayers, plan: Plan) -> None:
         raise PlanError("the plan leaves no rank in any module: an adapter without weights cannot be saved or trained")
 
 
+@dataclass(frozen=True)
+class _ResizedLayer:
+    """The new tensors of a layer.
+
+    Args:
+        A: (r, d_in).
+        B: (d_out, r).
+        grads: the gradients of A and B, or None.
+        gate: (r,) or (n, r), or None.
+        state_updates: functions that assign the new state of A and B in the optimiser.
+    """
+
+    A: Tensor
+    B: Tensor
+    grads: tuple[Tensor | None, Tensor | None]
+    gate: Tensor | None
+    state_updates: Sequence[Callable[[], None]]
+
+
+def _plan_layer(
+    layer: AdapterLayer,
+    layer_plan: LayerPlan,
+    generator: torch.Generator,
+    init: Any,
+    optimizer: torch.optim.Optimizer | None,
+) -> _ResizedLayer:
+    """Computes all new tensors of a layer. Nothing changes."""
+    origins = torch.tensor(layer_plan.origins, dtype=torch.long)
+    new = origins < 0  # (r,)
+    A = reindex_ranks(layer.A.data, origins, 0)  # (r, d_in)
+    B = reindex_ranks(layer.B.data, origins, 1)  # (d_out, r)
+    if layer_plan.add:
+        fresh, rows = _draw_new_vectors(layer, layer_plan, generator, init)  # (add, d)
+        if rows:
+            A[new] = fresh.to(A)
+        else:
+            B[:, new] = fresh.T.to(B)
+    gate = None
+    if layer.gate is not None:
+        gate = reindex_ranks(layer.gate.detach(), origins, layer.gate.dim() - 1)
+        gate[..., new.to(gate.device)] = 1
+    grad_A, grad_B = (
+        None if parameter.grad is None else reindex_ranks(parameter.grad, origins, axis)
+        for parameter, axis in ((layer.A, 0), (layer.B, 1))
+    )
+    return _ResizedLayer(A, B, (grad_A, grad_B), gate, _plan_states(optimizer, layer, origins, A, B))
+
+
 def _plan_states(
-    optimizer: torch.optim.Optimizer | None, layer: AdapterLayer, layer_plan: LayerPlan
+    optimizer: torch.optim.Optimizer | None, layer: AdapterLayer, origins: Tensor, A: Tensor, B: Tensor
 ) -> list[Callable[[], None]]:
     if optimizer is None:
         return []
-    origins = torch.tensor(layer_plan.origins, dtype=torch.long)
     held_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for label, parameter in (("lora_A", layer.A), ("lora_B", layer.B)):
         if parameter.requires_grad and id(parameter) not in held_ids:
@@ -123,27 +166,15 @@ def _plan_states(
                 "get_peft_model, e.g. AdamW(p for p in model.parameters() if p.requires_grad)"
             )
     return [
-        plan_state_update(optimizer, f"{layer.name}.lora_A", layer.A, 0, origins),
-        plan_state_update(optimizer, f"{layer.name}.lora_B", layer.B, 1, origins),
+        plan_state_update(optimizer, f"{layer.name}.lora_A", layer.A, 0, origins, A),
+        plan_state_update(optimizer, f"{layer.name}.lora_B", layer.B, 1, origins, B),
     ]
 
 
-def _resize_layer(layer: AdapterLayer, layer_plan: LayerPlan, generator: torch.Generator, init: Any) -> None:
-    origins = torch.tensor(layer_plan.origins, dtype=torch.long)
-    new = origins < 0  # (r,)
-    A, B = layer.A, layer.B
-    new_A = reindex_ranks(A.data, origins, 0)  # (r, d_in)
-    new_B = reindex_ranks(B.data, origins, 1)  # (d_out, r)
-    if layer_plan.add:
-        fresh, rows = _draw_new_vectors(layer, layer_plan, generator, init)  # (add, d)
-        if rows:
-            new_A[new] = fresh.to(new_A)
-        else:
-            new_B[:, new] = fresh.T.to(new_B)
-    gate = layer.gate
+def _assign_layer(layer: AdapterLayer, layer_plan: LayerPlan, new: _ResizedLayer) -> None:
     layer.gate = None
-    _assign_resized(A, new_A, 0, origins)
-    _assign_resized(B, new_B, 1, origins)
+    replace_data(layer.A, new.A, new.grads[0])
+    replace_data(layer.B, new.B, new.grads[1])
     if layer_plan.head_ranks is not None:
         layer.set_heads(layer.groups, layer_plan.head_ranks)
     module, adapter, rank = layer.module, layer.adapter, layer_plan.rank
@@ -156,10 +187,9 @@ def _resize_layer(layer: AdapterLayer, layer_plan: LayerPlan, generator: torch.G
     module.scaling[adapter] = scaling_of(module.lora_alpha[adapter], rank, layer.use_rslora) or layer.scaling
     if not rank:
         register_plain_lora_hooks(module)
-    if gate is not None:
-        grown = reindex_ranks(gate.detach(), origins, gate.dim() - 1)
-        grown[..., new.to(grown.device)] = 1
-        layer.gate = grown
+    layer.gate = new.gate
+    for update in new.state_updates:
+        update()
 
 
 def _draw_new_vectors(
@@ -174,12 +204,6 @@ def _draw_new_vectors(
         return torch.randn(shape, generator=generator) / layer_plan.rank, True
     bound = 1 / math.sqrt(width)  # kaiming_uniform_(a=√5) with this number of inputs
     return torch.rand(shape, generator=generator) * (2 * bound) - bound, True
-
-
-def _assign_resized(parameter: nn.Parameter, data: Tensor, axis: int, origins: Tensor) -> None:
-    """Replaces the data of a Parameter after a resize, and reindexes its gradient."""
-    gradient = None if parameter.grad is None else reindex_ranks(parameter.grad, origins, axis)
-    replace_data(parameter, data, gradient)
 
 
 def replace_data(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None = None) -> None:

@@ -45,8 +45,9 @@ class Context:
         validation_batch: the batch that ranks are scored on, or None.
         loss_fn: the user's own loss ``(model, batch) -> scalar``, or None for the model's.
         progress: called with (evaluations done, evaluations in all) while ranks are scored, or None.
-        lr: the optimiser's learning rate in this step.
-        peak_lr: the peak learning rate, by which the schedule's factor is multiplied.
+        lr: the learning rate of the adapter's parameter group in this step.
+        peak_lr: its peak: what the schedule states, or the highest rate so far if that is higher
+            (:mod:`lorank.training.learning_rate`). ≥ lr.
         share: this process's share of scoring, if several processes train the model; None: there is one process.
     """
 

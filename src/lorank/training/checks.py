@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorank.errors import LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
-from lorank.lora import AdapterLayers, check_base_unchanged, check_state
+from lorank.lora import AdapterLayers, check_base_unchanged, check_state, copies_weights, try_optimizer
 from lorank.scoring import validation_loss
 from lorank.training.parallel.deepspeed import ZeroOptimizer
 from lorank.training.parallel.fsdp import SHARD_BASE_ADVICE
@@ -94,3 +94,28 @@ def check_optimizer_state(run: RunState) -> None:
     for name, layer in run.layers.items():
         check_state(run.optimizer, f"{name}.lora_A", layer.A)
         check_state(run.optimizer, f"{name}.lora_B", layer.B)
+
+
+def check_state_follows(run: RunState) -> None:
+    """Checks on copies that the optimiser's state can follow a change of ranks. Call it when there is a state.
+
+    Raises:
+        OptimizerStateError: it cannot, or lorank does not know this.
+    """
+    if run.allocator.moves_ranks and not run.finished and not isinstance(run.optimizer, ZeroOptimizer):
+        try_optimizer(run.optimizer, run.layers)
+
+
+def check_weight_copies(run: RunState) -> None:
+    """Checks that no optimiser keeps copies of weights that lorank will change by other means than a step.
+
+    Raises:
+        OptimizerStateError: the optimiser keeps copies, and gates or heads will be folded into B.
+    """
+    has_heads = any(layer.groups is not None for layer in run.layers.values())
+    if copies_weights(run.optimizer) and (run.layers.gates is not None or has_heads):
+        raise OptimizerStateError(
+            f"{type(run.optimizer).__name__} keeps copies of the weights, and {type(run.allocator).__name__} changes B "
+            "when it folds its gates or heads into it, which the copies would not follow. Use AdamW, or a method "
+            "without gates (ALoRA)"
+        )

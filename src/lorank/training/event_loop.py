@@ -46,7 +46,13 @@ from lorank.training.checkpoint.rank_state import (
     restore_layers_,
     restore_progress_,
 )
-from lorank.training.checks import check_batch, check_optimizer_state, check_run
+from lorank.training.checks import (
+    check_batch,
+    check_optimizer_state,
+    check_run,
+    check_state_follows,
+    check_weight_copies,
+)
 from lorank.training.history import RankHistory, Record, log_record, record_of
 from lorank.training.integrations.base import Integrations, StepSkipped
 from lorank.training.integrations.budget_notice import BudgetNotice
@@ -54,6 +60,7 @@ from lorank.training.integrations.fused_forward import FusedForward
 from lorank.training.integrations.grad_scaling import GradScaling
 from lorank.training.integrations.no_allocation_warning import NoAllocationWarning
 from lorank.training.integrations.nonfinite_checks import NonfiniteChecks, require_finite_weights
+from lorank.training.integrations.optimizer_checks import OptimizerChecks
 from lorank.training.integrations.quantised_base import QuantisedBase
 from lorank.training.integrations.torch_compile import TorchCompile
 from lorank.training.parallel import find_backend
@@ -61,6 +68,7 @@ from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.process_group import ProcessGroup, is_first_process
 from lorank.training.progress import Report, scoring_progress
 from lorank.training.run_state import RunState
+from lorank.training.step_hooks import StepHooks
 
 
 class Ranks:
@@ -102,6 +110,7 @@ class Ranks:
                 FusedForward(enabled=fused, compiled=compiled),
                 NoAllocationWarning(),
                 BudgetNotice(),
+                OptimizerChecks(),
             ]
         )
         info = replace(info, initial_ranks=dict(initial_ranks or layers.ranks))
@@ -111,6 +120,7 @@ class Ranks:
         self._progress = progress
         self._weights_replaced = False  # whether weights were loaded since the last step, without a rank state
         self._step_taken = True  # false for a step that the gradient scaler skips
+        self._state_tried = False  # whether the optimiser's state was tried after its first step
         check_run(run)
         with ExitStack() as undo:
             self._integrations.on_start(run)
@@ -122,9 +132,12 @@ class Ranks:
                     restore_on_error.callback(run.optimizer.param_groups[0].__setitem__, STATE_KEY, saved)
                 self._start(saved)
                 restore_on_error.pop_all()
+            step_hooks = StepHooks(
+                run.optimizer, self._begin_step, self._before_step, self._after_step, strict=allocator.moves_ranks
+            )
+            step_hooks.register()
+            undo.callback(step_hooks.remove)
             for handle in (
-                run.optimizer.register_step_pre_hook(self._before_step),
-                run.optimizer.register_step_post_hook(self._after_step),
                 run.optimizer.register_state_dict_post_hook(self._add_rank_state),
                 run.optimizer.register_load_state_dict_post_hook(lambda _: self._apply_loaded_state()),
                 resize_on_load(layers, run.optimizer, self._on_weights_replaced),
@@ -261,9 +274,12 @@ class Ranks:
         run.budget = allocator.resolve_budget(layers, run.info)
         if saved is None:
             check_optimizer_state(run)
+            if any(layer.A in optimizer.state or layer.B in optimizer.state for layer in layers.values()):
+                check_state_follows(run)
             resize_(layers, allocator.initial_plan(layers, run.info), optimizer, seed=run.seed)
         # The weights of a finished run are final: the method must not start again.
         run.memory = {} if saved and saved["finished"] else allocator.start(layers, run.info)
+        check_weight_copies(run)
         self._apply_loaded_state()
         if saved is None:
             self.history.begin(self._initial_record())
@@ -272,22 +288,28 @@ class Ranks:
 
     # The hooks of the optimiser, in the order in which they run.
 
-    def _before_step(self, *_: Any) -> None:
-        run = self._run
-        if STATE_KEY in run.optimizer.param_groups[0]:  # the optimiser's load_state_dict ran no hooks
+    def _begin_step(self) -> None:
+        if STATE_KEY in self._run.optimizer.param_groups[0]:  # the optimiser's load_state_dict ran no hooks
             self._apply_loaded_state()
+
+    def _before_step(self) -> None:
+        run = self._run
         try:
             self._integrations.before_step(run)
         except StepSkipped:
             self._step_taken = False
             return
         self._step_taken = True
+        run.record_learning_rate()
         if not run.finished:
             run.allocator.before_step(run.context(), run.memory)
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self) -> None:
         run = self._run
         if self._step_taken:
+            if not self._state_tried:
+                check_state_follows(run)
+                self._state_tried = True
             run.step += 1
             self._weights_replaced = False
             if not run.finished:

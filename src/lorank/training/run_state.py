@@ -13,6 +13,7 @@ from lorank.allocators import Allocator, Context, ResolvedBudget, State, Trainin
 from lorank.lora import AdapterLayers
 from lorank.scoring import Share
 from lorank.scoring.loss import LossFn
+from lorank.training.learning_rate import adapter_group, rate_of, stated_peak
 
 
 @dataclass(eq=False)
@@ -37,6 +38,8 @@ class RunState:
         allocations: the number of allocations carried out.
         finished: whether the last decision has been carried out, so that the adapter is plain LoRA.
         base: a fingerprint of the base model (:mod:`lorank.training.checkpoint.base_fingerprint`).
+        first_lr: the adapter's learning rate when the run was attached.
+        highest_lr: its highest learning rate in the steps so far.
     """
 
     layers: AdapterLayers
@@ -53,6 +56,11 @@ class RunState:
     allocations: int = 0
     finished: bool = False
     base: Mapping[str, Any] = field(default_factory=dict)
+    first_lr: float = field(init=False)
+    highest_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.first_lr = rate_of(adapter_group(self.optimizer, self.layers))
 
     @property
     def seed(self) -> int:
@@ -61,8 +69,8 @@ class RunState:
 
     def context(self) -> Context:
         """The present values of everything that the method may read."""
-        group = self.optimizer.param_groups[0]
-        lr = float(group.get("lr") or 0.0)
+        group = adapter_group(self.optimizer, self.layers)
+        lr = rate_of(group)
         return Context(
             self.step,
             self.info,
@@ -71,7 +79,10 @@ class RunState:
             self.validation_batch,
             self.loss_fn,
             lr=lr,
-            # the learning rate that the schedule multiplies
-            peak_lr=float(group.get("initial_lr") or self.optimizer.defaults.get("lr") or lr),
+            peak_lr=max(stated_peak(group, self.first_lr), self.highest_lr, lr),
             share=self.share,
         )
+
+    def record_learning_rate(self) -> None:
+        """Notes the learning rate of the present step."""
+        self.highest_lr = max(self.highest_lr, rate_of(adapter_group(self.optimizer, self.layers)))

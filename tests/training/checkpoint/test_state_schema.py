@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lorank.errors import ResumeError
+from lorank.training.checkpoint.rank_state import VERSION
 from lorank.training.checkpoint.state_schema import SEAL, check_seal, sealed
 from tests.methods import METHODS
 from tests.training.checkpoint.saved_runs import refused, trained
@@ -40,7 +41,7 @@ def test_something_else_in_its_place_is_refused(saved: dict[str, Any], odd: Any)
     if odd is not None:  # None: there is no state
         saved["param_groups"][0]["lorank"] = odd
         refused(saved, "the saved rank state is a")
-    saved["param_groups"][0]["lorank"] = {"version": 3, "seed": odd, SEAL: odd}
+    saved["param_groups"][0]["lorank"] = {"version": VERSION, "seed": odd, SEAL: odd}
     refused(saved, "SHA-256")
 
 

@@ -19,7 +19,7 @@ from lorank.training.checkpoint.base_fingerprint import check_same_base
 from lorank.training.checkpoint.state_schema import check_seal, sealed
 from lorank.training.run_state import RunState
 
-VERSION = 3
+VERSION = 4
 STATE_KEY = "lorank"
 """The key of the rank state in an optimiser's first parameter group."""
 
@@ -36,6 +36,8 @@ def rank_state(run: RunState) -> dict[str, Any]:
         "initial_ranks": dict(run.info.initial_ranks),
         **_layers_state(run.layers),
         "base": run.base,
+        "first_lr": run.first_lr,
+        "highest_lr": run.highest_lr,
         "state": {name: tensor.detach().clone() for name, tensor in run.memory.items()},
     }
     return sealed(state)
@@ -62,6 +64,7 @@ def restore_progress_(run: RunState, state: Mapping[str, Any]) -> None:
     run.step = state["step"]
     run.allocations = state["allocations"]
     run.finished = state["finished"]
+    run.first_lr, run.highest_lr = state["first_lr"], state["highest_lr"]
 
 
 def check_resumable(state: Mapping[str, Any], run: RunState) -> None:

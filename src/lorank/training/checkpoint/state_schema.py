@@ -49,6 +49,8 @@ class _State(_Schema):
     heads: dict[str, _Heads]
     gated: _Gated | Annotated[dict[str, Any], Field(max_length=0)]
     base: dict[str, list[int] | list[float]]
+    first_lr: float
+    highest_lr: float
     state: dict[str, Tensor]
 
 

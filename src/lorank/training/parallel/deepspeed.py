@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorank.errors import LorankError
-from lorank.lora import AdapterLayer, AdapterLayers, padded, unwrap_optimizer
+from lorank.lora import AdapterLayer, AdapterLayers, check_zero_rule, padded, unwrap_optimizer
 from lorank.training.checkpoint.rank_state import STATE_KEY
 from lorank.training.parallel.backend import Backend
 from lorank.training.run_state import RunState
@@ -59,6 +59,8 @@ class ZeroBackend(Backend):
                 f"{type(run.allocator).__name__} runs its own backward passes, for which ZeRO-3 does not gather the "
                 "parameters: use ZeRO-2, or scores from forward passes (ALoRA with scores='exact')"
             )
+        if run.allocator.moves_ranks:
+            check_zero_rule(self.optimizer.inner)
         self.optimizer.take_over()
 
     def before_step(self, run: RunState) -> None:
@@ -129,6 +131,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def sharded(self) -> bool:
         """Whether parameters are sharded (ZeRO-3), so that a forward pass needs all processes at once."""
         return any(hasattr(weight, "ds_id") for layer in self._layers.values() for weight in layer.stored)
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The torch optimiser inside ZeRO's."""
+        return unwrap_optimizer(self._zero.optimizer)
 
     def take_over(self) -> None:
         """Makes the engine call this optimiser's ``step``, and save this optimiser's rank state in its checkpoints."""
@@ -227,8 +234,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def _learning_rates(self) -> dict[str, Any]:
-        group = self._zero.optimizer.param_groups[0]
-        return {key: group[key] for key in ("lr", "initial_lr") if key in group}
+        group = self._adapter_group()
+        return {key: group[key] for key in ("lr", "initial_lr", "max_lr") if key in group}
+
+    def _adapter_group(self) -> dict[str, Any]:
+        """The parameter group of the optimiser inside ZeRO whose flat parameters contain those of the adapter."""
+        groups: list[dict[str, Any]] = self._zero.optimizer.param_groups
+        own = {id(weight) for layer in self._layers.values() for weight in layer.stored}
+        # ZeRO-3 divides the parameters of a group into subgroups, and has a table from one to the other.
+        parts = getattr(self._zero, "bit16_groups", None) or getattr(self._zero, "fp16_groups", [])
+        group_of = getattr(self._zero, "sub_group_to_group_id", None)
+        for index, parameters in enumerate(parts):
+            if any(id(parameter) in own for parameter in parameters):
+                return groups[index if group_of is None else group_of[index]]
+        return groups[0]
 
     def _add_rank_state(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         own: dict[str, Any] = {}
