@@ -10,7 +10,7 @@ from lorank.scoring.preserve_state import preserve_state
 from tests.models import adapted, tiny_llama, token_batch
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     pass
 
 
