@@ -20,9 +20,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ from lorank.scoring.preserve_state import preserve_state
 from lorank.scoring.targets import Form, Head, Targets, find_form, find_head, output_embedding
 from lorank.scoring.work_sharding import Share, exchange, own_items
 
+T = TypeVar("T")
 logger = logging.getLogger("lorank")
 
 PROBE_SAMPLES = 4
@@ -140,16 +141,7 @@ class GatePath:
         Raises:
             ValidationBatchError: the loss is NaN or infinite.
         """
-        try:
-            found = self._evaluate(t, self._parts)  # (1 + R,)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if self._form is None:
-                raise
-            # All processes come here, because all of them learn that one has failed.
-            self._run_whole(IncompatibleError(f"its forward raised {type(error).__name__}: {error}"), True)
-            found = self._evaluate(t, self._parts)
+        found = self._or_whole(lambda: self._evaluate(t))  # (1 + R,)
         self.passes += 1
         loss = require_finite(float(found[0]), "the model" if t == 1 else f"the model with all gates at {t:g}")
         values = torch.split(found[1:], list(self.layers.ranks.values()))
@@ -161,12 +153,28 @@ class GatePath:
         Raises:
             ValidationBatchError: the loss is NaN or infinite, or it has no gradient.
         """
-        require_finite(float(self._gradient(1.0, self._parts[:1])[0]), "the model")
+        found = self._or_whole(lambda: self._gradient(1.0, self._parts[:1]))
+        require_finite(found[0], "the model")
 
-    def _evaluate(self, t: float, parts: Sequence[Mapping[str, Any]]) -> Tensor:
+    def _or_whole(self, compute: Callable[[], T]) -> T:
+        """``compute()``; if the model raises an error for a part of the batch, ``compute()`` on the whole batch.
+
+        All processes do the same, because all of them learn that one has failed.
+        """
+        try:
+            return compute()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self._form is None:
+                raise
+            self._run_whole(IncompatibleError(f"its forward raised {type(error).__name__}: {error}"), True)
+            return compute()
+
+    def _evaluate(self, t: float) -> Tensor:
         """The loss and its gradient over all processes, (1 + R,): [L, ∂L/∂m_1, …]."""
         length = 1 + self.layers.total_rank
-        rows = exchange(lambda: self._gradient(t, parts), length, self.share)  # (processes, 1 + R)
+        rows = exchange(lambda: self._gradient(t, self._parts), length, self.share)  # (processes, 1 + R)
         # If the samples cannot be split, every process has used all of them, and any row holds the result.
         return rows.sum(0) / self._count if self._form is not None else rows[0]
 
@@ -329,6 +337,22 @@ def first_order_scores(
         seconds=time.perf_counter() - start,
         backward_passes=path.passes,
     )
+
+
+def try_first_order(
+    model: nn.Module, layers: AdapterLayers, batch: Mapping[str, Tensor], *, loss_fn: LossFn | None = None
+) -> None:
+    """Runs the first pass of :func:`first_order_scores` in this process, so that a mistake shows before training.
+
+    The model is restored afterwards.
+
+    Raises:
+        ValidationBatchError: in the same cases as :func:`first_order_scores`.
+    """
+    model = unwrap_model(model)
+    inputs = prepare_batch(model, batch, needs_labels=loss_fn is None)
+    with preserve_state(model, layers):
+        GatePath(model, layers, inputs, loss_fn=loss_fn, max_rows=None, share=None).try_out()
 
 
 def first_order_losses(path: GatePath, terms: tuple[Term, ...], progress: Progress | None) -> VariantLosses:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lorank.errors import LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, check_state
 from lorank.scoring import validation_loss
+from lorank.scoring.preserve_state import preserve_state
 from lorank.training.parallel.deepspeed import ZeroOptimizer
 from lorank.training.parallel.fsdp import SHARD_BASE_ADVICE
 from lorank.training.run_state import RunState
+
+OTHER_METHODS_ADVICE = "or a method that needs no such batch: ALoRASensi, AdaLoRA, SoRA or ARDLoRA"
+"""For trainers without a loss on given samples, such as reinforcement learning."""
 
 
 def check_run(run: RunState) -> None:
@@ -75,9 +81,32 @@ def check_batch(run: RunState) -> None:
     if run.validation_batch is None:
         raise ValidationBatchError(
             f"{type(run.allocator).__name__} scores ranks on a fixed batch of held-out data, and none was given: use "
-            "attach(…, validation_batch=batch), where model(**batch) gives a loss (32 samples in the paper)"
+            f"attach(…, validation_batch=batch), where model(**batch) gives a loss (32 samples in the paper), "
+            f"{OTHER_METHODS_ADVICE}"
         )
     validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
+
+
+def try_scoring(run: RunState) -> None:
+    """Tries once what the method will do with the validation batch. Afterwards everything is as it was before.
+
+    Raises:
+        ValidationBatchError: the batch, the model or ``loss_fn`` cannot be used for the method's scores.
+    """
+    if run.finished:
+        return
+    layers, gates = run.layers, run.layers.gates
+    before = None if gates is None else (gates, gates.values.clone(), [x.requires_grad for x in gates.leaves.values()])
+    memory = {name: value.clone() for name, value in run.memory.items()}
+    try:
+        with preserve_state(layers.model, layers):
+            run.allocator.try_out(replace(run.context(), share=None), memory)
+    finally:
+        if before is not None:
+            gates, values, wanted = before
+            gates.values.copy_(values)
+            for leaf, trained in zip(gates.leaves.values(), wanted, strict=True):
+                leaf.requires_grad_(trained)
 
 
 def check_optimizer_state(run: RunState) -> None:

@@ -46,7 +46,7 @@ from lorank.training.checkpoint.rank_state import (
     restore_layers_,
     restore_progress_,
 )
-from lorank.training.checks import check_batch, check_optimizer_state, check_run
+from lorank.training.checks import check_batch, check_optimizer_state, check_run, try_scoring
 from lorank.training.history import RankHistory, Record, log_record, record_of
 from lorank.training.integrations.base import Integrations, StepSkipped
 from lorank.training.integrations.fused_forward import FusedForward
@@ -263,6 +263,7 @@ class Ranks:
         # The weights of a finished run are final: the method must not start again.
         run.memory = {} if saved and saved["finished"] else allocator.start(layers, run.info)
         self._apply_loaded_state()
+        try_scoring(run)
         if saved is None:
             self.history.begin(self._initial_record())
             self._integrations.after_resize(run)
