@@ -136,8 +136,12 @@ def _checked_merge(module: LoraLayer, *args: Any, **kwargs: Any) -> None:
             "adapter, and merge it into the unquantised base model"
         )
     for adapter, variant in module.lora_variant.items():
-        if hasattr(variant, "merge_error"):  # a gate, heads
-            raise variant.merge_error()
+        part = getattr(variant, "training_part", None)
+        if part is not None:
+            raise AdapterError(
+                f"PEFT merges adapter {adapter!r} into torchao's weights without its {part}. End the run first "
+                "(ranks.finish()); or save the adapter, load it from the file, and merge the loaded adapter"
+            )
         peft_variant = getattr(variant, "replaced", variant)  # PEFT's variant, which the fused forward replaces
         if peft_variant is not None:
             raise AdapterError(

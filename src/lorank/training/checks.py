@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from lorank.errors import LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
+from lorank.errors import AdapterError, LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, check_state
 from lorank.scoring import validation_loss
 from lorank.scoring.preserve_state import preserve_state
@@ -85,6 +85,22 @@ def check_batch(run: RunState) -> None:
             f"{OTHER_METHODS_ADVICE}"
         )
     validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
+
+
+def require_unmerged(layers: AdapterLayers) -> None:
+    """Checks before an optimiser step that no layer is merged: a merged adapter receives no gradient.
+
+    A gate may move in such a step all the same. Then the merge could not be taken back exactly.
+
+    Raises:
+        AdapterError: a layer is merged into its base weight.
+    """
+    for name, layer in layers.items():
+        if layer.module.merged:
+            raise AdapterError(
+                f"{name} is merged into the base weights, so this step would not train it. Call "
+                "model.unmerge_adapter() before the forward pass of each training step"
+            )
 
 
 def try_scoring(run: RunState) -> None:

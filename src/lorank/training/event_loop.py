@@ -46,7 +46,7 @@ from lorank.training.checkpoint.rank_state import (
     restore_layers_,
     restore_progress_,
 )
-from lorank.training.checks import check_batch, check_optimizer_state, check_run, try_scoring
+from lorank.training.checks import check_batch, check_optimizer_state, check_run, require_unmerged, try_scoring
 from lorank.training.history import RankHistory, Record, log_record, record_of
 from lorank.training.integrations.base import Integrations, StepSkipped
 from lorank.training.integrations.fused_forward import FusedForward
@@ -273,6 +273,7 @@ class Ranks:
 
     def _before_step(self, *_: Any) -> None:
         run = self._run
+        require_unmerged(run.layers)
         if STATE_KEY in run.optimizer.param_groups[0]:  # the optimiser's load_state_dict ran no hooks
             self._apply_loaded_state()
         try:

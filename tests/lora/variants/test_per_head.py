@@ -1,4 +1,4 @@
-"""The per-head forward of a layer: gates per sample, plain LoRA in every file, no merge."""
+"""The per-head forward of a layer: gates per sample, plain LoRA in every file."""
 
 from __future__ import annotations
 
@@ -72,12 +72,6 @@ def test_scores_in_per_head_form_equal_those_of_the_equivalent_plain_lora() -> N
     plain = ablation_scores(model, layers, batch, engine="reference")
     for name, scores in plain.scores.items():
         torch.testing.assert_close(found.scores[name], scores, rtol=1e-4, atol=1e-5)
-
-
-def test_merging_in_per_head_form_is_refused() -> None:
-    model, _, _ = in_heads()
-    with pytest.raises(AdapterError, match="per-head form, which PEFT cannot merge"):
-        model.merge_adapter()
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns"])
