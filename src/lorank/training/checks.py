@@ -87,19 +87,27 @@ def check_batch(run: RunState) -> None:
     validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
 
 
-def require_unmerged(layers: AdapterLayers) -> None:
-    """Checks before an optimiser step that no layer is merged: a merged adapter receives no gradient.
+def require_trainable(run: RunState) -> None:
+    """Checks before an optimiser step that nobody has merged the layers or taken their gates away.
 
-    A gate may move in such a step all the same. Then the merge could not be taken back exactly.
+    A merged layer passes no gradient to A and B. A gate may move in such a step all the same, and then the merge could
+    not be taken back exactly.
 
     Raises:
-        AdapterError: a layer is merged into its base weight.
+        AdapterError: a layer is merged into its base weight, or has lost its gate.
     """
-    for name, layer in layers.items():
+    leaves = {} if run.layers.gates is None else run.layers.gates.leaves
+    for name, layer in run.layers.items():
         if layer.module.merged:
             raise AdapterError(
                 f"{name} is merged into the base weights, so this step would not train it. Call "
                 "model.unmerge_adapter() before the forward pass of each training step"
+            )
+        if run.learns_gates and not run.finished and layer.gate is not leaves.get(name):
+            raise AdapterError(
+                f"the gate of {name} was removed or replaced during the run, so {type(run.allocator).__name__} cannot "
+                "go on. Saving and merging (save_pretrained, merge_adapter, merge_and_unload) include the gates: call "
+                "lorank.lora.fold_gates_ only after ranks.finish(). To go on, resume from the last checkpoint"
             )
 
 

@@ -46,7 +46,7 @@ from lorank.training.checkpoint.rank_state import (
     restore_layers_,
     restore_progress_,
 )
-from lorank.training.checks import check_batch, check_optimizer_state, check_run, require_unmerged, try_scoring
+from lorank.training.checks import check_batch, check_optimizer_state, check_run, require_trainable, try_scoring
 from lorank.training.history import RankHistory, Record, log_record, record_of
 from lorank.training.integrations.base import Integrations, StepSkipped
 from lorank.training.integrations.fused_forward import FusedForward
@@ -262,6 +262,7 @@ class Ranks:
             resize_(layers, allocator.initial_plan(layers, run.info), optimizer, seed=run.seed)
         # The weights of a finished run are final: the method must not start again.
         run.memory = {} if saved and saved["finished"] else allocator.start(layers, run.info)
+        run.learns_gates = layers.gates is not None
         self._apply_loaded_state()
         try_scoring(run)
         if saved is None:
@@ -273,7 +274,7 @@ class Ranks:
 
     def _before_step(self, *_: Any) -> None:
         run = self._run
-        require_unmerged(run.layers)
+        require_trainable(run)
         if STATE_KEY in run.optimizer.param_groups[0]:  # the optimiser's load_state_dict ran no hooks
             self._apply_loaded_state()
         try:

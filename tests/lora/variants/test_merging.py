@@ -150,6 +150,18 @@ def test_a_run_goes_on_after_a_merge(name: str) -> None:
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-3)
 
 
+def test_a_run_whose_gates_were_folded_is_refused() -> None:
+    """It would go on without gates, or end in an error without a message."""
+    model = adapted(tiny_llama(), random_B=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ranks = lorank.attach(model, optimizer, lorank.AdaLoRA(t_init=2, t_final=6, delta_t=2), total_steps=16)
+    fold_gates_(find_layers(model))
+    model(**token_batch()).loss.backward()
+    with pytest.raises(AdapterError, match=r"the gate of .*q_proj was removed .*fold_gates_ only after ranks.finish"):
+        optimizer.step()
+    assert ranks.step == 0
+
+
 def test_a_step_while_merged_is_refused_and_the_remedy_works() -> None:
     """PEFT's merged layers pass no gradient to A and B, but gates would move."""
     model = adapted(tiny_llama(), random_B=False)

@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lorank.errors import AdapterError
 from lorank.lora import HeadGroups, find_layers, merge_heads_, plan_for_heads, resize_, save_adapter
 from lorank.lora.variants.per_head import head_ranks_of
 from lorank.scoring import ablation_scores
