@@ -123,8 +123,9 @@ def try_scoring(run: RunState) -> None:
     before = None if gates is None else (gates, gates.values.clone(), [x.requires_grad for x in gates.leaves.values()])
     memory = {name: value.clone() for name, value in run.memory.items()}
     try:
-        with preserve_state(layers.model, layers):
-            run.allocator.try_out(replace(run.context(), share=None), memory)
+        context = replace(run.context(), share=None)
+        with preserve_state(context.model, layers):
+            run.allocator.try_out(context, memory)
     finally:
         if before is not None:
             gates, values, wanted = before
