@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from lorank.errors import AdapterError, LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, check_state
 from lorank.scoring import validation_loss
+from lorank.scoring.prefix_cache.block_skipping import replaced_forward
 from lorank.scoring.preserve_state import preserve_state
 from lorank.training.parallel.deepspeed import ZeroOptimizer
 from lorank.training.parallel.fsdp import SHARD_BASE_ADVICE
 from lorank.training.run_state import RunState
 
+logger = logging.getLogger("lorank")
 OTHER_METHODS_ADVICE = "or a method that needs no such batch: ALoRASensi, AdaLoRA, SoRA or ARDLoRA"
 """For trainers without a loss on given samples, such as reinforcement learning."""
 
@@ -84,7 +90,61 @@ def check_batch(run: RunState) -> None:
             f"attach(…, validation_batch=batch), where model(**batch) gives a loss (32 samples in the paper), "
             f"{OTHER_METHODS_ADVICE}"
         )
-    validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
+    with _uncalled(run.layers) as uncalled:
+        validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
+    _check_called(run, uncalled)
+
+
+@contextmanager
+def _uncalled(layers: AdapterLayers) -> Iterator[list[str]]:
+    """Yields the names of all layers; each layer that is called inside is removed from the list.
+
+    A layer's ``forward`` is replaced, because a hook would change how nn.TransformerEncoderLayer computes.
+    """
+    names = list(layers)
+
+    def watched(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if name in names:
+                names.remove(name)
+            return forward(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.enter_context(replaced_forward(layer.module, watched(name, layer.module.forward)))
+        yield names
+
+
+def _check_called(run: RunState, uncalled: list[str]) -> None:
+    """Refuses a run that would score no layer, and warns about layers whose scores would say nothing.
+
+    Args:
+        uncalled: the layers that the model did not call on the validation batch.
+
+    Raises:
+        ValidationBatchError: the model has called no layer.
+    """
+    if not uncalled:
+        return
+    advice = (
+        "In evaluation mode, nn.TransformerEncoderLayer computes without calling its layers: call "
+        "torch.backends.mha.set_fastpath_enabled(False) first"
+    )
+    if len(uncalled) == len(run.layers):
+        raise ValidationBatchError(
+            f"the loss on the validation batch calls none of the {len(uncalled)} adapted modules in evaluation mode, "
+            f"so every rank would have the same score. Give a batch, or a loss_fn, for which they run. {advice}"
+        )
+    logger.warning(
+        "%d of %d adapted modules do not run on the validation batch in evaluation mode (%s), so the scores of their "
+        "ranks say nothing. Give a batch for which they run, or adapt other modules. %s",
+        len(uncalled),
+        len(run.layers),
+        ", ".join(uncalled[:3]) + (", …" if len(uncalled) > 3 else ""),
+        advice,
+    )
 
 
 def require_trainable(run: RunState) -> None:
