@@ -20,7 +20,7 @@ from lorank.training.parallel.fsdp import SHARD_BASE_ADVICE
 from lorank.training.run_state import RunState
 
 logger = logging.getLogger("lorank")
-OTHER_METHODS_ADVICE = "or a method that needs no such batch: ALoRASensi, AdaLoRA, SoRA or ARDLoRA"
+OTHER_METHODS = "a method that needs no such batch: ALoRASensi, AdaLoRA, SoRA or ARDLoRA"
 """For trainers without a loss on given samples, such as reinforcement learning."""
 
 
@@ -87,11 +87,16 @@ def check_batch(run: RunState) -> None:
     if run.validation_batch is None:
         raise ValidationBatchError(
             f"{type(run.allocator).__name__} scores ranks on a fixed batch of held-out data, and none was given: use "
-            f"attach(…, validation_batch=batch), where model(**batch) gives a loss (32 samples in the paper), "
-            f"{OTHER_METHODS_ADVICE}"
+            "attach(…, validation_batch=batch), where model(**batch) gives a loss (32 samples in the paper), "
+            f"or {OTHER_METHODS}"
         )
     with _uncalled(run.layers) as uncalled:
-        validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
+        try:
+            validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
+        except ValidationBatchError as error:
+            raise ValidationBatchError(
+                f"{error}. If no batch gives a loss with this model, use {OTHER_METHODS}"
+            ) from error.__cause__
     _check_called(run, uncalled)
 
 
