@@ -1,5 +1,8 @@
 """Scoring leaves no trace, also when it is interrupted."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,7 @@ from lorank.scoring.preserve_state import preserve_state
 from tests.models import adapted, tiny_llama, token_batch
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     pass
 
 
@@ -53,6 +56,18 @@ def test_everything_is_restored(model, options) -> None:
     before = state(model, layers)
     ablation_scores(model, layers, token_batch(), **options)
     assert state(model, layers) == before
+
+
+def test_the_random_state_of_numpy_and_python_is_restored(model) -> None:
+    """A loss function may draw from it."""
+
+    def loss_fn(model, batch):
+        return model(**batch).loss + 0 * (random.random() + np.random.rand())  # noqa: NPY002  # the global state is the point
+
+    layers = find_layers(model)
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002  # as above
+    ablation_scores(model, layers, token_batch(), loss_fn=loss_fn)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002  # as above
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4, 6, 12, 30])

@@ -77,7 +77,7 @@ def test_magnitudes_are_averaged_over_batches() -> None:
 
 @pytest.mark.parametrize(
     ("batches", "message"),
-    [([], "no batch"), ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], "NoneType; expected one number")],
+    [([], "no batch"), ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], "returned no loss")],
 )
 def test_batches_that_will_not_do(batches, message: str) -> None:
     layers = find_layers(adapted(tiny_llama()))

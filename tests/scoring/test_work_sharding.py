@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorank.errors import LorankError
+from lorank.errors import LorankError, ValidationBatchError
 from lorank.lora import find_layers
 from lorank.scoring import AblationResult, ablation_scores, first_order_scores
 from lorank.scoring.work_sharding import exchange, largest_share, own_items, restore_order
@@ -129,7 +129,9 @@ def test_where_one_process_fails_all_raise() -> None:
         return ablation_scores(model, find_layers(model), token_batch(), loss_fn=loss_fn, share=share)
 
     first, second, third = together(work)
-    assert isinstance(second, RuntimeError)
+    assert isinstance(second, ValidationBatchError)
+    assert isinstance(second.__cause__, RuntimeError)
+    assert "out of luck" in str(second)
     for other in (first, third):
         assert isinstance(other, LorankError)
         assert "failed in process 1 of 3" in str(other)

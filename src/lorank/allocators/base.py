@@ -88,6 +88,19 @@ class Allocator(ScoringNeeds, ABC):
         """
         return {}
 
+    def try_out(self, context: Context, state: State) -> None:
+        """Tries once what :meth:`allocate` and the hooks will do with the validation batch, before training.
+
+        Called after :meth:`start`. Lorank has evaluated the loss on the batch before, if the method needs a batch.
+
+        Args:
+            context: the present values, of this process only. The validation batch is None if the user gave none.
+            state: a copy of the state. Model, gates and random state are restored afterwards.
+
+        Raises:
+            ValidationBatchError: the batch is of no use to the method.
+        """
+
     def before_step(self, context: Context, state: State) -> None:
         """Called before an optimiser step: gradients exist (clipped, if the loop clips), weights have not changed yet.
 

@@ -24,7 +24,7 @@ from lorank.errors import ValidationBatchError
 from lorank.lora import AdapterLayers, LearnedGates
 from lorank.lora.rank_index import reindex_ranks
 from lorank.scoring import Choose, Context, Scorer, Scores, State, TrainingInfo
-from lorank.scoring.loss import loss_with_graph, prepare_batch, require_finite, unwrap_model
+from lorank.scoring.loss import loss_gradients, loss_with_graph, prepare_batch, require_finite, unwrap_model
 from lorank.scoring.preserve_state import preserve_state
 
 
@@ -57,6 +57,10 @@ class GateSearchScorer(Scorer):
         alphas = torch.zeros_like(gates.values)
         return {"alphas": alphas, "searched": torch.zeros((), dtype=torch.long), **start_adam(alphas)}
 
+    def try_out(self, context: Context, state: State) -> None:
+        assert context.layers.gates is not None  # from start
+        self._gradient(context, context.layers.gates, 0)
+
     def after_step(self, context: Context, state: State) -> None:
         gates = context.layers.gates
         if gates is None:
@@ -83,12 +87,21 @@ class GateSearchScorer(Scorer):
 
     def _search(self, context: Context, state: State, gates: LearnedGates) -> None:
         """One step of a' on the next rows of the split."""
+        grad = context.mean(self._gradient(context, gates, int(state["searched"])))  # (R,)
+        state["searched"] += 1
+        with torch.no_grad():
+            values = gates.values
+            alphas = state["alphas"]
+            adam_step_(alphas, grad * values * (1 - values / 2), state, self.gate_lr)
+            values.copy_(2 * torch.sigmoid(alphas))
+
+    def _gradient(self, context: Context, gates: LearnedGates, turn: int) -> Tensor:
+        """∂L_split/∂g, (R,), on the rows of the split that step ``turn`` (from 0) uses."""
         if context.validation_batch is None:
             raise ValidationBatchError(
                 "gates are searched on a second split of the data: give validation_batch=…, with all its rows"
             )
-        rows = cyclic_rows(context.validation_batch, int(state["searched"]), self.search_rows)
-        state["searched"] += 1
+        rows = cyclic_rows(context.validation_batch, turn, self.search_rows)
         model = unwrap_model(context.model)
         leaves = list(gates.leaves.values())
         gates.freeze(False)
@@ -97,16 +110,8 @@ class GateSearchScorer(Scorer):
                 model, prepare_batch(model, rows, needs_labels=context.loss_fn is None), context.loss_fn
             )
             require_finite(loss.detach(), "the model")
-            found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        with torch.no_grad():
-            grad = torch.cat(
-                [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
-            )  # (R,)
-            grad = context.mean(grad)
-            values = gates.values
-            alphas = state["alphas"]
-            adam_step_(alphas, grad * values * (1 - values / 2), state, self.gate_lr)
-            values.copy_(2 * torch.sigmoid(alphas))
+            found = loss_gradients(loss, leaves)
+        return torch.cat([torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]).detach()
 
 
 def cyclic_rows(batch: Mapping[str, Any], turn: int, count: int) -> dict[str, Any]:

@@ -111,6 +111,9 @@ class RoundAllocator(Allocator):
         self._check_that_ranks_stay(layers, run)
         return self.scorer.start(layers, run)
 
+    def try_out(self, context: Context, state: State) -> None:
+        self.scorer.try_out(context, state)
+
     def before_step(self, context: Context, state: State) -> None:
         if context.step < self._schedule.last(context.run):
             self.scorer.before_step(context, state)

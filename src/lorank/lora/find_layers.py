@@ -12,6 +12,7 @@ from torch import nn
 from lorank.errors import AdapterError
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.quantised import check_base
+from lorank.lora.supported_kinds import check_kinds
 from lorank.lora.variants.dora import is_dora
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.gated import GatedLora
@@ -44,6 +45,12 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
     inner = _wrapped_model(model)
     inner_name = next(name for name, module in model.named_modules() if module is inner)
     prefix = f"{inner_name}." if inner_name else ""
+    adapted = {
+        name.removeprefix(prefix): module
+        for name, module in found
+        if adapter in module.lora_A or adapter in module.lora_embedding_A
+    }
+    check_kinds(inner, adapted, configs[adapter])
     for full_name, module in found:
         if adapter not in module.lora_A and adapter not in module.lora_embedding_A:
             continue

@@ -43,27 +43,23 @@ IGNORE_VARIANTS = {
 }
 # The attribute by which a bitsandbytes layer decides whether to repack.
 REPACKING_FLAG = "support_avx512bf16_for_cpu"
-ADVICE = (
-    "Leave the module out with LoraConfig(exclude_modules=…), or load the base model unquantised, or with bitsandbytes "
-    "(load_in_4bit, load_in_8bit), torchao's Int8WeightOnlyConfig, HQQ or GPTQ"
+QUANTISED_ADVICE = (
+    "Load the base model unquantised, or with bitsandbytes (load_in_4bit, load_in_8bit), torchao's "
+    "Int8WeightOnlyConfig, HQQ or GPTQ"
 )
 
 
 def check_base(name: str, module: LoraLayer) -> None:
-    """Raises AdapterError if the ranks of this layer cannot be changed.
+    """Raises AdapterError if the base of this layer does not let its ranks be trained.
 
     Args:
         name: the module's full name, for the error message.
         module: PEFT's LoRA layer.
 
     Raises:
-        AdapterError: the layer's forward ignores gates, its base layer passes no gradient to its input, or PEFT cannot
-            train DoRA on it.
+        AdapterError: the base layer passes no gradient to its input, or PEFT cannot train DoRA on it.
     """
     kind = type(module).__name__
-    if kind not in SUPPORTED:
-        known = f" ({IGNORE_VARIANTS[kind]})" if kind in IGNORE_VARIANTS else ""
-        raise AdapterError(f"{name} is a {kind}{known}, whose ranks cannot be gated or resized. {ADVICE}")
     base = module.get_base_layer()
     if kind == "Linear8bitLt" and any(module.use_dora.values()) and base.weight.device.type == "cpu":
         raise AdapterError(
@@ -73,7 +69,7 @@ def check_base(name: str, module: LoraLayer) -> None:
     if kind == "TorchaoLoraLinear" and _quantises_activations(base.weight):
         raise AdapterError(
             f"{name}: torchao quantises the activations too. Rounding them passes no gradient to the adapters below, "
-            f"which would learn from the residual stream alone. {ADVICE}"
+            f"which would learn from the residual stream alone. {QUANTISED_ADVICE}"
         )
 
 
@@ -136,8 +132,12 @@ def _checked_merge(module: LoraLayer, *args: Any, **kwargs: Any) -> None:
             "adapter, and merge it into the unquantised base model"
         )
     for adapter, variant in module.lora_variant.items():
-        if hasattr(variant, "merge_error"):  # a gate, heads
-            raise variant.merge_error()
+        part = getattr(variant, "training_part", None)
+        if part is not None:
+            raise AdapterError(
+                f"PEFT merges adapter {adapter!r} into torchao's weights without its {part}. End the run first "
+                "(ranks.finish()); or save the adapter, load it from the file, and merge the loaded adapter"
+            )
         peft_variant = getattr(variant, "replaced", variant)  # PEFT's variant, which the fused forward replaces
         if peft_variant is not None:
             raise AdapterError(

@@ -14,12 +14,21 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from lorank.lora.layer import AdapterLayers
-from lorank.scoring.ablation_variants import TERMS, Progress, Term, Terms, VariantLosses, all_variants
+from lorank.scoring.ablation_variants import (
+    TERMS,
+    Progress,
+    Term,
+    Terms,
+    VariantLosses,
+    all_variants,
+    layers_with_ranks,
+)
 from lorank.scoring.evaluation import Evaluator
 from lorank.scoring.loss import LossFn, detached_loss, prepare_batch, require_finite, unwrap_model
 from lorank.scoring.microbatch import first_pass
@@ -128,6 +137,34 @@ def ablation_scores(
         notice=evaluate.notice,
         seconds=time.perf_counter() - start,
     )
+
+
+def try_ablation(
+    model: nn.Module,
+    layers: AdapterLayers,
+    batch: Mapping[str, Tensor],
+    *,
+    terms: Terms = "both",
+    engine: Literal["exact", "reference"] = "exact",
+    loss_fn: LossFn | None = None,
+) -> None:
+    """Evaluates the first variants of :func:`ablation_scores` in this process, so that a mistake shows before training.
+
+    The model is restored afterwards.
+
+    Raises:
+        ValidationBatchError: in the same cases as :func:`ablation_scores`.
+    """
+    check_terms(terms, None)
+    model = unwrap_model(model)
+    inputs = prepare_batch(model, batch, needs_labels=loss_fn is None)
+    first = {name: [0] for name, _ in islice(layers_with_ranks(layers), 1)}
+    with preserve_state(model, layers):
+        evaluate = Evaluator(
+            model, layers, inputs, engine=engine, loss_fn=loss_fn, max_rows=None, share=None, progress=None
+        )
+        backgrounds: tuple[Term, ...] = ("without",)
+        evaluate(dict.fromkeys(TERMS[terms], first), backgrounds)
 
 
 def check_terms(terms: str, max_rows: int | None) -> None:

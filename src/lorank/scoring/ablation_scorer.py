@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from lorank.errors import ValidationBatchError
-from lorank.scoring.ablation import AblationResult, ablation_scores
+from lorank.scoring.ablation import AblationResult, ablation_scores, try_ablation
 from lorank.scoring.ablation_variants import Terms
 from lorank.scoring.context import Context, State
 from lorank.scoring.scorer import Choose, Scorer, Scores
 from lorank.scoring.successive_screening import screened_scores
-from lorank.scoring.taylor import first_order_scores
+from lorank.scoring.taylor import first_order_scores, try_first_order
 
 AblationMethod: TypeAlias = Literal["first_order", "exact", "screen"]
 
@@ -69,13 +70,16 @@ class AblationScorer(Scorer):
             },
         )
 
+    def try_out(self, context: Context, state: State) -> None:
+        """Runs a part of the batch, or all of it if it cannot be split; of exact evaluations, the first variants."""
+        model, layers, batch, loss_fn = context.model, context.layers, _batch_of(context), context.loss_fn
+        if self.method != "exact":
+            try_first_order(model, layers, batch, loss_fn=loss_fn)
+        if self.method != "first_order":
+            try_ablation(model, layers, batch, terms=self.terms, engine=self.engine, loss_fn=loss_fn)
+
     def _evaluate(self, context: Context, choose: Choose) -> AblationResult:
-        model, layers, batch = context.model, context.layers, context.validation_batch
-        if batch is None:
-            raise ValidationBatchError(
-                "ablation scores ranks on a fixed batch of validation data: give validation_batch=… (the ALoRA paper "
-                "takes 32 samples)"
-            )
+        model, layers, batch = context.model, context.layers, _batch_of(context)
         common: dict[str, Any] = {
             "terms": self.terms,
             "loss_fn": context.loss_fn,
@@ -89,3 +93,12 @@ class AblationScorer(Scorer):
         if self.method == "exact":
             return ablation_scores(model, layers, batch, engine=self.engine, **common)
         raise ValueError(f"method is {self.method!r}; expected one of {', '.join(get_args(AblationMethod))}")
+
+
+def _batch_of(context: Context) -> Mapping[str, Any]:
+    if context.validation_batch is None:
+        raise ValidationBatchError(
+            "ablation scores ranks on a fixed batch of validation data: give validation_batch=… (the ALoRA paper "
+            "takes 32 samples)"
+        )
+    return context.validation_batch

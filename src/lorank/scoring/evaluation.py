@@ -6,8 +6,10 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
+from lorank.errors import ValidationBatchError
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.ablation_variants import (
     Engine,
@@ -104,16 +106,24 @@ class Evaluator:
                     self._made = ExactEngine(self._model, self._layers, self._batch, self._max_rows)
                 return self._run(self._made, wanted, backgrounds)
             except IncompatibleError as reason:
-                self.notice = (
-                    "ablation runs one whole forward per variant: the exact engine does not fit "
-                    f"{type(base_of(self._model)).__name__}, because {reason}"
-                )
-                logger.warning(self.notice)
-                self.engine, self._made = "reference", None
-                self._gates.background("without")  # the engine may have stopped in the middle of a variant
+                self._step_aside(reason)
+            except (ValidationBatchError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # the model may raise anything when it is called in another way
+                self._step_aside(IncompatibleError(f"its forward raised {type(error).__name__}: {error}"))
         if self._made is None:
             self._made = ReferenceEngine(self._model, self._layers, self._batch, self._loss_fn)
         return self._run(self._made, wanted, backgrounds)
+
+    def _step_aside(self, reason: IncompatibleError) -> None:
+        """Uses the reference engine from now on."""
+        self.notice = (
+            "ablation runs one whole forward per variant: the exact engine does not fit "
+            f"{type(base_of(self._model)).__name__}, because {reason}"
+        )
+        logger.warning(self.notice)
+        self.engine, self._made = "reference", None
+        self._gates.background("without")  # the engine may have stopped in the middle of a variant
 
     def _run(self, engine: Engine, wanted: VariantSelection, backgrounds: Collection[Term]) -> VariantLosses:
         before = self._done
@@ -125,6 +135,6 @@ class Evaluator:
 
         try:
             return engine.losses(wanted, backgrounds, report)
-        except IncompatibleError:
+        except Exception:
             self._done = before
             raise

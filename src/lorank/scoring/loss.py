@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorank.errors import ValidationBatchError
+from lorank.errors import LorankError, ValidationBatchError
 
 LossFn = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 IGNORED = -100  # the label that cross-entropy ignores, in PyTorch and in transformers
@@ -94,28 +95,85 @@ def field(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def detached_loss(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None) -> Tensor:
-    """The loss as training computes it, without its graph: ``loss_fn(model, batch)``, or ``model(**batch).loss``.
+def loss_of(output: Any, batch: Mapping[str, Any]) -> Any:
+    """The loss in a model's output, or None: the field ``loss``; the first value of a tuple; or the output itself.
+
+    Without ``labels`` in the batch, the first value of a tuple is taken for a loss only if it is a scalar, because it
+    may also be the logits.
+    """
+    if isinstance(output, Tensor):
+        return output if output.dim() == 0 else None
+    loss = field(output, "loss")
+    if loss is None and _is_sequence(output) and ("labels" in batch or _is_scalar(output[0])):
+        return output[0]
+    return loss
+
+
+def logits_of(output: Any) -> Any:
+    """The logits in a model's output, or None: the field ``logits``, or the first value of a tuple after the loss."""
+    logits = field(output, "logits")
+    if logits is None and _is_sequence(output):
+        rest = output[1:] if _is_scalar(output[0]) else output
+        return rest[0] if rest else None
+    return logits
+
+
+def _is_sequence(output: Any) -> bool:
+    return isinstance(output, tuple | list) and len(output) > 0
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None) -> Tensor:
+    """The loss as training computes it: ``loss_fn(model, batch)``, or the loss that ``model(**batch)`` returns.
 
     Raises:
-        ValidationBatchError: there is no loss, or it is not one number.
+        ValidationBatchError: the model or ``loss_fn`` raised an error, there is no loss, or it is not one number.
     """
-    if loss_fn is not None:
-        loss, source = loss_fn(model, batch), "loss_fn"
-    else:
-        output = model(**forward_arguments(model), **batch)
-        loss, source = field(output, "loss"), "the model"
-        if loss is None and isinstance(output, tuple) and "labels" in batch:
-            loss = output[0]
+    source = "the model" if loss_fn is None else "loss_fn"
+    names = ", ".join(map(str, batch))
+    with model_errors_explained(f"{source} raised", f"on a validation batch with {names}"):
+        if loss_fn is not None:
+            loss = loss_fn(model, batch)
+        else:
+            loss = loss_of(model(**forward_arguments(model), **batch), batch)
     if loss is None:
         raise ValidationBatchError(
-            f"{source} returned no loss for a validation batch with {', '.join(batch)}. Add labels to it, under the "
+            f"{source} returned no loss for a validation batch with {names}. Add labels to it, under the "
             "name that the model's forward expects, or pass loss_fn"
         )
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValidationBatchError(f"{source} returned a loss of {what}; expected one number, the mean over the batch")
-    return loss.detach()
+    return loss
+
+
+@contextmanager
+def model_errors_explained(did: str, where: str) -> Iterator[None]:
+    """Turns an error of the user's model or loss function into a ValidationBatchError that says where it came from.
+
+    Lorank's own errors and a lack of memory keep their type.
+    """
+    try:
+        yield
+    except (LorankError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a model or a loss function of the user's may raise anything
+        raise ValidationBatchError(
+            f"{did} {type(error).__name__} {where}: {error}. Ranks are scored in evaluation mode, on the batch as it "
+            "is given: give a batch with which model(**batch) gives a loss as in training, or pass loss_fn"
+        ) from error
+
+
+def detached_loss(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None) -> Tensor:
+    """The loss as training computes it, without its graph.
+
+    Raises:
+        ValidationBatchError: see :func:`model_loss`.
+    """
+    return model_loss(model, batch, loss_fn).detach()
 
 
 def require_finite(loss: Tensor | float, what: str) -> float:
@@ -141,14 +199,23 @@ def loss_with_graph(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn 
     """The loss as training computes it, with its graph for a backward pass.
 
     Raises:
-        ValidationBatchError: there is no loss, it is not one number, or it does not depend on the adapter.
+        ValidationBatchError: see :func:`model_loss`; or the loss does not depend on the adapter.
     """
-    loss = loss_fn(model, batch) if loss_fn is not None else field(model(**forward_arguments(model), **batch), "loss")
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) and loss.numel() != 1 else "no gradient"
-        what = what if isinstance(loss, Tensor) else type(loss).__name__
+    loss = model_loss(model, batch, loss_fn)
+    if not loss.requires_grad:
+        source = "the model's loss" if loss_fn is None else "the loss that loss_fn returns"
         raise ValidationBatchError(
-            f"the loss on a batch with {', '.join(batch)} is {what}; expected one number that depends on the adapter. "
-            "Give labels under the name that the model's forward expects, or pass loss_fn"
+            f"{source} on a batch with {', '.join(map(str, batch))} has no gradient; expected one number that depends "
+            "on the adapter. Compute it without torch.no_grad(), .item() or .detach()"
         )
     return loss
+
+
+def loss_gradients(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """∂L/∂leaf for each leaf; None for a leaf that the loss does not depend on. No ``.grad`` is written.
+
+    Raises:
+        ValidationBatchError: the backward pass raised an error.
+    """
+    with model_errors_explained("the backward pass through the model raised", "while ranks were scored"):
+        return torch.autograd.grad(loss, leaves, allow_unused=True)

@@ -111,7 +111,7 @@ def first_pass(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def split_into_passes(
-    batch: Mapping[str, Any], rows: Tensor, tokens: int, max_rows: int | None
+    batch: Mapping[str, Any], rows: Tensor, tokens: int, max_rows: int | None, *, trim: bool = True
 ) -> list[dict[str, Any]]:
     """Splits samples into parts for one pass each: similar lengths together, no padding after the longest sample.
 
@@ -120,6 +120,7 @@ def split_into_passes(
         rows: (k,), the indices of the samples.
         tokens: the most tokens in one part. A single sample is never split, even if it is longer.
         max_rows: the most samples in one part; None: as many as ``tokens`` allows.
+        trim: whether padding after the longest sample is cut off. Not all models take every length.
     """
     sizes = sequence_lengths(batch)
     if sizes is None:
@@ -130,7 +131,8 @@ def split_into_passes(
     while start < len(rows):
         longest = max(1, int(sizes[rows[start]]))
         width = max(1, tokens // longest) if max_rows is None else max_rows
-        parts.append(_trim_padding(_select_samples(batch, rows[start : start + width]), longest))
+        part = _select_samples(batch, rows[start : start + width])
+        parts.append(_trim_padding(part, longest) if trim else part)
         start += width
     return [part for part in parts if count_labels(part)]
 
@@ -140,9 +142,9 @@ def _select_samples(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
 
 
 def _trim_padding(part: Mapping[str, Any], longest: int) -> dict[str, Any]:
-    """Every (n, T) tensor cut to (n, longest), if the batch has an attention mask of this shape."""
+    """Every (n, T) and (n, T, …) tensor cut to ``longest``, if the batch has an attention mask of shape (n, T)."""
     mask = part.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return dict(part)
     shape = mask.shape  # (n, T)
-    return {key: value[:, :longest] if value.shape == shape else value for key, value in part.items()}
+    return {key: value[:, :longest] if value.shape[:2] == shape else value for key, value in part.items()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +22,9 @@ def preserve_state(model: nn.Module, layers: AdapterLayers) -> Iterator[None]:
 
     Inside, modules are in evaluation mode, gradients are off, and compiled modules run uncompiled, because a gate that
     changes in every forward pass would make each of them compile again. Restored afterwards: each module's training
-    mode, every layer's gate, instance-level ``forward`` methods, the random generators of the CPU and of each GPU in
-    use, and the module attributes that this function changed. Parameters, their gradients and ``requires_grad`` are not
-    changed.
+    mode, every layer's gate, instance-level ``forward`` methods, the random generators of PyTorch (of the CPU and of
+    each GPU in use), NumPy and Python, and the module attributes that this function changed. Parameters, their
+    gradients and ``requires_grad`` are not changed.
 
     The cache of autocast is emptied. If it was filled without gradients, it holds weights without gradients. A training
     step in the same autocast region would use these weights, and its parameters would not learn.
@@ -36,6 +38,7 @@ def preserve_state(model: nn.Module, layers: AdapterLayers) -> Iterator[None]:
     gates: list[Tensor | None] = [layer.gate for layer in layers.values()]
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch
     gpus = list(range(torch.cuda.device_count())) if in_use else []
+    random_states = random.getstate(), np.random.get_state()  # noqa: NPY002  # a loss function may draw from the global state
     try:
         with torch.random.fork_rng(devices=gpus), torch.no_grad():
             # The attribute is set directly: the train() method of some modules does more than set it.
@@ -53,6 +56,8 @@ def preserve_state(model: nn.Module, layers: AdapterLayers) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
         for module, call in zip(compiled, calls, strict=True):
             module._compiled_call_impl = call
+        random.setstate(random_states[0])
+        np.random.set_state(random_states[1])  # noqa: NPY002  # as above
         repacking_prevention.remove()
         for layer, gate in zip(layers.values(), gates, strict=True):
             layer.gate = gate

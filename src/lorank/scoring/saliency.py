@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorank.errors import ValidationBatchError
 from lorank.lora.layer import AdapterLayers
-from lorank.scoring.loss import LossFn, loss_with_graph, prepare_batch, require_finite, unwrap_model
+from lorank.scoring.loss import LossFn, loss_gradients, loss_with_graph, prepare_batch, require_finite, unwrap_model
 from lorank.scoring.preserve_state import preserve_state
 
 
@@ -60,7 +60,7 @@ def saliency_scores(
             for batch in batches:
                 loss = loss_with_graph(model, prepare_batch(model, batch, needs_labels=loss_fn is None), loss_fn)
                 require_finite(loss.detach(), "the model")
-                gradients = torch.autograd.grad(loss, rows, allow_unused=True)
+                gradients = loss_gradients(loss, rows)
                 count += 1
                 for name, A, gradient in zip(alive, rows, gradients, strict=True):
                     if gradient is not None:  # None: the loss of this batch does not depend on this module

@@ -72,6 +72,22 @@ class Scorer(ScoringNeeds, ABC):
         """
         return {}
 
+    def try_out(self, context: Context, state: State) -> None:
+        """Tries once what scoring will do, when a run begins, so that a mistake shows before training.
+
+        By default it calls :meth:`score`, if the scorer needs a validation batch. A scorer whose scores cost much
+        should run a small part of the same computation instead.
+
+        Args:
+            context: as for :meth:`score`, of this process only.
+            state: a copy of the state. Model, gates and random state are restored afterwards.
+
+        Raises:
+            ValidationBatchError: the batch is missing, or ranks cannot be scored on it.
+        """
+        if self.needs_validation_batch:
+            self.score(context, state, lambda scores: ())
+
     def before_step(self, context: Context, state: State) -> None:
         """Called before each optimiser step until the last scoring: gradients exist, weights have not changed yet."""
 

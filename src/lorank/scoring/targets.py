@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorank.scoring.ablation_variants import IncompatibleError
-from lorank.scoring.loss import IGNORED, field
+from lorank.scoring.loss import IGNORED, forward_arguments, logits_of
+from lorank.scoring.microbatch import inputs_without_labels
 
 Form = Literal["shifted", "unshifted", "pooled"]
+COMPARED_POSITIONS = 64
+"""The most labelled positions whose logits are compared between two forward passes. A vocabulary may be large."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Targets:
         flat = labels.reshape(-1)  # (n · T,) or (n,)
         positions = (flat != IGNORED).nonzero().squeeze(1)  # (m,)
         return cls(form, flat[positions], positions)
+
+    def spread(self, most: int) -> Targets:
+        """At most ``most`` of the labels, evenly spread."""
+        chosen = torch.linspace(0, self.count - 1, min(most, self.count)).long().to(self.positions.device)  # (most,)
+        return Targets(self.form, self.labels[chosen], self.positions[chosen])
 
     def select(self, x: Tensor, copies: int) -> Tensor:
         """The labelled positions of ``copies`` variants of the batch, stacked.
@@ -111,31 +119,38 @@ def find_form(logits: Any, labels: Any, loss: Tensor) -> Form:
     return best
 
 
-def _logits(output: Any) -> Any:
-    logits = field(output, "logits")
-    return output[0] if logits is None and type(output) is tuple else logits
-
-
 @dataclass(frozen=True)
 class Head:
-    """Computes the logits of labelled positions only, if the model allows it.
+    """Computes the logits of labelled positions by a forward pass of the model.
 
     Attributes:
         model: the model.
-        module: the output embedding of the model, which then receives (1, copies · m, d). None: logits are computed for
-            the whole sequence.
+        module: the output embedding of the model, which then receives (1, copies · m, d): only labelled positions get
+            logits. None: logits are computed for the whole sequence.
+        with_labels: whether the forward pass receives the labels. Then the model also computes its own loss, which is
+            not used.
     """
 
     model: nn.Module
     module: nn.Module | None
+    with_labels: bool = False
+
+    def arguments(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the forward pass, from a part of the batch."""
+        inputs = part if self.with_labels else inputs_without_labels(self.model, part)
+        return {**forward_arguments(self.model), **inputs}
 
     def losses(self, arguments: Mapping[str, Any], targets: Targets, copies: int) -> Tensor:
         """Runs one forward pass; returns the cross-entropy summed over the labels, (copies,) float64."""
+        return targets.cross_entropy(self.logits(arguments, targets, copies))
+
+    def logits(self, arguments: Mapping[str, Any], targets: Targets, copies: int) -> Tensor:
+        """Runs one forward pass; returns the logits of the labelled positions, (copies, m, C)."""
         with self._selecting(targets, copies):
-            logits = _logits(self.model(**arguments))
+            logits: Tensor = logits_of(self.model(**arguments))
         if self.module is None:
-            logits = targets.select(logits, copies)  # (copies, m, C)
-        return targets.cross_entropy(logits.reshape(copies, targets.count, logits.shape[-1]))  # (1, copies · m, C) →
+            return targets.select(logits, copies)  # (copies, m, C)
+        return logits.reshape(copies, targets.count, logits.shape[-1])  # (1, copies · m, C) → (copies, m, C)
 
     @contextmanager
     def _selecting(self, targets: Targets, copies: int) -> Iterator[None]:
@@ -153,11 +168,68 @@ class Head:
             handle.remove()
 
 
+def find_head(
+    model: nn.Module, part: Mapping[str, Any], targets: Targets, logits: Tensor, embedding: nn.Module | None
+) -> Head:
+    """The cheapest forward pass that gives the logits of a forward pass with labels.
+
+    A pass without labels is cheaper, because the output embedding can then be applied to labelled positions only. But
+    some models cannot run without labels, and some compute other logits: an encoder–decoder model makes the inputs of
+    its decoder from the labels. So each pass is tried, and its logits are compared.
+
+    Args:
+        part: samples with labels.
+        targets: the labels of ``part``.
+        logits: the model's logits of ``part`` with labels, (n, T, C) or (n, C).
+        embedding: the output embedding, if it can be applied to labelled positions only; else None.
+
+    Raises:
+        IncompatibleError: no pass gives these logits, so the model gives other logits in each pass.
+    """
+    heads = [Head(model, None), Head(model, None, with_labels=True)]
+    if embedding is not None:
+        heads.insert(0, Head(model, embedding))
+    some = targets.spread(COMPARED_POSITIONS)
+    expected = some.select(logits, 1)  # (1, m, C)
+    tolerance = _rounding(model, logits)
+    for head in heads:
+        try:
+            if _agree(head.logits(head.arguments(part), some, 1), expected, tolerance):
+                return head
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # the model may raise anything when it is called in another way
+            continue
+    raise IncompatibleError("its logits differ between two forward passes with the same batch")
+
+
+def _agree(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether two tensors of logits are the same up to rounding. ``tolerance`` is relative to the largest logit."""
+    if found.shape != expected.shape:
+        return False
+    difference = torch.where(found == expected, 0.0, (found - expected).abs())  # a logit may be −inf in both
+    largest = expected[expected.isfinite()].abs().amax() if expected.isfinite().any() else 0.0
+    return bool((difference <= tolerance * largest).all())
+
+
+def _rounding(model: nn.Module, logits: Tensor) -> float:
+    """How far the logits of two forward passes may differ by rounding, relative to the largest logit.
+
+    Other inputs of a decoder change logits by about as much as their own size.
+    """
+    dtypes = {logits.dtype, *(parameter.dtype for parameter in model.parameters())}
+    device = logits.device.type
+    exact = dtypes <= {torch.float32, torch.float64} and not torch.is_autocast_enabled(device)
+    if device == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        exact = False
+    return 1e-3 if exact else 5e-2
+
+
 def output_embedding(base: nn.Module) -> nn.Module | None:
     """The module that maps hidden states to logits over a vocabulary, or None if the model has none."""
     get: Callable[[], Any] | None = getattr(base, "get_output_embeddings", None)
     try:
         module = get() if get is not None else None
-    except (AttributeError, NotImplementedError):
+    except Exception:  # a model of the user's may raise anything here
         return None
     return module if isinstance(module, nn.Module) else None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lorank.errors import ValidationBatchError
 from lorank.lora.layer import AdapterLayer, AdapterLayers
-from lorank.scoring.loss import LossFn, loss_with_graph, prepare_batch, require_finite, unwrap_model
+from lorank.scoring.loss import LossFn, loss_gradients, loss_with_graph, prepare_batch, require_finite, unwrap_model
 from lorank.scoring.preserve_state import preserve_state
 
 OVERSAMPLING = 8
@@ -72,7 +72,7 @@ def weight_gradient_singular_values(
             for batch in batches:
                 loss = loss_with_graph(model, prepare_batch(model, batch, needs_labels=loss_fn is None), loss_fn)
                 require_finite(loss.detach(), "the model")
-                torch.autograd.grad(loss, leaves, allow_unused=True)
+                loss_gradients(loss, leaves)
             for one in sums.values():
                 one.end_pass()
     return {name: one.singular_values() / len(batches) for name, one in sums.items()}

@@ -21,6 +21,7 @@ HOOKS = (
     "resolve_budget",
     "initial_plan",
     "start",
+    "try_out",
     "before_step",
     "after_step",
     "due",

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
 import torch
 
-from lorank.errors import LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
+from lorank.errors import AdapterError, LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, check_base_unchanged, check_state, copies_weights, try_optimizer
 from lorank.scoring import validation_loss
+from lorank.scoring.prefix_cache.block_skipping import replaced_forward
+from lorank.scoring.preserve_state import preserve_state
 from lorank.training.parallel.deepspeed import ZeroOptimizer
 from lorank.training.parallel.fsdp import SHARD_BASE_ADVICE
 from lorank.training.run_state import RunState
+
+logger = logging.getLogger("lorank")
+OTHER_METHODS = "a method that needs no such batch: ALoRASensi, AdaLoRA, SoRA or ARDLoRA"
+"""For trainers without a loss on given samples, such as reinforcement learning."""
 
 
 def check_run(run: RunState) -> None:
@@ -78,9 +90,116 @@ def check_batch(run: RunState) -> None:
     if run.validation_batch is None:
         raise ValidationBatchError(
             f"{type(run.allocator).__name__} scores ranks on a fixed batch of held-out data, and none was given: use "
-            "attach(…, validation_batch=batch), where model(**batch) gives a loss (32 samples in the paper)"
+            "attach(…, validation_batch=batch), where model(**batch) gives a loss (32 samples in the paper), "
+            f"or {OTHER_METHODS}"
         )
-    validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
+    with _uncalled(run.layers) as uncalled:
+        try:
+            validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
+        except ValidationBatchError as error:
+            raise ValidationBatchError(
+                f"{error}. If no batch gives a loss with this model, use {OTHER_METHODS}"
+            ) from error.__cause__
+    _check_called(run, uncalled)
+
+
+@contextmanager
+def _uncalled(layers: AdapterLayers) -> Iterator[list[str]]:
+    """Yields the names of all layers; each layer that is called inside is removed from the list.
+
+    A layer's ``forward`` is replaced, because a hook would change how nn.TransformerEncoderLayer computes.
+    """
+    names = list(layers)
+
+    def watched(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if name in names:
+                names.remove(name)
+            return forward(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.enter_context(replaced_forward(layer.module, watched(name, layer.module.forward)))
+        yield names
+
+
+def _check_called(run: RunState, uncalled: list[str]) -> None:
+    """Refuses a run that would score no layer, and warns about layers whose scores would say nothing.
+
+    Args:
+        uncalled: the layers that the model did not call on the validation batch.
+
+    Raises:
+        ValidationBatchError: the model has called no layer.
+    """
+    if not uncalled:
+        return
+    advice = (
+        "In evaluation mode, nn.TransformerEncoderLayer computes without calling its layers: call "
+        "torch.backends.mha.set_fastpath_enabled(False) first"
+    )
+    if len(uncalled) == len(run.layers):
+        raise ValidationBatchError(
+            f"the loss on the validation batch calls none of the {len(uncalled)} adapted modules in evaluation mode, "
+            f"so every rank would have the same score. Give a batch, or a loss_fn, for which they run. {advice}"
+        )
+    logger.warning(
+        "%d of %d adapted modules do not run on the validation batch in evaluation mode (%s), so the scores of their "
+        "ranks say nothing. Give a batch for which they run, or adapt other modules. %s",
+        len(uncalled),
+        len(run.layers),
+        ", ".join(uncalled[:3]) + (", …" if len(uncalled) > 3 else ""),
+        advice,
+    )
+
+
+def require_trainable(run: RunState) -> None:
+    """Checks before an optimiser step that nobody has merged the layers or taken their gates away.
+
+    A merged layer passes no gradient to A and B. A gate may move in such a step all the same, and then the merge could
+    not be taken back exactly.
+
+    Raises:
+        AdapterError: a layer is merged into its base weight, or has lost its gate.
+    """
+    leaves = {} if run.layers.gates is None else run.layers.gates.leaves
+    for name, layer in run.layers.items():
+        if layer.module.merged:
+            raise AdapterError(
+                f"{name} is merged into the base weights, so this step would not train it. Call "
+                "model.unmerge_adapter() before the forward pass of each training step"
+            )
+        if run.learns_gates and not run.finished and layer.gate is not leaves.get(name):
+            raise AdapterError(
+                f"the gate of {name} was removed or replaced during the run, so {type(run.allocator).__name__} cannot "
+                "go on. Saving and merging (save_pretrained, merge_adapter, merge_and_unload) include the gates: call "
+                "lorank.lora.fold_gates_ only after ranks.finish(). To go on, resume from the last checkpoint"
+            )
+
+
+def try_scoring(run: RunState) -> None:
+    """Tries once what the method will do with the validation batch. Afterwards everything is as it was before.
+
+    Raises:
+        ValidationBatchError: the batch, the model or ``loss_fn`` cannot be used for the method's scores.
+    """
+    if run.finished:
+        return
+    layers, gates = run.layers, run.layers.gates
+    before = None if gates is None else (gates, gates.values.clone(), [x.requires_grad for x in gates.leaves.values()])
+    memory = {name: value.clone() for name, value in run.memory.items()}
+    try:
+        context = replace(run.context(), share=None)
+        with preserve_state(context.model, layers):
+            run.allocator.try_out(context, memory)
+    finally:
+        if before is not None:
+            gates, values, wanted = before
+            gates.values.copy_(values)
+            for leaf, trained in zip(gates.leaves.values(), wanted, strict=True):
+                leaf.requires_grad_(trained)
 
 
 def check_optimizer_state(run: RunState) -> None:

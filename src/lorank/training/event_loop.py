@@ -52,6 +52,8 @@ from lorank.training.checks import (
     check_run,
     check_state_follows,
     check_weight_copies,
+    require_trainable,
+    try_scoring,
 )
 from lorank.training.history import RankHistory, Record, log_record, record_of
 from lorank.training.integrations.base import Integrations, StepSkipped
@@ -280,7 +282,9 @@ class Ranks:
         # The weights of a finished run are final: the method must not start again.
         run.memory = {} if saved and saved["finished"] else allocator.start(layers, run.info)
         check_weight_copies(run)
+        run.learns_gates = layers.gates is not None
         self._apply_loaded_state()
+        try_scoring(run)
         if saved is None:
             self.history.begin(self._initial_record())
             self._integrations.after_resize(run)
@@ -289,6 +293,7 @@ class Ranks:
     # The hooks of the optimiser, in the order in which they run.
 
     def _begin_step(self) -> None:
+        require_trainable(self._run)
         if STATE_KEY in self._run.optimizer.param_groups[0]:  # the optimiser's load_state_dict ran no hooks
             self._apply_loaded_state()
 

@@ -37,6 +37,7 @@ class RunState:
         step: the number of optimiser steps done.
         allocations: the number of allocations carried out.
         finished: whether the last decision has been carried out, so that the adapter is plain LoRA.
+        learns_gates: whether the method learns gates, which every layer has until the run is finished.
         base: a fingerprint of the base model (:mod:`lorank.training.checkpoint.base_fingerprint`).
         first_lr: the adapter's learning rate when the run was attached.
         highest_lr: its highest learning rate in the steps so far.
@@ -55,6 +56,7 @@ class RunState:
     step: int = 0
     allocations: int = 0
     finished: bool = False
+    learns_gates: bool = False
     base: Mapping[str, Any] = field(default_factory=dict)
     first_lr: float = field(init=False)
     highest_lr: float = 0.0

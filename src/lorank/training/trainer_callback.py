@@ -18,6 +18,7 @@ from lorank.lora import AdapterLayers, find_layers, prevent_repacking, resize_on
 from lorank.scoring.loss import LossFn
 from lorank.training.checkpoint.integrity import seal
 from lorank.training.checkpoint.rank_state import STATE_KEY
+from lorank.training.checks import OTHER_METHODS
 from lorank.training.event_loop import Ranks
 from lorank.training.history import RankHistory
 from lorank.training.parallel.deepspeed import param_groups_of
@@ -214,10 +215,17 @@ def _collate(rows: Any, samples: int, loader: Any) -> Mapping[str, Any]:
     if kept and isinstance(chosen[0], Mapping):
         chosen = [{key: value for key, value in row.items() if key in kept} for row in chosen]
     try:
-        return dict(loader.collate_fn(chosen))
+        batch = loader.collate_fn(chosen)
     except Exception as error:
         raise ValidationBatchError(
             f"the Trainer's collator cannot make a batch of the validation rows ({error}). Give rows in the form of "
             f"the training set's ({', '.join(kept or ['as the training data set returns them'])}), e.g. "
-            "validation_batch=lambda: trainer.eval_dataset, or a ready batch of tensors"
+            f"validation_batch=lambda: trainer.eval_dataset, or a ready batch of tensors, or {OTHER_METHODS}"
         ) from error
+    if not isinstance(batch, Mapping):  # trainers of reinforcement learning hand out the rows as they are
+        raise ValidationBatchError(
+            f"the Trainer's collator makes a {type(batch).__name__} of the rows, not a batch with which model(**batch) "
+            "gives a loss: give validation_batch=… such a batch of tensors (input_ids, labels, …), "
+            f"or {OTHER_METHODS}"
+        )
+    return dict(batch)

@@ -77,13 +77,6 @@ def test_gradients_flow_through_a_learned_gate() -> None:
     torch.testing.assert_close(layer.gate.grad, (layer.B * layer.B.grad).sum(0))
 
 
-def test_merging_while_a_gate_is_set_is_refused() -> None:
-    model = adapted(tiny_llama())
-    next(iter(find_layers(model).values())).gate = torch.zeros(4)
-    with pytest.raises(AdapterError, match="fold_gates_"):
-        model.merge_and_unload()
-
-
 def test_a_gate_is_expanded_to_the_axes_of_its_input() -> None:
     z = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gate = torch.rand(6, 3, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""The per-head forward of a layer: gates per sample, plain LoRA in every file, no merge."""
+"""The per-head forward of a layer: gates per sample, plain LoRA in every file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lorank.errors import AdapterError
 from lorank.lora import HeadGroups, find_layers, merge_heads_, plan_for_heads, resize_, save_adapter
 from lorank.lora.variants.per_head import head_ranks_of
 from lorank.scoring import ablation_scores
@@ -72,12 +71,6 @@ def test_scores_in_per_head_form_equal_those_of_the_equivalent_plain_lora() -> N
     plain = ablation_scores(model, layers, batch, engine="reference")
     for name, scores in plain.scores.items():
         torch.testing.assert_close(found.scores[name], scores, rtol=1e-4, atol=1e-5)
-
-
-def test_merging_in_per_head_form_is_refused() -> None:
-    model, _, _ = in_heads()
-    with pytest.raises(AdapterError, match="per-head form, which PEFT cannot merge"):
-        model.merge_adapter()
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns"])

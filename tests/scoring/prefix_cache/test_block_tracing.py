@@ -29,11 +29,11 @@ def test_far_fewer_blocks_run_than_in_the_naive_engine() -> None:
     rows.clear()
     exact = ablation_scores(model, layers, batch, max_rows=4)
     assert exact.engine == "exact"
-    assert sum(rows) < 0.66 * naive
+    assert sum(rows) < 0.67 * naive
     assert set(rows) == {4}
     rows.clear()
     ablation_scores(model, layers, batch, max_rows=12)
-    assert sum(rows) < 0.66 * naive
+    assert sum(rows) < 0.67 * naive
     assert len(rows) < 0.35 * naive / 4, "variants share forwards"
 
 

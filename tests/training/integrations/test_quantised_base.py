@@ -86,12 +86,15 @@ def test_a_method_trains_and_what_it_saves_and_merges_is_what_it_trained(base, m
         assert not layer.rank or layer.B.grad.any(), f"{name} gets no gradient after an evaluation"
     loop.optimizer.zero_grad()
     gated = any(layer.gate is not None or layer.groups for layer in loop.ranks.layers.values())
-    if gated:  # what PEFT would fold into the weights is not what was trained
-        with pytest.raises(AdapterError, match="merge"):
-            copy.deepcopy(loop.model).merge_and_unload()
-
     loop.model.save_pretrained(tmp_path / "half")
     reloaded = reload(base(), tmp_path / "half")
+    if gated and base is torchao8:  # PEFT's merge would leave out what the variant adds
+        with pytest.raises(AdapterError, match=r"End the run first \(ranks.finish\(\)\)"):
+            copy.deepcopy(loop.model).merge_and_unload()
+    elif gated:
+        moved = float((before - plain).norm())
+        merged, expected = (copy.deepcopy(model).merge_and_unload() for model in (loop.model, reloaded))
+        assert distance(logits_of(merged), logits_of(expected), moved) < 2e-2
     # bitsandbytes' int8 rounds activations, which a last bit may tip over; the others multiply in float32.
     close = 1e-2 if base is bnb8 else 1e-5
     assert distance(logits_of(reloaded), before, float((before - plain).norm())) < close

@@ -210,6 +210,10 @@ class ARDLoRA(Allocator):
             state |= controller.start_control(budget, group_owners(layers), r0)
         return state
 
+    def try_out(self, context: Context, state: State) -> None:
+        if context.validation_batch is not None:
+            validation_loss(context.model, context.layers, context.validation_batch, context.loss_fn)
+
     def before_step(self, context: Context, state: State) -> None:
         if not context.step:
             diagnostics.record_initial_loss_(state, self._loss(context))

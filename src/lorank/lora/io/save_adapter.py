@@ -18,7 +18,10 @@ from lorank.lora.variants.gated import fold_gate
 
 
 def fold_gates_(layers: AdapterLayers) -> None:
-    """Folds the gates into B, B ← B diag(g), and removes them: same outputs, plain PEFT weights."""
+    """Folds the gates into B, B ← B diag(g), and removes them: same outputs, plain PEFT weights.
+
+    A run does this when it is finished. Until then its method needs the gates, and saving and merging include them.
+    """
     for layer in layers.values():
         if layer.gate is not None:
             with torch.no_grad():

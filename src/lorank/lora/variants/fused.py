@@ -19,7 +19,7 @@ from lorank.lora.kernels.dora import fused_dora, row_norms
 from lorank.lora.kernels.lora import fused_lora
 from lorank.lora.kernels.onednn import FrozenLinear
 from lorank.lora.kernels.sparse_dropout import Dropout, DroppedInput
-from lorank.lora.variants import dora
+from lorank.lora.variants import dora, merging
 
 
 class FusedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
@@ -121,24 +121,13 @@ class FusedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         return self._square[2]
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        if self.replaced is not None:
-            merged: Tensor = self.replaced.merge_safe(module, active_adapter, orig_weight)
-            return merged
-        delta: Tensor = module.get_delta_weight(active_adapter).to(orig_weight.dtype)
-        return orig_weight + delta
+        return merging.merge_safe(module, active_adapter, orig_weight, self.replaced)
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        if self.replaced is not None:
-            self.replaced.merge_unsafe(module, active_adapter, orig_weight)
-        else:
-            orig_weight.data += module.get_delta_weight(active_adapter)
+        merging.merge_unsafe(module, active_adapter, orig_weight, self.replaced)
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        if self.replaced is not None:
-            unmerged: Tensor = self.replaced.unmerge(module, active_adapter, orig_weight)
-            return unmerged
-        delta: Tensor = module.get_delta_weight(active_adapter).to(orig_weight.dtype)
-        return orig_weight.data - delta
+        return merging.unmerge(module, active_adapter, orig_weight, self.replaced)
 
 
 def may_overwrite_output(module: LoraLayer) -> bool:

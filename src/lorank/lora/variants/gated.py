@@ -9,7 +9,8 @@ while a gate is set; without a gate, PEFT's own forward runs. Every state dict c
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
@@ -18,7 +19,7 @@ from torch import Tensor
 from lorank.errors import AdapterError
 from lorank.lora.pool import pool_of
 from lorank.lora.quantised import guard_merge
-from lorank.lora.variants import dora
+from lorank.lora.variants import dora, merging
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.per_head import HeadLora
 
@@ -57,6 +58,9 @@ class GatedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
             applied; or None.
     """
 
+    training_part: ClassVar[str] = "gates"
+    """What the layer has only while it is trained. A merge that does not call the variant would leave it out."""
+
     def __init__(self, gate: Tensor, replaced: LoraVariant | None = None) -> None:
         self.gate = gate
         self.replaced = replaced
@@ -88,25 +92,35 @@ class GatedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
             update = module.lora_B[active_adapter](z * expand_gate(self.gate, z)) * scaling  # (n, …, d_out)
         return result + update
 
-    @staticmethod
-    def merge_error() -> AdapterError:
-        """The error for merging a layer with a gate."""
-        return AdapterError("the adapter has gates, which PEFT's merge ignores: call lorank.lora.fold_gates_ first")
-
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise self.merge_error()
+        with self._plain_update(module, active_adapter):
+            return merging.merge_safe(module, active_adapter, orig_weight, self._dora)
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        raise self.merge_error()
+        with self._plain_update(module, active_adapter):
+            merging.merge_unsafe(module, active_adapter, orig_weight, self._dora)
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise self.merge_error()
+        with self._plain_update(module, active_adapter):
+            return merging.unmerge(module, active_adapter, orig_weight, self._dora)
+
+    @property
+    def _dora(self) -> LoraVariant | None:
+        own = self.replaced.replaced if isinstance(self.replaced, FusedLora) else self.replaced
+        return own if dora.is_dora(own) else None
+
+    def _plain_update(self, module: LoraLayer, adapter: str) -> AbstractContextManager[None]:
+        if adapter in module.lora_embedding_A:
+            A, B = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+        else:
+            A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        return merging.plain_update(module, adapter, *to_plain_lora(module, adapter, A.detach(), B.detach()))
 
 
 def register_plain_lora_hooks(module: LoraLayer) -> None:
     """Makes every state dict of the module contain plain LoRA (``save_pretrained``, the Trainer, ``torch.save``).
 
-    It also makes ``merge`` raise for quantised layers where PEFT ignores gates and heads.
+    It also makes ``merge`` raise for quantised layers where PEFT leaves out gates and heads.
     """
     guard_merge(module)
     if _plain_lora_hook not in module._state_dict_hooks.values():

@@ -7,16 +7,17 @@ training only. Every state dict contains the equivalent plain LoRA, with zeros o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
-from lorank.errors import AdapterError
 from lorank.lora.kernels.per_head import HeadGroups, compact_A, compact_B, dense_A, dense_B, per_head
 from lorank.lora.kernels.sparse_dropout import Dropout
+from lorank.lora.variants import merging
 from lorank.lora.variants.fused import fusable_weight, may_overwrite_output
 
 
@@ -29,6 +30,9 @@ class HeadLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         dropout: the dropout of all layers of the model, if they are fused (:func:`lorank.lora.fuse_`). None: PyTorch's
             dropout is used, and the frozen base layer (linear map W) keeps its autograd graph.
     """
+
+    training_part: ClassVar[str] = "heads"
+    """What the layer has only while it is trained. A merge that does not call the variant would leave it out."""
 
     def __init__(self, groups: HeadGroups, ranks: Sequence[int], dropout: Dropout | None = None) -> None:
         self.groups = groups
@@ -98,22 +102,21 @@ class HeadLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         """The inverse of :meth:`dense`."""
         return compact_A(A, self.groups, self.ranks), compact_B(B, self.groups, self.ranks)
 
-    @staticmethod
-    def merge_error() -> AdapterError:
-        """The error for merging a layer in per-head form."""
-        return AdapterError(
-            "the adapter is in per-head form, which PEFT cannot merge: end the run first (ranks.finish()), or save the "
-            "adapter, load it from the file and merge the loaded adapter"
-        )
-
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise self.merge_error()
+        with self._plain_update(module, active_adapter):
+            return merging.merge_safe(module, active_adapter, orig_weight, None)
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        raise self.merge_error()
+        with self._plain_update(module, active_adapter):
+            merging.merge_unsafe(module, active_adapter, orig_weight, None)
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise self.merge_error()
+        with self._plain_update(module, active_adapter):
+            return merging.unmerge(module, active_adapter, orig_weight, None)
+
+    def _plain_update(self, module: LoraLayer, adapter: str) -> AbstractContextManager[None]:
+        A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        return merging.plain_update(module, adapter, *self.dense(A.detach(), B.detach()))
 
 
 def head_ranks_of(A: Tensor, B: Tensor, groups: HeadGroups, preferred: Sequence[int]) -> tuple[int, ...] | None:

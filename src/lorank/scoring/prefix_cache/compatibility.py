@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorank.errors import AdapterError
+from lorank.errors import ValidationBatchError
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.ablation_variants import Gates, IncompatibleError, describe, layers_with_ranks
-from lorank.scoring.loss import base_of, detached_loss, field, forward_arguments, require_finite
+from lorank.scoring.loss import base_of, detached_loss, forward_arguments, logits_of, loss_of, require_finite
 from lorank.scoring.microbatch import count_samples, has_one_row_per_sample, repeat_batch
 from lorank.scoring.prefix_cache.block_tracing import trace_blocks
 from lorank.scoring.prefix_cache.variant_runner import ModelFit, VariantRunner
-from lorank.scoring.targets import Head, Targets, find_form, output_embedding
+from lorank.scoring.targets import Targets, find_form, find_head, output_embedding
 
 # Stacking variants uses a device better if one batch is too small for it. For a CPU 512 tokens are enough: two variants
 # took up to a third longer together than one after the other. A GPU needs more; its figure is an estimate, not a
@@ -35,9 +35,9 @@ def check_compatibility(
     """
     try:
         return _find_fit(model, layers, part, max_rows)
-    except torch.OutOfMemoryError:
+    except (IncompatibleError, ValidationBatchError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AdapterError) as error:
+    except Exception as error:  # the model may raise anything when it is called in another way
         raise IncompatibleError(f"its forward raised {type(error).__name__}: {error}") from error
 
 
@@ -52,12 +52,14 @@ def _find_fit(model: nn.Module, layers: AdapterLayers, part: Mapping[str, Any], 
         watched = repeat_batch(part, copies)
         output = model(**forward_arguments(model), **watched)
     trace = read_trace()
-    loss, logits = field(output, "loss"), field(output, "logits")
+    loss, logits = loss_of(output, watched), logits_of(output)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise IncompatibleError("its forward gives no loss under that name")
     require_finite(loss, "the model")
     form = find_form(logits, watched["labels"], loss)
-    selecting = embedding is not None and trace.head and form != "pooled"
+    if form == "pooled" or not trace.head:
+        embedding = None
+    head = find_head(model, watched, Targets.of(form, watched["labels"]), logits, embedding)
     classes, device = int(logits.shape[-1]), logits.device
 
     def max_copies(n: int, targets: Targets) -> int:
@@ -66,10 +68,10 @@ def _find_fit(model: nn.Module, layers: AdapterLayers, part: Mapping[str, Any], 
         if max_rows is not None:
             return max(1, max_rows // n)
         width = TOKENS_PER_FORWARD.get(device.type, TOKENS_PER_FORWARD_GPU) // (n * trace.tokens)
-        positions = n if form == "pooled" else targets.count if selecting else n * trace.tokens
+        positions = n if form == "pooled" else targets.count if head.module is not None else n * trace.tokens
         return max(1, min(width, LOGITS_PER_FORWARD // (positions * classes)))
 
-    found = ModelFit(model, Head(model, embedding if selecting else None), trace, form, max_copies)
+    found = ModelFit(model, head, trace, form, max_copies)
     dtypes = {*trace.dtypes, logits.dtype}
     del output, logits
     if layers.total_rank:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.ablation_variants import Gates, Term
-from lorank.scoring.loss import forward_arguments
-from lorank.scoring.microbatch import count_samples, inputs_without_labels, repeat_batch
+from lorank.scoring.microbatch import count_samples, repeat_batch
 from lorank.scoring.prefix_cache.block_skipping import BlockSkipper, Prefix
 from lorank.scoring.prefix_cache.block_tracing import Trace
 from lorank.scoring.prefix_cache.layer_cache import LayerCache
@@ -59,8 +58,7 @@ class VariantRunner:
         self.rows = count_samples(part)
         self.targets = Targets.of(fit.form, part["labels"])
         self.max_copies = fit.max_copies(self.rows, self.targets) if self.targets.count else 1
-        self._part = inputs_without_labels(fit.model, part)
-        self._fixed = forward_arguments(fit.model)
+        self._part = part
         self._repeated: dict[int, dict[str, Any]] = {}
         self._prefix: dict[Term, Prefix] = {"without": Prefix(), "alone": Prefix()}
         self._next_prefix: dict[Term, Prefix] = {}
@@ -75,7 +73,7 @@ class VariantRunner:
 
     def _arguments(self, copies: int) -> dict[str, Any]:
         if copies not in self._repeated:
-            self._repeated = {copies: {**self._fixed, **repeat_batch(self._part, copies)}}
+            self._repeated = {copies: self.fit.head.arguments(repeat_batch(self._part, copies))}
         return self._repeated[copies]
 
     def _advance(self, term: Term, to: int) -> Prefix:
