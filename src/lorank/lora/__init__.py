@@ -4,6 +4,7 @@ from lorank.lora.attention_heads import head_groups
 from lorank.lora.base_size import base_parameters
 from lorank.lora.find_layers import find_layers
 from lorank.lora.fused_forward import fuse_, is_compiled, unfuse_
+from lorank.lora.gate_compensation import compensate_gates_
 from lorank.lora.gates import LearnedGates
 from lorank.lora.io.load_adapter import load_adapter, read_adapter_config
 from lorank.lora.io.load_weights import resize_on_load
@@ -11,7 +12,7 @@ from lorank.lora.io.save_adapter import fold_gates_, make_peft_model, save_adapt
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_state import check_state, unwrap_optimizer
-from lorank.lora.per_head_conversion import merge_heads_, restore_layout_, split_into_heads_
+from lorank.lora.per_head_conversion import merge_heads_, restore_layout_, split_again_, split_into_heads_
 from lorank.lora.pool import padded
 from lorank.lora.quantised import RepackingPrevention, prevent_repacking
 from lorank.lora.rank_index import rank_origins, reindex_ranks
@@ -31,6 +32,7 @@ __all__ = [
     "RepackingPrevention",
     "base_parameters",
     "check_state",
+    "compensate_gates_",
     "find_layers",
     "fold_gates_",
     "fuse_",
@@ -51,6 +53,7 @@ __all__ = [
     "resize_on_load",
     "restore_layout_",
     "save_adapter",
+    "split_again_",
     "split_into_heads_",
     "unfuse_",
     "unwrap_optimizer",

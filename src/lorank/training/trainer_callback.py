@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorank.allocators import Allocator, TrainingInfo
-from lorank.errors import ResumeError, ValidationBatchError
+from lorank.errors import LorankError, ResumeError, ValidationBatchError
 from lorank.lora import AdapterLayers, find_layers, prevent_repacking, resize_on_load
 from lorank.scoring.loss import LossFn
+from lorank.training.attached_runs import attached_to, shares_optimizer
 from lorank.training.checkpoint.integrity import seal
 from lorank.training.checkpoint.rank_state import STATE_KEY
 from lorank.training.event_loop import Ranks
@@ -99,18 +100,13 @@ class RankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         layers = self._prepare_model(kwargs["model"])
-        if self.ranks is not None:
-            self.ranks.detach()
-            if not state.global_step:  # a second train() that does not resume is a new run
-                self._initial_ranks = layers.ranks
+        self._end_earlier_run(kwargs["optimizer"], resumes=bool(state.global_step))
         if state.global_step and STATE_KEY not in param_groups_of(kwargs["optimizer"])[0]:
             raise ResumeError(
                 f"training resumes after step {state.global_step}, but the checkpoint's optimiser holds no rank state: "
                 "the checkpoint was written without RankCallback (or with save_only_model). Start a new run, or resume "
                 "from a checkpoint of a run with this callback"
             )
-        if self._resize_handle is not None:
-            self._resize_handle.remove()  # Ranks registers its own hook, which also resizes the optimiser's state
         loader = kwargs["train_dataloader"]
         per_epoch = _length(loader)
         if per_epoch is not None:
@@ -133,7 +129,10 @@ class RankCallback(TrainerCallback):
             initial_ranks=self._initial_ranks,
             fused=self._fused,
             compiled=bool(args.torch_compile),
+            replace=True,
         )
+        if self._resize_handle is not None:
+            self._resize_handle.remove()  # the hook of Ranks also resizes the optimiser's state
         limits = self.ranks.budget
         self._within_budget = limits is not None and limits.fits(self.ranks.layers.ranks)
 
@@ -157,10 +156,33 @@ class RankCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.ranks is not None:
+        if self.ranks is not None and self.ranks.attached:
             self.ranks.finish()  # after an early stop, or after the best checkpoint was loaded
             self.ranks.detach()
             self._resize_handle = resize_on_load(self.ranks.layers)
+
+    def _end_earlier_run(self, optimizer: Any, *, resumes: bool) -> None:
+        """Detaches the run of an earlier ``train()`` that was interrupted. A run of another callback is refused.
+
+        Raises:
+            LorankError: another RankCallback of this Trainer, or a call of ``lorank.attach``, uses this optimiser.
+        """
+        layers = self._layers
+        assert layers is not None
+        if self.ranks is not None:
+            was_finished = self.ranks.finished
+            self.ranks.detach()
+            if was_finished and not resumes:  # a second train() is a new run
+                self._initial_ranks = layers.ranks
+        others = [
+            run for run in attached_to(layers, optimizer) if shares_optimizer(run, optimizer) and not run.finished
+        ]
+        if others:
+            raise LorankError(
+                f"the Trainer's optimiser has a run of rank allocation already, at step {others[0].step}, from another "
+                "RankCallback or from lorank.attach, and two runs would both move ranks: keep one RankCallback "
+                "(trainer.pop_callback(lorank.RankCallback) removes one), or end the other run with its ranks.detach()"
+            )
 
     def _prepare_model(self, model: nn.Module) -> AdapterLayers:
         if self._layers is None or self._layers.model is not model:

@@ -53,6 +53,9 @@ class DdpBackend(Backend):
         if ddp is not None:
             rebuild_(ddp)
 
+    def after_restore(self, run: RunState) -> None:
+        self.after_resize(run)  # the weights were replaced, so the reducer's hooks are on gradient nodes of before
+
     def on_end(self, run: RunState) -> None:
         self._remove_search_hook()
 
