@@ -45,8 +45,10 @@ def attach(
             optimizer.zero_grad()
 
     Args:
-        model: a ``PeftModel`` with a LoRA adapter, or ``DistributedDataParallel`` of one. If several processes train
-            together, each of them calls this function with the same arguments.
+        model: the model that the loop trains: a ``PeftModel`` with a LoRA adapter, a transformers model with one, a
+            larger model that contains one of them, or ``DistributedDataParallel`` of any. Ranks are scored by its
+            forward pass. If several processes train together, each of them calls this function with the same
+            arguments.
         optimizer: any ``torch.optim.Optimizer`` made from the model's parameters, also inside accelerate's wrapper.
         allocator: the method, with its settings.
         total_steps: the number of optimiser steps of the whole run. ≥ 1.

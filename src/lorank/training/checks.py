@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
-from lorank.errors import LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
-from lorank.lora import AdapterLayers, check_state
+from lorank.errors import AdapterError, LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
+from lorank.lora import check_state
 from lorank.scoring import validation_loss
 from lorank.training.parallel.deepspeed import ZeroOptimizer
 from lorank.training.parallel.fsdp import SHARD_BASE_ADVICE
@@ -19,6 +17,7 @@ def check_run(run: RunState) -> None:
         ScheduleError: ``total_steps`` is less than 1.
         LorankError: parameters or optimiser state are sharded over processes, or layers have a pool without DeepSpeed.
         OptimizerStateError: the optimiser does not hold the LoRA parameters.
+        AdapterError: the model that is trained does not contain the adapter's model.
     """
     layers, optimizer = run.layers, run.optimizer
     if run.info.total_steps < 1:
@@ -30,7 +29,12 @@ def check_run(run: RunState) -> None:
             "lorank.reserve_ gives parameters the fixed shape that DeepSpeed's ZeRO needs, but the optimiser is "
             f"{type(optimizer).__name__}: pass the optimiser that deepspeed.initialize returned, or leave out reserve_"
         )
-    _check_not_sharded(layers, optimizer)
+    if all(module is not layers.model for module in run.model.modules()):
+        raise AdapterError(
+            f"the {type(layers.model).__name__} that holds the adapter is not a part of the {type(run.model).__name__} "
+            "that is trained: give the model that the loop trains, or a module inside it"
+        )
+    _check_not_sharded(run)
     held_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
         if id(layer.A) not in held_ids or id(layer.B) not in held_ids:
@@ -40,7 +44,7 @@ def check_run(run: RunState) -> None:
             )
 
 
-def _check_not_sharded(layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None:
+def _check_not_sharded(run: RunState) -> None:
     """Checks that each process has the complete adapter and its complete optimiser state, as every resize needs.
 
     Raises:
@@ -50,14 +54,14 @@ def _check_not_sharded(layers: AdapterLayers, optimizer: torch.optim.Optimizer) 
         "A change of rank needs the complete adapter in every process, which costs little memory. "
         f"{SHARD_BASE_ADVICE} (docs/distributed.md)"
     )
-    for name, layer in layers.items():
+    for name, layer in run.layers.items():
         if hasattr(layer.A, "placements") or hasattr(layer.B, "placements"):
             raise LorankError(f"the LoRA weights of {name} are sharded over processes (DTensor). {advice}")
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in layers.model.modules()):
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in run.model.modules()):
         raise LorankError(
             f"the model is wrapped in FullyShardedDataParallel (FSDP1), which flattens its parameters. {advice}"
         )
-    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+    if type(run.optimizer).__name__ == "ZeroRedundancyOptimizer":
         raise LorankError(
             "ZeroRedundancyOptimizer keeps each parameter's state in one process only, where lorank cannot resize it. "
             "An adapter's state is small: use the optimiser without ZeroRedundancyOptimizer"
@@ -77,7 +81,7 @@ def check_batch(run: RunState) -> None:
             f"{type(run.allocator).__name__} scores ranks on a fixed batch of held-out data, and none was given: use "
             "attach(…, validation_batch=batch), where model(**batch) gives a loss (32 samples in the paper)"
         )
-    validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
+    validation_loss(run.trained_model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
 
 
 def check_optimizer_state(run: RunState) -> None:

@@ -63,7 +63,7 @@ from lorank.training.integrations.no_allocation_warning import NoAllocationWarni
 from lorank.training.integrations.nonfinite_checks import NonfiniteChecks, require_finite_weights
 from lorank.training.integrations.quantised_base import QuantisedBase
 from lorank.training.integrations.torch_compile import TorchCompile
-from lorank.training.parallel import find_backend
+from lorank.training.parallel import find_backend, inner_model
 from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.process_group import ProcessGroup, is_first_process
 from lorank.training.progress import Report, scoring_progress
@@ -117,7 +117,16 @@ class Ranks:
         retried = attached_runs.interrupted_beginning(layers)
         made_with = retried.initial_ranks if retried is not None else initial_ranks or layers.ranks
         info = dataclasses.replace(info, initial_ranks=dict(made_with))
-        run = RunState(layers, model, self._backend.optimizer, allocator, info, validation_batch, loss_fn)
+        run = RunState(
+            layers,
+            model,
+            self._backend.optimizer,
+            allocator,
+            info,
+            validation_batch,
+            loss_fn,
+            trained_model=inner_model(model),
+        )
         self._run = run
         self.history = history if history is not None else RankHistory()
         self._progress = progress

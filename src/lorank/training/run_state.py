@@ -22,13 +22,15 @@ class RunState:
     Args:
         layers: the LoRA layers.
         model: the model as the training loop calls it: ``layers.model``, or its wrapper by DDP, DeepSpeed or
-            ``torch.compile``.
+            ``torch.compile``, or a larger model that contains it.
         optimizer: the torch optimiser whose steps are counted.
         allocator: the method.
         info: the length, seed and initial ranks of the run.
         validation_batch: the batch on which ranks are scored, or None.
         loss_fn: the user's own loss ``(model, batch) -> scalar``, or None for the model's loss.
         share: this process's share of scoring; None: all of it.
+        trained_model: ``model`` without the wrappers of DDP and DeepSpeed. Ranks are scored by its forward pass. None:
+            ``layers.model``.
 
     Attributes:
         memory: the method's state, tensors by name (:data:`lorank.allocators.State`).
@@ -47,12 +49,17 @@ class RunState:
     validation_batch: Mapping[str, Any] | None = None
     loss_fn: LossFn | None = None
     share: Share | None = None
+    trained_model: nn.Module = None  # type: ignore[assignment]  # set below
     memory: State = field(default_factory=dict)
     budget: ResolvedBudget | None = None
     step: int = 0
     allocations: int = 0
     finished: bool = False
     base: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.trained_model is None:
+            self.trained_model = self.layers.model
 
     @property
     def seed(self) -> int:
@@ -66,7 +73,7 @@ class RunState:
         return Context(
             self.step,
             self.info,
-            self.layers.model,
+            self.trained_model,
             self.layers,
             self.validation_batch,
             self.loss_fn,

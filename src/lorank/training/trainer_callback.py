@@ -48,6 +48,9 @@ class RankCallback(TrainerCallback):
         samples: the number of rows to use if rows are given. ≥ 1. None: the number that the allocator prefers, 32 by
             default.
         loss_fn: your own loss, ``(model, batch) -> scalar tensor``; None: the model's loss.
+        model: the model that holds the adapter, if the Trainer's model contains several: a module inside the Trainer's
+            model. None: the Trainer's model, or the only adapted model inside it. Ranks are scored through the
+            Trainer's model in any case.
         adapter: the name of the adapter; None: the active adapter.
         seed: the seed of all random numbers that lorank draws; None: the Trainer's seed.
         history_path: the file of the rank history; None: ``rank_history.jsonl`` in the Trainer's output folder.
@@ -69,6 +72,7 @@ class RankCallback(TrainerCallback):
         validation_batch: ValidationData | None = None,
         samples: int | None = None,
         loss_fn: LossFn | None = None,
+        model: nn.Module | None = None,
         adapter: str | None = None,
         seed: int | None = None,
         history_path: str | Path | None = None,
@@ -82,6 +86,8 @@ class RankCallback(TrainerCallback):
         self._validation_data = validation_batch
         self._samples = allocator.validation_samples if samples is None else samples
         self._loss_fn = loss_fn
+        self._adapted_model = model
+        self._trained_model: nn.Module | None = None
         self._adapter = adapter
         self._seed = seed
         self._history_path = history_path
@@ -128,6 +134,7 @@ class RankCallback(TrainerCallback):
             else self._progress,
             initial_ranks=self._initial_ranks,
             fused=self._fused,
+            model=self._trained_model,
             compiled=bool(args.torch_compile),
             replace=True,
         )
@@ -185,10 +192,11 @@ class RankCallback(TrainerCallback):
             )
 
     def _prepare_model(self, model: nn.Module) -> AdapterLayers:
-        if self._layers is None or self._layers.model is not model:
+        if self._layers is None or self._trained_model is not model:
             if self._resize_handle is not None:
                 self._resize_handle.remove()
-            self._layers = find_layers(model, self._adapter)
+            self._trained_model = model
+            self._layers = find_layers(model if self._adapted_model is None else self._adapted_model, self._adapter)
             prevent_repacking(model)  # never removed: the Trainer may evaluate before, between and after its runs
             self._initial_ranks = self._layers.ranks
             self._resize_handle = resize_on_load(self._layers)
