@@ -86,13 +86,15 @@ def initial_ranks_(
         ranks = {name: len(chosen) for name, chosen in resolved.keep_best(worth).items()}
         resize_(layers, {name: plan_for_rank(layers[name].rank, rank) for name, rank in ranks.items()}, seed=seed)
     else:
-        _eva(layers, resolved, kept, seed)
+        _eva(layers, resolved, kept, seed, model)
     return layers.ranks
 
 
-def _eva(layers: AdapterLayers, budget: ResolvedBudget, batches: list[Mapping[str, Any]], seed: int) -> None:
+def _eva(
+    layers: AdapterLayers, budget: ResolvedBudget, batches: list[Mapping[str, Any]], seed: int, model: nn.Module
+) -> None:
     even = budget.uniform()
-    components = eva_components(layers, batches, even, budget.caps)
+    components = eva_components(layers, batches, even, budget.caps, model)
     wanted = {name: max(budget.minima[name], len(components.get(name, range(even[name])))) for name in layers}
     if not budget.is_used_up_by(wanted):
         # Scaled in proportion: each module first loses its least important components, in proportion to its rank. A

@@ -42,7 +42,7 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
     layers: dict[str, AdapterLayer] = {}
     parameter_owner: dict[int, str] = {}
     # PEFT's patterns are matched against names relative to the wrapped model, so layers are named in this way too.
-    inner = _wrapped_model(model)
+    inner = wrapped_model(model)
     inner_name = next(name for name, module in model.named_modules() if module is inner)
     prefix = f"{inner_name}." if inner_name else ""
     for full_name, module in found:
@@ -101,11 +101,17 @@ def _adapted_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         waiting = [(f"{name}.{key}".lstrip("."), child) for key, child in module.named_children()] + waiting
 
 
-def _wrapped_model(model: nn.Module) -> nn.Module:
-    """The model inside a PeftModel, or the model itself. Names in PEFT's patterns are relative to it."""
+def wrapped_model(model: nn.Module) -> nn.Module:
+    """The model that PEFT has wrapped: inside a ``PeftModel`` or a tuner, or ``model`` itself.
+
+    Names in PEFT's patterns are relative to it.
+    """
     tuner = getattr(model, "base_model", None)
-    inner = getattr(tuner, "model", None)
-    return inner if isinstance(inner, nn.Module) and hasattr(tuner, "targeted_module_names") else model
+    for outer in (tuner, model):
+        inner = getattr(outer, "model", None)
+        if isinstance(inner, nn.Module) and hasattr(outer, "targeted_module_names"):
+            return inner
+    return model
 
 
 def _adapter_name(model: nn.Module, configs: Mapping[str, Any], adapter: str | None) -> str:

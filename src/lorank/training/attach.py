@@ -12,6 +12,7 @@ from torch import nn
 from lorank.allocators import Allocator, TrainingInfo
 from lorank.lora import find_layers
 from lorank.scoring.loss import LossFn
+from lorank.training.checks import check_allocator
 from lorank.training.event_loop import Ranks
 from lorank.training.history import RankHistory
 from lorank.training.parallel import inner_model
@@ -78,10 +79,12 @@ def attach(
         this process stopped before its end, the new one has the initial ranks of that run, and so its budget.
 
     Raises:
-        AdapterError, OptimizerStateError, ScheduleError, ValidationBatchError, ResumeError, DisagreementError: see
-            :mod:`lorank.errors`. Model, adapter, optimiser and history are then as they were before the call.
+        AllocatorError, AdapterError, OptimizerStateError, ScheduleError, BudgetError, ValidationBatchError,
+        ResumeError, DisagreementError: see :mod:`lorank.errors`. Model, adapter, optimiser and history are then as they
+            were before the call.
         LorankError: the adapter or the optimiser has a run already.
     """
+    check_allocator(allocator, "attach")
     return Ranks(
         find_layers(inner_model(model), adapter),
         optimizer,

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
-from lorank.errors import AdapterError, LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
+from lorank.allocators import Allocator
+from lorank.allocators.registry import OWN
+from lorank.errors import (
+    AdapterError,
+    AllocatorError,
+    LorankError,
+    OptimizerStateError,
+    ScheduleError,
+    ValidationBatchError,
+)
 from lorank.lora import check_state
 from lorank.scoring import validation_loss
 from lorank.training.parallel.deepspeed import ZeroOptimizer
 from lorank.training.parallel.fsdp import SHARD_BASE_ADVICE
 from lorank.training.run_state import RunState
+
+
+def check_allocator(given: object, caller: str) -> None:
+    """Checks that a method with its settings was given, not its name or its class.
+
+    Args:
+        given: what the user gave.
+        caller: the function that the user called, for the message.
+
+    Raises:
+        AllocatorError: it is not an allocator.
+    """
+    if isinstance(given, Allocator):
+        return
+    if isinstance(given, type) and issubclass(given, Allocator):
+        what, advice = f"the class {given.__name__}", f"make it with its settings: {given.__name__}()"
+    else:
+        what = repr(given) if isinstance(given, str) else f"a {type(given).__name__}"
+        known = {name: value.rpartition(":")[2] for name, value in OWN.items()}
+        method = known.get(given) if isinstance(given, str) else None
+        others = ", ".join(f"lorank.{name}()" for name in known.values())
+        advice = f"give lorank.{method}(), with its settings" if method else f"give one of {others}"
+    raise AllocatorError(f"{caller}: the method is {what}, expected an allocator: {advice}")
 
 
 def check_run(run: RunState) -> None:

@@ -19,6 +19,7 @@ from lorank.scoring.loss import LossFn
 from lorank.training.attached_runs import attached_to, shares_optimizer
 from lorank.training.checkpoint.integrity import seal
 from lorank.training.checkpoint.rank_state import STATE_KEY
+from lorank.training.checks import check_allocator
 from lorank.training.event_loop import Ranks
 from lorank.training.history import RankHistory
 from lorank.training.parallel.deepspeed import param_groups_of
@@ -63,6 +64,7 @@ class RankCallback(TrainerCallback):
 
     Raises:
         ValidationBatchError: ``samples`` is less than 1.
+        AllocatorError: ``allocator`` is not an allocator.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class RankCallback(TrainerCallback):
         progress: bool | Report | None = None,
         fused: bool = True,
     ) -> None:
+        check_allocator(allocator, "RankCallback")
         if samples is not None and samples < 1:
             raise ValidationBatchError(f"RankCallback(samples={samples}): expected at least 1")
         self.allocator = allocator

@@ -208,8 +208,7 @@ class ARDLoRA(Allocator):
         alpha, r0, member, position = (state[key] for key in ("alpha", "r0", "member", "position"))
         # The forward pass used the masks of the previous step.
         tau = temperature(context.step - 1, run.total_steps, self.tau_start, self.tau_end)
-        gradient = torch.nan_to_num(gates.grad, nan=0.0, posinf=0.0, neginf=0.0)
-        gradient = task_gradient(gradient, gates.values, r0, member, position, tau)  # (G,)
+        gradient = task_gradient(gates.grad, gates.values, r0, member, position, tau)  # (G,)
         gradient += penalty_gradient(alpha, state["before"], state["lambda"], self.tv, self.l1_term)
         state["before"] = alpha.clone()
         adam_step_(alpha, gradient, state, self.alpha_lr * context.lr_factor)
