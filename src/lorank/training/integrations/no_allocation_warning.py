@@ -6,6 +6,7 @@ import logging
 import math
 import weakref
 
+from lorank.allocators import Allocator
 from lorank.training.integrations.base import Integration
 from lorank.training.run_state import RunState
 
@@ -23,7 +24,9 @@ class NoAllocationWarning(Integration):
         self._total_steps = run.info.total_steps
         # The finalizer must not reference the run, which would never be collected otherwise.
         weakref.finalize(run, self._warn)
-        if self._moves_ranks and self._first_allocation == math.inf:
+        # A method with a last decision moves ranks after the last step, and warns itself if it will not.
+        decides_at_end = type(run.allocator).finish is not Allocator.finish
+        if self._moves_ranks and self._first_allocation == math.inf and not decides_at_end:
             self._warned = True
             logger.warning(
                 "%s will not move a single rank while it trains: its first allocation would come at or after the last "
@@ -50,10 +53,14 @@ class NoAllocationWarning(Integration):
         if not self._started or self._warned or self._allocated or not self._moves_ranks:
             return
         self._warned = True
+        due = (
+            f"the last decision was due after step {self._total_steps}"
+            if self._first_allocation == math.inf
+            else f"the first was due after step {self._first_allocation} of {self._total_steps}"
+        )
         logger.warning(
-            "%s ended without a single allocation: the first was due after step %d of %d, and training stopped before "
-            "it or the optimiser never stepped. No rank was changed.",
+            "%s ended without a single allocation: %s, and training stopped before it or the optimiser never stepped. "
+            "No rank was changed.",
             self._name,
-            self._first_allocation,
-            self._total_steps,
+            due,
         )
