@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,8 @@ class RankHistory(Sequence[Record]):
             self._write(record)
         except BaseException:
             if self.path is not None:
-                self.path.unlink(missing_ok=True)  # an empty file
+                with suppress(OSError):
+                    self.path.unlink()  # an empty file
                 if old_path is not None:
                     old_path.rename(self.path)
             raise
