@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lorank
-from lorank.errors import LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
+from lorank.errors import AllocatorError, LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
 from tests.models import adapted, tiny_llama, token_batch
 from tests.training.loops import QUICK, adamw
 
@@ -16,6 +16,23 @@ def test_no_steps() -> None:
     model = adapted(tiny_llama())
     with pytest.raises(ScheduleError, match="total_steps=0"):
         lorank.attach(model, adamw(model), lorank.StaticLoRA(), total_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("alora", r"the method is 'alora', expected an allocator: give lorank\.ALoRA\(\), with its settings"),
+        ("lora", r"the method is 'lora', .* give one of lorank\.StaticLoRA\(\), lorank\.ALoRA\(\), "),
+        (lorank.SoRA, r"the method is the class SoRA, .* make it with its settings: SoRA\(\)"),
+        (None, r"the method is a NoneType, .* give one of"),
+    ],
+)
+def test_something_else_than_a_method(given: object, message: str) -> None:
+    model = adapted(tiny_llama())
+    with pytest.raises(AllocatorError, match=f"attach: {message}"):
+        lorank.attach(model, adamw(model), given, total_steps=10)
+    with pytest.raises(TypeError, match=f"RankCallback: {message}"):
+        lorank.RankCallback(given)
 
 
 def test_an_optimiser_of_something_else() -> None:
