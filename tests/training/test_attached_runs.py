@@ -149,10 +149,11 @@ def test_a_run_that_was_garbage_collected_leaves_nothing_that_moves_the_outputs(
     handles.pop_all()
 
 
-def test_an_exception_in_the_loop_leaves_a_run_that_can_be_detached() -> None:
+@pytest.mark.parametrize("method", ["adalora", "ard-heads"])
+def test_an_exception_in_the_loop_leaves_a_run_that_can_be_detached(method: str) -> None:
     model = adapted(tiny_llama(), random_B=False)
     optimizer = adamw(model)
-    ranks = attach(model, "adalora", optimizer)
+    ranks = attach(model, method, optimizer)
 
     def steps() -> Any:
         while True:
@@ -168,6 +169,9 @@ def test_an_exception_in_the_loop_leaves_a_run_that_can_be_detached() -> None:
     ranks.detach()  # no effect
     assert_plain(ranks.layers)
     assert_same(logits(model), live)
+    train(model, optimizer, 2)  # plain LoRA goes on with the same optimiser
+    assert ranks.step == 6
+    live = logits(model)
     for method in (ranks.finish, lambda: ranks.load_state_dict({})):
         with pytest.raises(LorankError, match=r"after ranks\.detach\(\): the run has ended at step 6 of 12"):
             method()
@@ -299,8 +303,27 @@ def test_train_again_after_an_interrupt(method: str, new_trainer: bool, tmp_path
         assert find_layers(model).total_rank == 28
 
 
-@pytest.mark.parametrize("method", ["adalora", "ard-heads", "alora"])
-@pytest.mark.parametrize("before", [0, 7])
+@pytest.mark.parametrize(("method", "interrupted_at"), [("adalora", 8), ("ard-heads", 6)])
+def test_an_interrupted_trainer_resumes_bitwise_from_its_checkpoint(
+    method: str, interrupted_at: int, tmp_path: Path
+) -> None:
+    """The first run is still attached when the Trainer loads weights and optimiser."""
+    models = [adapted(tiny_llama(), random_B=False) for _ in range(2)]
+    for number, model in enumerate(models):
+        trainer = failing_trainer(tmp_path / str(number), method, model, save_strategy="steps", save_steps=6)
+        trainer.fails_before, trainer.times = interrupted_at, number
+        if not number:
+            trainer.train()
+            continue
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.train(resume_from_checkpoint=True)
+    straight, resumed = (model.state_dict() for model in models)
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+@pytest.mark.parametrize(("method", "before"), [("adalora", 7), ("ard-heads", 0), ("alora", 7)])
 def test_a_retry_with_a_smaller_batch_has_the_budget_of_the_first_attempt(
     method: str, before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

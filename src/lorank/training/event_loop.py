@@ -132,6 +132,7 @@ class Ranks:
         self._progress = progress
         self._weights_replaced = False  # whether weights were loaded since the last step, without a rank state
         self._step_taken = True  # false for a step that the gradient scaler skips
+        self._state_unused = False  # whether a rank state was loaded with the optimiser, and no step taken since
         check_run(run)
         with ExitStack() as undo:
             self._integrations.on_start(run)
@@ -160,10 +161,7 @@ class Ranks:
             self._hooks = undo.pop_all()
         self._attached = True
         attached_runs.add(self)
-        if run.finished:
-            attached_runs.forget_beginning(layers)
-        else:
-            attached_runs.remember_beginning(layers, RunBeginning(allocator.describe(), info.initial_ranks))
+        self._remember_beginning()
 
     @property
     def layers(self) -> AdapterLayers:
@@ -224,6 +222,8 @@ class Ranks:
             return
         self._attached = False
         attached_runs.remove(self)
+        if self._state_unused:  # the next run of this optimiser goes on from the checkpoint
+            self._run.optimizer.param_groups[0][STATE_KEY] = self.state_dict()
         try:
             if not self._run.finished:
                 self._make_plain()
@@ -300,6 +300,7 @@ class Ranks:
         """
         self._require_attached("load_state_dict")
         self._restore(state)
+        self._remember_beginning()
         self.history.resume(self._run.step, self._initial_record())
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -311,6 +312,15 @@ class Ranks:
         restore_progress_(run, state)
         self._weights_replaced = False
         self._integrations.after_resize(run)
+
+    def _remember_beginning(self) -> None:
+        """Notes how this run began, for the case that it stops before its end."""
+        run = self._run
+        if run.finished:
+            attached_runs.forget_beginning(run.layers)
+        else:
+            beginning = RunBeginning(run.allocator.describe(), run.info.initial_ranks)
+            attached_runs.remember_beginning(run.layers, beginning)
 
     def _require_attached(self, method: str) -> None:
         if not self._attached:
@@ -328,7 +338,8 @@ class Ranks:
             return
         self._integrations.before_read(self._run)
         fold_gates_(layers)
-        merge_heads_(layers, self._run.optimizer)
+        # Moments that were loaded with an unused rank state belong to the form that the next run restores.
+        merge_heads_(layers, None if self._state_unused else self._run.optimizer)
         self._integrations.after_resize(self._run)
         beginning = attached_runs.interrupted_beginning(layers)
         if heads and beginning is not None:
@@ -419,7 +430,7 @@ class Ranks:
         run = self._run
         if self._step_taken:
             run.step += 1
-            self._weights_replaced = False
+            self._weights_replaced = self._state_unused = False
             if not run.finished:
                 run.allocator.after_step(run.context(), run.memory)
         if run.layers.gates is not None:
@@ -441,6 +452,7 @@ class Ranks:
             return
         self.load_state_dict(group[STATE_KEY])
         del group[STATE_KEY]  # only now: a state that is refused stays in the optimiser
+        self._state_unused = True
 
     def _on_weights_replaced(self) -> None:
         self._weights_replaced = True
