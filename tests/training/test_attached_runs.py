@@ -172,9 +172,9 @@ def test_an_exception_in_the_loop_leaves_a_run_that_can_be_detached(method: str)
     train(model, optimizer, 2)  # plain LoRA goes on with the same optimiser
     assert ranks.step == 6
     live = logits(model)
-    for method in (ranks.finish, lambda: ranks.load_state_dict({})):
+    for too_late in (ranks.finish, lambda: ranks.load_state_dict({})):
         with pytest.raises(LorankError, match=r"after ranks\.detach\(\): the run has ended at step 6 of 12"):
-            method()
+            too_late()
     assert_same(logits(model), live)
 
 
