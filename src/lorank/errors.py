@@ -29,6 +29,10 @@ class NonFiniteError(LorankError):
     """A gradient, a weight or a score holds NaN or infinity."""
 
 
+class AllocatorError(LorankError, TypeError):
+    """Something else than an allocator was given as the method."""
+
+
 class ScheduleError(LorankError):
     """An allocator's schedule or budget does not fit the run."""
 

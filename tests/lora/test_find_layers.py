@@ -35,7 +35,48 @@ def test_find_layers_finds_layers_in_per_head_form() -> None:
     assert again[OUT].groups == HeadGroups("columns", 4, 8)
 
 
+class Wrapper(nn.Module):
+    """A larger model around others, as an encoder with a head, or the two encoders of a retriever."""
+
+    def __init__(self, **inner: nn.Module) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict(inner)
+        self.head = nn.Linear(32, 3)
+
+
+def test_an_adapted_model_inside_a_larger_model_is_found_with_names_as_in_pefts_patterns() -> None:
+    inner = adapted(tiny_llama())
+    alone, layers = find_layers(inner), find_layers(Wrapper(text=inner, image=tiny_llama()))
+    assert layers.model is inner
+    assert list(layers) == list(alone)
+    assert layers.prefix == alone.prefix
+    assert all(layers[name].A is alone[name].A for name in alone)
+
+
+def test_an_added_adapter_inside_a_larger_model_is_found() -> None:
+    inner = tiny_llama()
+    inner.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    layers = find_layers(nn.Sequential(Wrapper(text=inner), nn.Linear(2, 2)))
+    assert layers.model is inner
+    assert list(layers) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+
+
+def test_the_models_inside_a_peft_model_have_the_same_names() -> None:
+    model = adapted(tiny_llama())
+    for inner in (model.base_model, model.get_base_model()):
+        assert list(find_layers(inner)) == list(find_layers(model))
+
+
 class TestErrors:
+    def test_several_models_inside_a_larger_one(self) -> None:
+        both = Wrapper(query=adapted(tiny_llama()), document=adapted(tiny_llama()))
+        with pytest.raises(
+            AdapterError,
+            match=r"contains 2 .*towers\.query \(PeftModel\), towers\.document .*model=model\.towers\.query",
+        ):
+            find_layers(both)
+        assert find_layers(both.towers["document"]).model is both.towers["document"]
+
     def test_no_adapter(self) -> None:
         with pytest.raises(AdapterError, match=r"no LoRA layer found in LlamaForCausalLM.*get_peft_model"):
             find_layers(tiny_llama())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lorank
-from lorank.errors import LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
+from lorank.errors import AllocatorError, LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
 from tests.models import adapted, tiny_llama, token_batch
 from tests.scoring.families import Tuples
 from tests.scoring.test_preserve_state import state
@@ -21,6 +21,23 @@ def test_no_steps() -> None:
     model = adapted(tiny_llama())
     with pytest.raises(ScheduleError, match="total_steps=0"):
         lorank.attach(model, adamw(model), lorank.StaticLoRA(), total_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("alora", r"the method is 'alora', expected an allocator: give lorank\.ALoRA\(\), with its settings"),
+        ("lora", r"the method is 'lora', .* give one of lorank\.StaticLoRA\(\), lorank\.ALoRA\(\), "),
+        (lorank.SoRA, r"the method is the class SoRA, .* make it with its settings: SoRA\(\)"),
+        (None, r"the method is a NoneType, .* give one of"),
+    ],
+)
+def test_something_else_than_a_method(given: object, message: str) -> None:
+    model = adapted(tiny_llama())
+    with pytest.raises(AllocatorError, match=f"attach: {message}"):
+        lorank.attach(model, adamw(model), given, total_steps=10)
+    with pytest.raises(TypeError, match=f"RankCallback: {message}"):
+        lorank.RankCallback(given)
 
 
 def test_an_optimiser_of_something_else() -> None:

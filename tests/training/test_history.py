@@ -77,6 +77,37 @@ def test_a_resumed_run_drops_the_records_after_its_step(tmp_path: Path) -> None:
     assert [found.step for found in read_history(tmp_path / "history.jsonl")] == [0, 3]
 
 
+def test_a_rollback_in_memory_keeps_the_records_up_to_its_step() -> None:
+    history = RankHistory()
+    for step in (0, 3, 5):
+        history.append(record(step))
+    history.resume(4, record(4))
+    assert [found.step for found in history] == [0, 3]
+
+
+def test_records_in_memory_that_do_not_lead_to_the_present_ranks_are_dropped() -> None:
+    """A new process that continues a run has only its own start in memory."""
+    history = RankHistory()
+    history.begin(record(0))
+    history.resume(4, replace(record(4), ranks={"a": 7}))
+    assert [found.step for found in history] == [4]
+
+
+def test_a_history_that_cannot_begin_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "history.jsonl"
+    RankHistory(path).begin(record(0))
+    before = path.read_bytes()
+
+    def full(path: Path, _: str) -> None:
+        path.touch()
+        raise WriteError("no space")
+
+    monkeypatch.setattr("lorank.training.history.append_text", full)
+    with pytest.raises(WriteError):
+        RankHistory(path).begin(record(1))
+    assert {found.name: found.read_bytes() for found in tmp_path.iterdir()} == {"history.jsonl": before}
+
+
 def test_a_run_that_is_resumed_without_its_file_begins_with_the_present_ranks(tmp_path: Path) -> None:
     history = RankHistory(tmp_path / "history.jsonl")
     history.resume(4, record(4))

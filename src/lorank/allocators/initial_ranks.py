@@ -88,15 +88,17 @@ def initial_ranks_(
         ranks = {name: len(chosen) for name, chosen in resolved.keep_best(worth).items()}
         resize_(layers, {name: plan_for_rank(layers[name].rank, rank) for name, rank in ranks.items()}, seed=seed)
     else:
-        _eva(layers, resolved, kept, seed)
+        _eva(layers, resolved, kept, seed, model)
     return layers.ranks
 
 
-def _eva(layers: AdapterLayers, budget: ResolvedBudget, batches: list[Mapping[str, Any]], seed: int) -> None:
+def _eva(
+    layers: AdapterLayers, budget: ResolvedBudget, batches: list[Mapping[str, Any]], seed: int, model: nn.Module
+) -> None:
     # Every module takes part with at least one rank, also where the budget has fewer ranks than there are modules. What
     # exceeds the budget is then removed in proportion, below.
     even = {name: max(1, rank) for name, rank in budget.uniform().items()}
-    components = eva_components(layers, batches, even, budget.caps)
+    components = eva_components(layers, batches, even, budget.caps, model)
     wanted = {name: max(budget.minima[name], len(components.get(name, range(even[name])))) for name in layers}
     if not budget.is_used_up_by(wanted):
         # Scaled in proportion: each module first loses its least important components, in proportion to its rank. A

@@ -4,6 +4,7 @@ from lorank.lora.attention_heads import head_groups
 from lorank.lora.base_size import base_parameters
 from lorank.lora.find_layers import find_layers
 from lorank.lora.fused_forward import fuse_, is_compiled, unfuse_
+from lorank.lora.gate_compensation import compensate_gates_
 from lorank.lora.gates import LearnedGates
 from lorank.lora.initialisation import check_base_unchanged, check_file_can_shrink
 from lorank.lora.io.adapter_folder import is_adapter_file
@@ -15,7 +16,7 @@ from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_rules import check_optimizer, check_zero_rule, copies_weights
 from lorank.lora.optimizer_state import check_state, unwrap_optimizer
 from lorank.lora.optimizer_trial import try_optimizer
-from lorank.lora.per_head_conversion import merge_heads_, restore_layout_, split_into_heads_
+from lorank.lora.per_head_conversion import merge_heads_, restore_layout_, split_again_, split_into_heads_
 from lorank.lora.pool import padded
 from lorank.lora.quantised import RepackingPrevention, prevent_repacking
 from lorank.lora.rank_index import rank_origins, reindex_ranks
@@ -40,6 +41,7 @@ __all__ = [
     "check_save_directory",
     "check_state",
     "check_zero_rule",
+    "compensate_gates_",
     "copies_weights",
     "find_layers",
     "fold_gates_",
@@ -62,6 +64,7 @@ __all__ = [
     "resize_on_load",
     "restore_layout_",
     "save_adapter",
+    "split_again_",
     "split_into_heads_",
     "try_optimizer",
     "unfuse_",

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.config import EvaConfig
 from peft.tuners.lora.eva import get_eva_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorank.errors import AdapterError, ValidationBatchError
 from lorank.lora.layer import AdapterLayers
@@ -27,7 +27,11 @@ RHO = 2.0
 
 
 def eva_components(
-    layers: AdapterLayers, batches: Sequence[Mapping[str, Any]], ranks: Mapping[str, int], caps: Mapping[str, int]
+    layers: AdapterLayers,
+    batches: Sequence[Mapping[str, Any]],
+    ranks: Mapping[str, int],
+    caps: Mapping[str, int],
+    model: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """Computes EVA's initial A of every module. The total of the ranks is that of ``ranks``; the model is unchanged.
 
@@ -38,6 +42,7 @@ def eva_components(
         ranks: per module, its rank before EVA redistributes the ranks. ≥ 1, because PEFT fails at rank 0.
         caps: per module, its maximum rank. EVA's ρ, the factor by which a module may grow, is 2, or less if the
             smallest ratio of cap to rank is below 2.
+        model: the model that takes the batches, if it is a larger model around ``layers.model``.
 
     Returns:
         Per module (rank, d_in), most important component first; (0, d_in) for a module that receives no rank.
@@ -46,6 +51,7 @@ def eva_components(
         AdapterError: the model is not a PeftModel.
         ValidationBatchError: there is no batch, or a batch has fewer inputs to a module than components are needed.
     """
+    outer = layers.model if model is None else model
     if not isinstance(layers.model, PeftModel):
         raise AdapterError(
             f"EVA needs a PeftModel, got a {type(layers.model).__name__} with an adapter added to it: make the model "
@@ -63,15 +69,16 @@ def eva_components(
     per_token = all(batch.get("labels") is None or batch["labels"].dim() > 1 for batch in batches_on_device)
     config.eva_config = EvaConfig(rho=rho, use_label_mask=per_token)
     config.rank_pattern = {re.escape(layers.prefix + name): ranks[name] for name in layers}
-    modes = [(module, module.training) for module in layers.model.modules()]
+    modes = [(module, module.training) for module in outer.modules()]
     try:
-        layers.model.eval()
-        _check_inputs(layers, batches_on_device, {name: round(ranks[name] * rho) for name in linear}, per_token)
+        outer.eval()
+        _check_inputs(outer, layers, batches_on_device, {name: round(ranks[name] * rho) for name in linear}, per_token)
         found = get_eva_state_dict(
             layers.model,
             batches_on_device,
             peft_config=config,
             adapter_name=layers.adapter,
+            forward_fn=lambda _, batch: outer(**batch),
             prepare_model_inputs_fn=lambda batch, _: _counted_mask(batch, per_token),
             prepare_layer_inputs_fn=lambda x, mask, _: _counted_rows(x, mask),
             show_progress_bar=False,
@@ -101,7 +108,11 @@ def _counted_rows(x: Any, mask: Tensor) -> Tensor:
 
 
 def _check_inputs(
-    layers: AdapterLayers, batches: Sequence[Mapping[str, Any]], wanted: Mapping[str, int], per_token: bool
+    model: nn.Module,
+    layers: AdapterLayers,
+    batches: Sequence[Mapping[str, Any]],
+    wanted: Mapping[str, int],
+    per_token: bool,
 ) -> None:
     """Raises ValidationBatchError for a batch with too few inputs.
 
@@ -120,7 +131,7 @@ def _check_inputs(
         handles = [layers[name].module.register_forward_hook(make_hook(name)) for name in wanted]
         try:
             with torch.no_grad():
-                layers.model(**batch)
+                model(**batch)
         finally:
             for handle in handles:
                 handle.remove()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -23,26 +23,27 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
     """Finds all LoRA layers of one adapter of ``model``.
 
     Args:
-        model: a ``PeftModel``, or a transformers model with an adapter added by ``add_adapter``.
+        model: a ``PeftModel``, a transformers model with an adapter added by ``add_adapter``, or a larger model that
+            contains one of them: an encoder with a head, a Sentence Transformer.
         adapter: the adapter's name; None: the active adapter.
 
+    Returns:
+        The layers. Their ``model`` is the ``PeftModel`` or the transformers model, and their names are relative to what
+        PEFT has wrapped, as in PEFT's patterns.
+
     Raises:
-        AdapterError: the model has no LoRA layer or no such adapter, several adapters are active, the adapter is
-            merged, a layer's forward ignores gates, a base layer blocks the gradient of its input, a layer uses an
-            unsupported variant, or two LoRA layers share a weight.
+        AdapterError: the model has no LoRA layer or no such adapter, it contains several adapted models, several
+            adapters are active, the adapter is merged, a layer's forward ignores gates, a base layer blocks the
+            gradient of its input, a layer uses an unsupported variant, or two LoRA layers share a weight.
     """
-    configs: Mapping[str, Any] | None = getattr(model, "peft_config", None)
+    model = _adapted_model(model)
+    configs: Mapping[str, Any] = model.peft_config  # type: ignore[assignment]  # PEFT's attribute
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    if not found or not configs:
-        raise AdapterError(
-            f"no LoRA layer found in {type(model).__name__}. Add an adapter to the model first: "
-            "model = get_peft_model(model, LoraConfig(r=8, target_modules='all-linear'))"
-        )
     adapter = _adapter_name(model, configs, adapter)
     layers: dict[str, AdapterLayer] = {}
     parameter_owner: dict[int, str] = {}
     # PEFT's patterns are matched against names relative to the wrapped model, so layers are named in this way too.
-    inner = _wrapped_model(model)
+    inner = wrapped_model(model)
     inner_name = next(name for name, module in model.named_modules() if module is inner)
     prefix = f"{inner_name}." if inner_name else ""
     adapted = {
@@ -68,11 +69,56 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
     return AdapterLayers(model, adapter, configs[adapter], layers, prefix)
 
 
-def _wrapped_model(model: nn.Module) -> nn.Module:
-    """The model inside a PeftModel, or the model itself. Names in PEFT's patterns are relative to it."""
+def _adapted_model(model: nn.Module) -> nn.Module:
+    """The model with PEFT's configurations: ``model`` itself, or the only one inside it.
+
+    Raises:
+        AdapterError: there is none with LoRA layers, or there are several.
+    """
+    found = list(_adapted_models(model))
+    if not found:
+        raise AdapterError(
+            f"no LoRA layer found in {type(model).__name__}. Add an adapter to the model first: "
+            "model = get_peft_model(model, LoraConfig(r=8, target_modules='all-linear'))"
+        )
+    if len(found) > 1:
+        names = ", ".join(f"{name} ({type(inner).__name__})" for name, inner in found)
+        first = found[0][0]
+        raise AdapterError(
+            f"{type(model).__name__} contains {len(found)} models with LoRA layers: {names}. A run allocates the ranks "
+            f"of one of them: choose it with attach(model.{first}, …) and, if the loss needs the whole model, your own "
+            f"loss_fn; with the Trainer by RankCallback(…, model=model.{first})"
+        )
+    return found[0][1]
+
+
+def _adapted_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules with PEFT's configurations and LoRA layers, by name."""
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop(0)
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if getattr(module, "peft_config", None):
+            if any(isinstance(inner, LoraLayer) for inner in module.modules()):
+                yield name, module
+            continue
+        waiting = [(f"{name}.{key}".lstrip("."), child) for key, child in module.named_children()] + waiting
+
+
+def wrapped_model(model: nn.Module) -> nn.Module:
+    """The model that PEFT has wrapped: inside a ``PeftModel`` or a tuner, or ``model`` itself.
+
+    Names in PEFT's patterns are relative to it.
+    """
     tuner = getattr(model, "base_model", None)
-    inner = getattr(tuner, "model", None)
-    return inner if isinstance(inner, nn.Module) and hasattr(tuner, "targeted_module_names") else model
+    for outer in (tuner, model):
+        inner = getattr(outer, "model", None)
+        if isinstance(inner, nn.Module) and hasattr(outer, "targeted_module_names"):
+            return inner
+    return model
 
 
 def _adapter_name(model: nn.Module, configs: Mapping[str, Any], adapter: str | None) -> str:

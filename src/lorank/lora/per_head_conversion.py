@@ -136,6 +136,29 @@ def restore_layout_(layers: AdapterLayers, saved: Mapping[str, tuple[HeadGroups,
     write_patterns(layers)
 
 
+@torch.no_grad()
+def split_again_(
+    layers: AdapterLayers,
+    saved: Mapping[str, tuple[HeadGroups, Sequence[int]]],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """The inverse of :func:`merge_heads_`, for layers whose weights still are those of the heads.
+
+    Args:
+        saved: the heads and their ranks for each layer that was merged.
+        optimizer: the optimiser. Its state of a parameter is reset where the shape changes.
+
+    Raises:
+        AdapterError: the weights of a trained layer are not those of the heads. Nothing has changed.
+    """
+    before = {weight: weight.shape for layer in layers.values() for weight in (layer.A, layer.B)}
+    restore_layout_(layers, saved)
+    if optimizer is not None:
+        for weight, shape in before.items():
+            if weight.shape != shape:
+                unwrap_optimizer(optimizer).state.pop(weight, None)
+
+
 def _check_can_split(layer: AdapterLayer) -> None:
     own = layer.form
     if layer.groups is not None:

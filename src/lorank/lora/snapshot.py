@@ -1,4 +1,8 @@
-"""A snapshot of all layers, from which they are restored if a run cannot start."""
+"""A snapshot of all layers, from which they are restored if a run cannot start.
+
+Restoring removes everything that was set on PEFT's layers in between: variants, hooks of state dicts, and the guarded
+``merge`` of quantised layers.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +42,8 @@ class LayersSnapshot:
             if weight in optimizer.state
         }
         self._fields = {name: _read_fields(layer) for name, layer in layers.items()}
+        self._hooks = {name: dict(layer.module._state_dict_hooks) for name, layer in layers.items()}
+        self._merges = {name: vars(layer.module).get("merge") for name, layer in layers.items()}
 
     @torch.no_grad()
     def restore_(self) -> None:
@@ -60,6 +66,10 @@ class LayersSnapshot:
                     table.pop(adapter, None)
                 else:
                     table[adapter] = value
+            for key in [key for key in module._state_dict_hooks if key not in self._hooks[name]]:
+                del module._state_dict_hooks[key]
+            if self._merges[name] is None:
+                vars(module).pop("merge", None)
             if not layer.is_embedding:
                 lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
                 lora_A.out_features, lora_A.in_features = layer.stored[0].shape

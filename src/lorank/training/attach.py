@@ -12,6 +12,7 @@ from torch import nn
 from lorank.allocators import Allocator, TrainingInfo
 from lorank.lora import find_layers
 from lorank.scoring.loss import LossFn
+from lorank.training.checks import check_allocator
 from lorank.training.event_loop import Ranks
 from lorank.training.history import RankHistory
 from lorank.training.parallel import inner_model
@@ -34,6 +35,7 @@ def attach(
     progress: bool | Report | None = None,
     fused: bool = True,
     grad_scaler: Any = None,
+    replace: bool = False,
 ) -> Ranks:
     """Lets ``allocator`` change the ranks of ``model``'s LoRA layers during training, in the steps of ``optimizer``.
 
@@ -44,8 +46,10 @@ def attach(
             optimizer.zero_grad()
 
     Args:
-        model: a ``PeftModel`` with a LoRA adapter, or ``DistributedDataParallel`` of one. If several processes train
-            together, each of them calls this function with the same arguments.
+        model: the model that the loop trains: a ``PeftModel`` with a LoRA adapter, a transformers model with one, a
+            larger model that contains one of them, or ``DistributedDataParallel`` of any. Ranks are scored by its
+            forward pass. If several processes train together, each of them calls this function with the same
+            arguments.
         optimizer: any ``torch.optim.Optimizer`` made from the model's parameters, also inside accelerate's wrapper.
         allocator: the method, with its settings.
         total_steps: the number of optimiser steps of the whole run. ≥ 1.
@@ -63,17 +67,24 @@ def attach(
         fused: whether layers use lorank's fused forward until the run ends. It is faster and saves less for the
             backward pass (docs/performance.md). The values are the same up to rounding. With ``lora_dropout`` on a CPU,
             modules with the same input share one dropout draw. False: PEFT's forward.
+        replace: whether a present run of this adapter, or of this optimiser, is detached first, as when a notebook
+            cell runs again. It ends even if the new run cannot begin. False: the present run is kept, and the new one
+            refused, unless the present run has finished.
         grad_scaler: the ``torch.amp.GradScaler`` of a float16 loop, which methods with learned gates need;
             accelerate's optimiser provides it. Steps that the scaler skips are not counted.
 
     Returns:
         The running object: ``ranks.history``, ``ranks.layers``, ``ranks.step``, ``ranks.detach()``. If the optimiser
-        was loaded from a checkpoint of such a run, the run continues from there.
+        was loaded from a checkpoint of such a run, the run continues from there. If the last run of this adapter in
+        this process stopped before its end, the new one has the initial ranks of that run, and so its budget.
 
     Raises:
-        AdapterError, OptimizerStateError, ScheduleError, ValidationBatchError, ResumeError, DisagreementError: see
-            :mod:`lorank.errors`.
+        AllocatorError, AdapterError, OptimizerStateError, ScheduleError, BudgetError, ValidationBatchError,
+        ResumeError, DisagreementError: see :mod:`lorank.errors`. Model, adapter, optimiser and history are then as they
+            were before the call.
+        LorankError: the adapter or the optimiser has a run already.
     """
+    check_allocator(allocator, "attach")
     return Ranks(
         find_layers(inner_model(model), adapter),
         optimizer,
@@ -86,4 +97,5 @@ def attach(
         model=model,
         fused=fused,
         grad_scaler=grad_scaler,
+        replace=replace,
     )

@@ -8,9 +8,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from lorank.errors import AdapterError, LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
+from lorank.allocators import Allocator
+from lorank.allocators.registry import OWN
+from lorank.errors import (
+    AdapterError,
+    AllocatorError,
+    LorankError,
+    OptimizerStateError,
+    ScheduleError,
+    ValidationBatchError,
+)
 from lorank.lora import AdapterLayers, check_base_unchanged, check_state, copies_weights, try_optimizer
 from lorank.scoring import validation_loss
 from lorank.scoring.prefix_cache.block_skipping import replaced_forward
@@ -24,6 +31,29 @@ OTHER_METHODS = "a method that needs no such batch: ALoRASensi, AdaLoRA, SoRA or
 """For trainers without a loss on given samples, such as reinforcement learning."""
 
 
+def check_allocator(given: object, caller: str) -> None:
+    """Checks that a method with its settings was given, not its name or its class.
+
+    Args:
+        given: what the user gave.
+        caller: the function that the user called, for the message.
+
+    Raises:
+        AllocatorError: it is not an allocator.
+    """
+    if isinstance(given, Allocator):
+        return
+    if isinstance(given, type) and issubclass(given, Allocator):
+        what, advice = f"the class {given.__name__}", f"make it with its settings: {given.__name__}()"
+    else:
+        what = repr(given) if isinstance(given, str) else f"a {type(given).__name__}"
+        known = {name: value.rpartition(":")[2] for name, value in OWN.items()}
+        method = known.get(given) if isinstance(given, str) else None
+        others = ", ".join(f"lorank.{name}()" for name in known.values())
+        advice = f"give lorank.{method}(), with its settings" if method else f"give one of {others}"
+    raise AllocatorError(f"{caller}: the method is {what}, expected an allocator: {advice}")
+
+
 def check_run(run: RunState) -> None:
     """Checks the run's length, its adapter and its optimiser.
 
@@ -32,6 +62,7 @@ def check_run(run: RunState) -> None:
         LorankError: parameters or optimiser state are sharded over processes, or layers have a pool without DeepSpeed.
         AdapterError: the method moves ranks, and the adapter's initialisation changed the base weights.
         OptimizerStateError: the optimiser does not hold the LoRA parameters.
+        AdapterError: the model that is trained does not contain the adapter's model.
     """
     layers, optimizer = run.layers, run.optimizer
     if run.info.total_steps < 1:
@@ -45,7 +76,12 @@ def check_run(run: RunState) -> None:
         )
     if run.allocator.moves_ranks:
         check_base_unchanged(layers, f"{type(run.allocator).__name__}, which moves ranks,")
-    _check_not_sharded(layers, optimizer)
+    if all(module is not layers.model for module in run.model.modules()):
+        raise AdapterError(
+            f"the {type(layers.model).__name__} that holds the adapter is not a part of the {type(run.model).__name__} "
+            "that is trained: give the model that the loop trains, or a module inside it"
+        )
+    _check_not_sharded(run)
     held_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
         if id(layer.A) not in held_ids or id(layer.B) not in held_ids:
@@ -55,7 +91,7 @@ def check_run(run: RunState) -> None:
             )
 
 
-def _check_not_sharded(layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None:
+def _check_not_sharded(run: RunState) -> None:
     """Checks that each process has the complete adapter and its complete optimiser state, as every resize needs.
 
     Raises:
@@ -65,14 +101,14 @@ def _check_not_sharded(layers: AdapterLayers, optimizer: torch.optim.Optimizer) 
         "A change of rank needs the complete adapter in every process, which costs little memory. "
         f"{SHARD_BASE_ADVICE} (docs/distributed.md)"
     )
-    for name, layer in layers.items():
+    for name, layer in run.layers.items():
         if hasattr(layer.A, "placements") or hasattr(layer.B, "placements"):
             raise LorankError(f"the LoRA weights of {name} are sharded over processes (DTensor). {advice}")
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in layers.model.modules()):
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in run.model.modules()):
         raise LorankError(
             f"the model is wrapped in FullyShardedDataParallel (FSDP1), which flattens its parameters. {advice}"
         )
-    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+    if type(run.optimizer).__name__ == "ZeroRedundancyOptimizer":
         raise LorankError(
             "ZeroRedundancyOptimizer keeps each parameter's state in one process only, where lorank cannot resize it. "
             "An adapter's state is small: use the optimiser without ZeroRedundancyOptimizer"
@@ -95,7 +131,7 @@ def check_batch(run: RunState) -> None:
         )
     with _uncalled(run.layers) as uncalled:
         try:
-            validation_loss(run.layers.model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
+            validation_loss(run.trained_model, run.layers, run.validation_batch, run.loss_fn, one_pass=True)
         except ValidationBatchError as error:
             raise ValidationBatchError(
                 f"{error}. If no batch gives a loss with this model, use {OTHER_METHODS}"

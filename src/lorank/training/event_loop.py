@@ -12,10 +12,11 @@ between (:mod:`lorank.training.integrations.base`). The state for an exact resum
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,27 @@ import torch
 from torch import nn
 
 from lorank.allocators import Allocation, Allocator, Context, ResolvedBudget, State, TrainingInfo
-from lorank.errors import ValidationBatchError
+from lorank.errors import AdapterError, LorankError, ValidationBatchError
 from lorank.lora import (
     AdapterLayers,
+    HeadGroups,
     LayersSnapshot,
+    Plan,
+    compensate_gates_,
     fold_gates_,
     is_compiled,
     merge_heads_,
+    plan_for_rank,
     rank_origins,
     resize_,
     resize_on_load,
     save_adapter,
+    split_again_,
     split_into_heads_,
 )
 from lorank.scoring.loss import LossFn
+from lorank.training import attached_runs
+from lorank.training.attached_runs import RunBeginning
 from lorank.training.budget_enforcement import prune_to_budget_
 from lorank.training.checkpoint.base_fingerprint import base_fingerprint
 from lorank.training.checkpoint.rank_state import (
@@ -65,12 +73,14 @@ from lorank.training.integrations.nonfinite_checks import NonfiniteChecks, requi
 from lorank.training.integrations.optimizer_checks import OptimizerChecks
 from lorank.training.integrations.quantised_base import QuantisedBase
 from lorank.training.integrations.torch_compile import TorchCompile
-from lorank.training.parallel import find_backend
+from lorank.training.parallel import find_backend, inner_model
 from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.process_group import ProcessGroup, is_first_process
 from lorank.training.progress import Report, scoring_progress
 from lorank.training.run_state import RunState
 from lorank.training.step_hooks import StepHooks
+
+logger = logging.getLogger("lorank")
 
 
 class Ranks:
@@ -96,7 +106,9 @@ class Ranks:
         fused: bool = True,
         compiled: bool = False,
         grad_scaler: Any = None,
+        replace: bool = False,
     ) -> None:
+        attached_runs.require_detached(layers, optimizer, replace=replace)
         model = model if model is not None else layers.model
         compiled = compiled or is_compiled(model)
         self._backend = find_backend(layers, model, optimizer)
@@ -115,24 +127,42 @@ class Ranks:
                 OptimizerChecks(),
             ]
         )
-        info = replace(info, initial_ranks=dict(initial_ranks or layers.ranks))
-        run = RunState(layers, model, self._backend.optimizer, allocator, info, validation_batch, loss_fn)
+        retried = attached_runs.interrupted_beginning(layers)
+        made_with = retried.initial_ranks if retried is not None else initial_ranks or layers.ranks
+        info = dataclasses.replace(info, initial_ranks=dict(made_with))
+        run = RunState(
+            layers,
+            model,
+            self._backend.optimizer,
+            allocator,
+            info,
+            validation_batch,
+            loss_fn,
+            trained_model=inner_model(model),
+        )
         self._run = run
         self.history = history if history is not None else RankHistory()
         self._progress = progress
         self._weights_replaced = False  # whether weights were loaded since the last step, without a rank state
         self._step_taken = True  # false for a step that the gradient scaler skips
         self._state_tried = False  # whether the optimiser's state was tried after its first step
+        self._state_unused = False  # whether a rank state was loaded with the optimiser, and no step taken since
         check_run(run)
         with ExitStack() as undo:
             self._integrations.on_start(run)
             undo.callback(self._integrations.on_end, run)
             with ExitStack() as restore_on_error:
+                restore_on_error.callback(self._backend.after_restore, run)
                 restore_on_error.callback(LayersSnapshot(layers, run.optimizer).restore_)
                 saved = run.optimizer.param_groups[0].get(STATE_KEY)
                 if saved is not None:
                     restore_on_error.callback(run.optimizer.param_groups[0].__setitem__, STATE_KEY, saved)
                 self._start(saved)
+                # Last, because an error must leave the history of an earlier run as it was.
+                if saved is None:
+                    self.history.begin(self._initial_record())
+                else:
+                    self.history.resume(run.step, self._initial_record())
                 restore_on_error.pop_all()
             step_hooks = StepHooks(
                 run.optimizer, self._begin_step, self._before_step, self._after_step, strict=allocator.moves_ranks
@@ -145,7 +175,10 @@ class Ranks:
                 resize_on_load(layers, run.optimizer, self._on_weights_replaced),
             ):
                 undo.callback(handle.remove)
-            self._attached = undo.pop_all()
+            self._hooks = undo.pop_all()
+        self._attached = True
+        attached_runs.add(self)
+        self._remember_beginning()
 
     @property
     def layers(self) -> AdapterLayers:
@@ -182,9 +215,37 @@ class Ranks:
         """The budget that the ranks must fit at the end of the run, or None."""
         return self._run.budget
 
+    @property
+    def finished(self) -> bool:
+        """Whether the method has ended: the last decision has been carried out, and the adapter is plain LoRA."""
+        return self._run.finished
+
+    @property
+    def attached(self) -> bool:
+        """Whether the run has its hooks in place: from :func:`lorank.attach` until :meth:`detach`."""
+        return self._attached
+
     def detach(self) -> None:
-        """Ends allocation and removes every hook. Ranks do not change. Logs a warning if there was no allocation."""
-        self._attached.close()
+        """Ends the run where it is and removes every hook. A second call does nothing.
+
+        The adapter is plain LoRA afterwards: gates are folded into B, and a LoRA per head becomes one LoRA per module.
+        The model's outputs do not change (gates other than one: up to rounding), and no rank is removed.
+
+        If the method has not ended (:meth:`finish`), the next run of this adapter in this process counts as a retry:
+        it has the same initial ranks, so budgets that depend on them are those of this run. Logs a warning if there was
+        no allocation. Under DeepSpeed, all processes must call it together.
+        """
+        if not self._attached:
+            return
+        self._attached = False
+        attached_runs.remove(self)
+        if self._state_unused:  # the next run of this optimiser goes on from the checkpoint
+            self._run.optimizer.param_groups[0][STATE_KEY] = self.state_dict()
+        try:
+            if not self._run.finished:
+                self._make_plain()
+        finally:
+            self._hooks.close()
 
     def finish(self) -> None:
         """Ends the method: carries out its last decision, folds gates into B, and turns the adapter into plain LoRA.
@@ -192,10 +253,14 @@ class Ranks:
         This happens automatically after the last of ``total_steps``, and at the end of a Trainer's run. A loop that
         stops earlier must call it. If weights were loaded since the last step (those of the best checkpoint), these
         weights are kept. Only ranks that exceed the budget are pruned, with a warning in the log.
+
+        Raises:
+            LorankError: the run was detached before it had finished.
         """
         run = self._run
-        if run.finished and not self._weights_replaced:
+        if run.finished and (not self._weights_replaced or not self._attached):
             return
+        self._require_attached("finish")
         self._integrations.before_read(run)
         context = run.context()
         if not run.finished and not self._weights_replaced:
@@ -206,6 +271,7 @@ class Ranks:
         fold_gates_(run.layers)
         merge_heads_(run.layers, run.optimizer)
         run.finished = True
+        attached_runs.forget_beginning(run.layers)
         if run.budget is not None and not run.budget.fits(run.layers.ranks):
             before = run.layers.ranks
             allocation = prune_to_budget_(run.layers, run.budget, run.optimizer)
@@ -247,7 +313,14 @@ class Ranks:
         Raises:
             ResumeError: the state is damaged, or is of another method, setting, seed, base model or adapter.
             OptimizerStateError: the optimiser's state does not fit the restored ranks.
+            LorankError: the run was detached.
         """
+        self._require_attached("load_state_dict")
+        self._restore(state)
+        self._remember_beginning()
+        self.history.resume(self._run.step, self._initial_record())
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         run = self._run
         check_resumable(state, run)
         restore_layers_(run, state)
@@ -255,40 +328,111 @@ class Ranks:
         check_optimizer_state(run)
         restore_progress_(run, state)
         self._weights_replaced = False
-        self.history.resume(run.step, self._initial_record())
         self._integrations.after_resize(run)
+
+    def _remember_beginning(self) -> None:
+        """Notes how this run began, for the case that it stops before its end."""
+        run = self._run
+        if run.finished:
+            attached_runs.forget_beginning(run.layers)
+        else:
+            beginning = RunBeginning(run.allocator.describe(), run.info.initial_ranks)
+            attached_runs.remember_beginning(run.layers, beginning)
+
+    def _require_attached(self, method: str) -> None:
+        if not self._attached:
+            raise LorankError(
+                f"ranks.{method}() after ranks.detach(): the run has ended at step {self.step} of "
+                f"{self.info.total_steps}, and its adapter is plain LoRA. Call {method} before detach, or begin "
+                "another run with lorank.attach"
+            )
+
+    def _make_plain(self) -> None:
+        """Folds gates into B, and turns a LoRA per head into one LoRA per module. Plain layers do not change at all."""
+        layers = self._run.layers
+        heads = {name: (layer.groups, layer.head_ranks) for name, layer in layers.items() if layer.groups is not None}
+        if not heads and all(layer.gate is None for layer in layers.values()):
+            return
+        self._integrations.before_read(self._run)
+        fold_gates_(layers)
+        # Moments that were loaded with an unused rank state belong to the form that the next run restores.
+        merge_heads_(layers, None if self._state_unused else self._run.optimizer)
+        self._integrations.after_resize(self._run)
+        beginning = attached_runs.interrupted_beginning(layers)
+        if heads and beginning is not None:
+            attached_runs.remember_beginning(layers, dataclasses.replace(beginning, heads=heads))
 
     def _start(self, saved: Mapping[str, Any] | None) -> None:
         """Gives the layers the form and the ranks with which the method begins, or with which a saved run continues."""
         run = self._run
         layers, allocator, optimizer = run.layers, run.allocator, run.optimizer
+        self._make_plain()  # a run that was garbage-collected has left its gates
         if saved is None:
             self._integrations.before_read(run)
         check_batch(run)
         run.base = base_fingerprint(layers)
+        retried = attached_runs.interrupted_beginning(layers) if saved is None else None
         if saved is not None:
             check_resumable(saved, run)
             restore_layers_(run, saved)
         elif groups := allocator.heads_of(layers):
-            split_into_heads_(
-                layers, groups, optimizer, seed=run.seed - 1
-            )  # another seed than that of the initial plan
+            self._split(groups, retried)
         run.budget = allocator.resolve_budget(layers, run.info)
         if saved is None:
             check_optimizer_state(run)
             if any(layer.A in optimizer.state or layer.B in optimizer.state for layer in layers.values()):
                 check_state_follows(run)
-            resize_(layers, allocator.initial_plan(layers, run.info), optimizer, seed=run.seed)
+            if retried is None:
+                resize_(layers, allocator.initial_plan(layers, run.info), optimizer, seed=run.seed)
+            else:
+                self._retry(retried)
         # The weights of a finished run are final: the method must not start again.
         run.memory = {} if saved and saved["finished"] else allocator.start(layers, run.info)
         check_weight_copies(run)
         run.learns_gates = layers.gates is not None
-        self._apply_loaded_state()
-        try_scoring(run)
         if saved is None:
-            self.history.begin(self._initial_record())
+            compensate_gates_(layers)
+            check_optimizer_state(run)
+            try_scoring(run)
             self._integrations.after_resize(run)
+        else:
+            self._restore(saved)
+            del optimizer.param_groups[0][STATE_KEY]  # only now: a state that is refused stays in the optimiser
+            try_scoring(run)
         self._integrations.after_allocation(run)
+
+    def _split(self, groups: Mapping[str, HeadGroups], retried: RunBeginning | None) -> None:
+        """Gives the layers the per-head form: that of the interrupted run if they still have its weights."""
+        run = self._run
+        if retried is not None and {name: heads for name, (heads, _) in retried.heads.items()} == dict(groups):
+            with suppress(AdapterError):  # other weights: an error is raised below if they cannot be split
+                split_again_(run.layers, retried.heads, run.optimizer)
+                return
+        split_into_heads_(
+            run.layers, groups, run.optimizer, seed=run.seed - 1
+        )  # another seed than that of the initial plan
+
+    def _retry(self, interrupted: RunBeginning) -> None:
+        """Gives the layers the ranks with which a run begins after one that did not come to its end.
+
+        The same method goes on with the ranks that the interrupted run has left, because a plan for a fresh adapter
+        would remove trained ranks. So does a method without a budget. Another method begins as on the adapter that the
+        interrupted run was given, but only in layers that are untrained.
+        """
+        run = self._run
+        layers = run.layers
+        if interrupted.method != run.allocator.describe():
+            resize_(layers, _initial_plan_of_untrained(layers, run.info), run.optimizer, seed=run.seed)
+            if run.budget is not None:
+                resize_(layers, run.allocator.initial_plan(layers, run.info), run.optimizer, seed=run.seed)
+        logger.warning(
+            "the last run of this adapter (%s) stopped before its end. This run is a retry: it has that run's initial "
+            "%d ranks and so its budget, and begins with the %d ranks that are there now. If the last run was meant to "
+            "end where it did, call ranks.finish() before the next attach",
+            interrupted.method.get("method"),
+            sum(run.info.initial_ranks.values()),
+            layers.total_rank,
+        )
 
     # The hooks of the optimiser, in the order in which they run.
 
@@ -316,7 +460,7 @@ class Ranks:
                 check_state_follows(run)
                 self._state_tried = True
             run.step += 1
-            self._weights_replaced = False
+            self._weights_replaced = self._state_unused = False
             if not run.finished:
                 run.allocator.after_step(run.context(), run.memory)
         if run.layers.gates is not None:
@@ -338,6 +482,7 @@ class Ranks:
             return
         self.load_state_dict(group[STATE_KEY])
         del group[STATE_KEY]  # only now: a state that is refused stays in the optimiser
+        self._state_unused = True
 
     def _on_weights_replaced(self) -> None:
         self._weights_replaced = True
@@ -351,7 +496,7 @@ class Ranks:
         context = run.context()
         with scoring_progress(f"{type(run.allocator).__name__}, step {run.step}: scoring ranks", self._progress) as bar:
             try:
-                allocation = run.allocator.allocate(replace(context, progress=bar), run.memory)
+                allocation = run.allocator.allocate(dataclasses.replace(context, progress=bar), run.memory)
             except ValidationBatchError as error:
                 raise ValidationBatchError(f"step {run.step}: {error}") from error
         self._integrations.on_decision(run, allocation)
@@ -380,3 +525,12 @@ class Ranks:
 
     def _record(self, allocation: Allocation, before: Mapping[str, int], seconds: float) -> Record:
         return record_of(self.step, self.allocator, self.layers, allocation, before, seconds)
+
+
+def _initial_plan_of_untrained(layers: AdapterLayers, info: TrainingInfo) -> Plan:
+    """The plan that gives layers without an update (B = 0) the ranks that the adapter was made with."""
+    return {
+        name: plan_for_rank(layer.rank, info.initial_ranks[name])
+        for name, layer in layers.items()
+        if layer.groups is None and layer.rank != info.initial_ranks[name] and not (layer.A.any() and layer.B.any())
+    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,36 +110,65 @@ class RankHistory(Sequence[Record]):
         return [record for record in self._records if not record.details.get("begins")]
 
     def begin(self, record: Record) -> None:
-        """Starts a new run: renames an older file (``….1.jsonl``, ``….2.jsonl``, …) and writes the first record."""
-        self._records.clear()
+        """Starts a new run: renames an older file (``….1.jsonl``, ``….2.jsonl``, …) and writes the first record.
+
+        Raises:
+            WriteError: no space, no permission. The older file has its name and the records are as before.
+        """
+        old_path: Path | None = None
         if self.path is not None and self.path.exists():
-            number = 1
-            while (old_path := self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}")).exists():
-                number += 1
+            old_path = _free_name(self.path)
             self.path.rename(old_path)
-        self.append(record)
+        try:
+            self._write(record)
+        except BaseException:
+            if self.path is not None:
+                with suppress(OSError):
+                    self.path.unlink()  # an empty file
+                if old_path is not None:
+                    old_path.rename(self.path)
+            raise
+        self._records = [record]
 
     def resume(self, step: int, fallback: Record) -> None:
-        """Resumes a run after ``step``: keeps the file's records up to this step and drops later ones.
+        """Resumes a run after ``step``: keeps the records up to this step and drops later ones.
 
         Args:
             step: the number of optimiser steps done. ≥ 0.
-            fallback: the first record if there is no file (a run that is resumed in another folder).
+            fallback: the first record if none is kept: without a file (a run that is resumed in another folder), or
+                without a path, if the records in memory do not lead to the ranks of this record.
 
         Raises:
             HistoryError: the file cannot be read.
+            WriteError: the file cannot be written.
         """
-        if self.path is None or not self.path.exists():
-            self._records.clear()
-            self.append(fallback)
+        if self.path is None:
+            kept = [record for record in self._records if record.step <= step]
+            self._records = kept if kept and kept[-1].ranks == fallback.ranks else [fallback]
             return
-        self._records = [record for record in read_history(self.path) if record.step <= step]
-        write_text(self.path, "".join(f"{record.to_json()}\n" for record in self._records))
+        if not self.path.exists():
+            self._write(fallback)
+            self._records = [fallback]
+            return
+        kept = [record for record in read_history(self.path) if record.step <= step]
+        write_text(self.path, "".join(f"{record.to_json()}\n" for record in kept))
+        self._records = kept
 
     def append(self, record: Record) -> None:
+        self._write(record)
         self._records.append(record)
+
+    def _write(self, record: Record) -> None:
         if self.path is not None:
             append_text(self.path, f"{record.to_json()}\n")
+
+
+def _free_name(path: Path) -> Path:
+    """The first of ``….1.jsonl``, ``….2.jsonl``, … that does not exist."""
+    number = 1
+    while (found := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return found
 
 
 def read_history(path: str | Path) -> list[Record]:

@@ -23,13 +23,15 @@ class RunState:
     Args:
         layers: the LoRA layers.
         model: the model as the training loop calls it: ``layers.model``, or its wrapper by DDP, DeepSpeed or
-            ``torch.compile``.
+            ``torch.compile``, or a larger model that contains it.
         optimizer: the torch optimiser whose steps are counted.
         allocator: the method.
         info: the length, seed and initial ranks of the run.
         validation_batch: the batch on which ranks are scored, or None.
         loss_fn: the user's own loss ``(model, batch) -> scalar``, or None for the model's loss.
         share: this process's share of scoring; None: all of it.
+        trained_model: ``model`` without the wrappers of DDP and DeepSpeed. Ranks are scored by its forward pass. None:
+            ``layers.model``.
 
     Attributes:
         memory: the method's state, tensors by name (:data:`lorank.allocators.State`).
@@ -51,6 +53,7 @@ class RunState:
     validation_batch: Mapping[str, Any] | None = None
     loss_fn: LossFn | None = None
     share: Share | None = None
+    trained_model: nn.Module = None  # type: ignore[assignment]  # set below
     memory: State = field(default_factory=dict)
     budget: ResolvedBudget | None = None
     step: int = 0
@@ -63,6 +66,8 @@ class RunState:
 
     def __post_init__(self) -> None:
         self.first_lr = rate_of(adapter_group(self.optimizer, self.layers))
+        if self.trained_model is None:
+            self.trained_model = self.layers.model
 
     @property
     def seed(self) -> int:
@@ -76,7 +81,7 @@ class RunState:
         return Context(
             self.step,
             self.info,
-            self.layers.model,
+            self.trained_model,
             self.layers,
             self.validation_batch,
             self.loss_fn,

@@ -13,12 +13,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorank.allocators import Allocator, TrainingInfo
-from lorank.errors import ResumeError, ValidationBatchError
+from lorank.errors import LorankError, ResumeError, ValidationBatchError
 from lorank.lora import AdapterLayers, find_layers, prevent_repacking, resize_on_load
 from lorank.scoring.loss import LossFn
+from lorank.training.attached_runs import attached_to, shares_optimizer
 from lorank.training.checkpoint.integrity import seal
 from lorank.training.checkpoint.rank_state import STATE_KEY
-from lorank.training.checks import OTHER_METHODS
+from lorank.training.checks import OTHER_METHODS, check_allocator
 from lorank.training.event_loop import Ranks
 from lorank.training.history import RankHistory
 from lorank.training.parallel.deepspeed import param_groups_of
@@ -48,6 +49,9 @@ class RankCallback(TrainerCallback):
         samples: the number of rows to use if rows are given. ≥ 1. None: the number that the allocator prefers, 32 by
             default.
         loss_fn: your own loss, ``(model, batch) -> scalar tensor``; None: the model's loss.
+        model: the model that holds the adapter, if the Trainer's model contains several: a module inside the Trainer's
+            model. None: the Trainer's model, or the only adapted model inside it. Ranks are scored through the
+            Trainer's model in any case.
         adapter: the name of the adapter; None: the active adapter.
         seed: the seed of all random numbers that lorank draws; None: the Trainer's seed.
         history_path: the file of the rank history; None: ``rank_history.jsonl`` in the Trainer's output folder.
@@ -60,6 +64,7 @@ class RankCallback(TrainerCallback):
 
     Raises:
         ValidationBatchError: ``samples`` is less than 1.
+        AllocatorError: ``allocator`` is not an allocator.
     """
 
     def __init__(
@@ -69,12 +74,14 @@ class RankCallback(TrainerCallback):
         validation_batch: ValidationData | None = None,
         samples: int | None = None,
         loss_fn: LossFn | None = None,
+        model: nn.Module | None = None,
         adapter: str | None = None,
         seed: int | None = None,
         history_path: str | Path | None = None,
         progress: bool | Report | None = None,
         fused: bool = True,
     ) -> None:
+        check_allocator(allocator, "RankCallback")
         if samples is not None and samples < 1:
             raise ValidationBatchError(f"RankCallback(samples={samples}): expected at least 1")
         self.allocator = allocator
@@ -82,6 +89,8 @@ class RankCallback(TrainerCallback):
         self._validation_data = validation_batch
         self._samples = allocator.validation_samples if samples is None else samples
         self._loss_fn = loss_fn
+        self._adapted_model = model
+        self._trained_model: nn.Module | None = None
         self._adapter = adapter
         self._seed = seed
         self._history_path = history_path
@@ -100,18 +109,13 @@ class RankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         layers = self._prepare_model(kwargs["model"])
-        if self.ranks is not None:
-            self.ranks.detach()
-            if not state.global_step:  # a second train() that does not resume is a new run
-                self._initial_ranks = layers.ranks
+        self._end_earlier_run(kwargs["optimizer"], resumes=bool(state.global_step))
         if state.global_step and STATE_KEY not in param_groups_of(kwargs["optimizer"])[0]:
             raise ResumeError(
                 f"training resumes after step {state.global_step}, but the checkpoint's optimiser holds no rank state: "
                 "the checkpoint was written without RankCallback (or with save_only_model). Start a new run, or resume "
                 "from a checkpoint of a run with this callback"
             )
-        if self._resize_handle is not None:
-            self._resize_handle.remove()  # Ranks registers its own hook, which also resizes the optimiser's state
         loader = kwargs["train_dataloader"]
         per_epoch = _length(loader)
         if per_epoch is not None:
@@ -133,8 +137,12 @@ class RankCallback(TrainerCallback):
             else self._progress,
             initial_ranks=self._initial_ranks,
             fused=self._fused,
+            model=self._trained_model,
             compiled=bool(args.torch_compile),
+            replace=True,
         )
+        if self._resize_handle is not None:
+            self._resize_handle.remove()  # the hook of Ranks also resizes the optimiser's state
         limits = self.ranks.budget
         self._within_budget = limits is not None and limits.fits(self.ranks.layers.ranks)
 
@@ -158,16 +166,40 @@ class RankCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.ranks is not None:
+        if self.ranks is not None and self.ranks.attached:
             self.ranks.finish()  # after an early stop, or after the best checkpoint was loaded
             self.ranks.detach()
             self._resize_handle = resize_on_load(self.ranks.layers)
 
+    def _end_earlier_run(self, optimizer: Any, *, resumes: bool) -> None:
+        """Detaches the run of an earlier ``train()`` that was interrupted. A run of another callback is refused.
+
+        Raises:
+            LorankError: another RankCallback of this Trainer, or a call of ``lorank.attach``, uses this optimiser.
+        """
+        layers = self._layers
+        assert layers is not None
+        if self.ranks is not None:
+            was_finished = self.ranks.finished
+            self.ranks.detach()
+            if was_finished and not resumes:  # a second train() is a new run
+                self._initial_ranks = layers.ranks
+        others = [
+            run for run in attached_to(layers, optimizer) if shares_optimizer(run, optimizer) and not run.finished
+        ]
+        if others:
+            raise LorankError(
+                f"the Trainer's optimiser has a run of rank allocation already, at step {others[0].step}, from another "
+                "RankCallback or from lorank.attach, and two runs would both move ranks: keep one RankCallback "
+                "(trainer.pop_callback(lorank.RankCallback) removes one), or end the other run with its ranks.detach()"
+            )
+
     def _prepare_model(self, model: nn.Module) -> AdapterLayers:
-        if self._layers is None or self._layers.model is not model:
+        if self._layers is None or self._trained_model is not model:
             if self._resize_handle is not None:
                 self._resize_handle.remove()
-            self._layers = find_layers(model, self._adapter)
+            self._trained_model = model
+            self._layers = find_layers(model if self._adapted_model is None else self._adapted_model, self._adapter)
             prevent_repacking(model)  # never removed: the Trainer may evaluate before, between and after its runs
             self._initial_ranks = self._layers.ranks
             self._resize_handle = resize_on_load(self._layers)

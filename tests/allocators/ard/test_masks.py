@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorank.allocators.ard.masks import (
+    effective_of_stored,
     layout,
     masks,
     penalty_gradient,
@@ -81,3 +82,12 @@ def _edge(value: float, tau: float, epsilon: float) -> float:
     """How far the last mask is from ε, in ranks: where it is ε itself, rounding decides."""
     reach = value - 0.5 + tau * math.log((1 - epsilon) / epsilon)
     return reach - round(reach)
+
+
+def test_the_effective_rank_of_stored_ranks_stores_as_many() -> None:
+    """Also the largest one that does: a little more stores another rank."""
+    counts, caps = torch.arange(2, 9), torch.full((7,), 99)
+    for tau, epsilon in ((0.5, 0.05), (0.1, 0.01)):
+        effective = effective_of_stored(counts, tau, epsilon)
+        assert torch.equal(stored_ranks(effective - 1e-9, tau, epsilon, 0, caps), counts)
+        assert torch.equal(stored_ranks(effective + 1e-6, tau, epsilon, 0, caps), counts + 1)

@@ -83,6 +83,19 @@ def test_a_file_of_another_process_may_come_after_the_seal(run: Path) -> None:
     assert find_problem(path) is None
 
 
+def test_each_of_several_processes_has_a_random_state_of_its_own(run: Path) -> None:
+    """Then there is no rng_state.pth. The process may be killed before the checkpoint is sealed."""
+    path = run / "checkpoint-4"
+    (path / SEAL).unlink()
+    for index in range(2):
+        (path / f"rng_state_{index}.pth").write_bytes((path / "rng_state.pth").read_bytes())
+    (path / "rng_state.pth").unlink()
+    assert lorank.last_checkpoint(run) == str(path)
+    for index in range(2):
+        (path / f"rng_state_{index}.pth").unlink()
+    assert find_problem(path) == "rng_state.pth is missing"
+
+
 def test_incomplete_checkpoints_are_removed_with_a_warning(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run / "checkpoint-4" / "optimizer.pt").unlink()
     remove_broken(run)

@@ -1,4 +1,4 @@
-"""A run without any allocation is warned of once: before it, if the schedule shows it, and at its end."""
+"""A run without any allocation is warned of once: before it, if the schedule shows it, or else at its end."""
 
 from __future__ import annotations
 
@@ -24,9 +24,24 @@ def test_a_schedule_without_allocations_is_warned_of_at_once(messages: list[str]
     model = adapted(tiny_llama())
     method = lorank.ALoRA(k1=10, unit="steps")
     ranks = lorank.attach(model, adamw(model), method, validation_batch=token_batch(), total_steps=10)
-    assert "will not move a single rank" in messages[0]
     ranks.detach()
-    assert "ended without a single allocation: none was due in 10 steps. No rank was changed." in messages[1]
+    (message,) = messages
+    assert "ALoRA will not move a single rank while it trains" in message
+
+
+def test_a_method_that_decides_at_the_end_speaks_for_itself(messages: list[str]) -> None:
+    """ARD-LoRA rounds its ranks after the last step, however rarely it resizes before."""
+    model = adapted(tiny_llama(), random_B=False)
+    optimizer = adamw(model)
+    ranks = lorank.attach(model, optimizer, lorank.ARDLoRA(alpha_lr=5e-5), total_steps=10)
+    for _ in range(10):
+        model(**token_batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ranks.detach()
+    (message,) = messages
+    assert message.startswith("ARDLoRA will not move a single rank: with alpha_lr=5e-05")
+    assert "ALoRA" not in message
 
 
 def test_a_run_without_allocation_warns_even_if_it_is_never_ended(messages: list[str]) -> None:

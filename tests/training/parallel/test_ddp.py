@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
+import lorank
+from lorank.errors import LorankError
+from lorank.training.parallel.ddp import DdpBackend
+from tests.models import adapted, tiny_llama, token_batch
+from tests.training.loops import adamw
 from tests.training.parallel.processes_cases import (
     DDP,
     check_equal_to_one_process,
@@ -52,3 +60,37 @@ def test_with_dropout_processes_draw_other_masks_and_stay_together(seen: dict[st
     assert not first.error
     assert first.hashes == second.hashes
     assert first.losses != seen["alora"][0].losses
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_after_a_run_that_could_not_begin_gradients_are_still_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers were resized and restored in between. Without a new reducer, processes would silently diverge."""
+    monkeypatch.setattr(DdpBackend, "supports", classmethod(lambda *_: True))
+    model = adapted(tiny_llama(), random_B=False)
+    ddp = DistributedDataParallel(model)
+    averaged: list[torch.Size] = []
+
+    def hook(_, bucket):  # DDP refuses annotations that are text
+        averaged.extend(gradient.shape for gradient in bucket.gradients())
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    ddp.register_comm_hook(None, hook)
+    optimizer = adamw(model)
+    with pytest.raises(LorankError, match="per_round"):
+        lorank.attach(ddp, optimizer, lorank.ALoRASensi(budget=6, per_round=10_000), total_steps=4)
+    for seed in range(2):
+        averaged.clear()
+        ddp(**token_batch(seed=seed)).loss.backward()
+        assert len(averaged) == 28
+        optimizer.step()
+        optimizer.zero_grad()

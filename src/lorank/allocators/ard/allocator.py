@@ -38,6 +38,7 @@ from torch import Tensor
 from lorank.allocators.ard import controller, diagnostics
 from lorank.allocators.ard.groups import base_ranks, group_caps, group_owners, group_sizes, stored_counts
 from lorank.allocators.ard.masks import (
+    effective_of_stored,
     layout,
     masks,
     penalty_gradient,
@@ -189,9 +190,10 @@ class ARDLoRA(Allocator):
         device = next(iter(layers.values())).A.device
         exact = torch.float32 if device.type == "mps" else torch.float64
         r0, counts, caps = r0.to(device, exact), counts.to(device), group_caps(layers).to(device)
-        alpha = torch.ones_like(r0)
+        alpha = self._initial_alpha(r0, counts, caps)
+        effective = r0 * alpha
         member, position = layout(counts)
-        layers.learn_gates(masks(r0, member, position, self.tau_start))
+        layers.learn_gates(masks(effective, member, position, self.tau_start))
         state: State = {
             "alpha": alpha,
             "before": alpha.clone(),  # α one step ago
@@ -203,7 +205,7 @@ class ARDLoRA(Allocator):
             "held": torch.zeros_like(counts),
             "lambda": torch.tensor(self.l1, dtype=exact, device=device),
             **start_adam(alpha),
-            **diagnostics.start_diagnostics(rounded_ranks(r0, self.min_rank, caps), float(r0.sum())),
+            **diagnostics.start_diagnostics(rounded_ranks(effective, self.min_rank, caps), float(effective.sum())),
         }
         budget = self.resolve_budget(layers, run)
         if budget is not None:
@@ -213,6 +215,15 @@ class ARDLoRA(Allocator):
     def try_out(self, context: Context, state: State) -> None:
         if context.validation_batch is not None:
             validation_loss(context.model, context.layers, context.validation_batch, context.loss_fn)
+
+    def _initial_alpha(self, r0: Tensor, counts: Tensor, caps: Tensor) -> Tensor:
+        """α at the start, (G,): 1, or in a group that has other ranks than that stores, the α that stores them.
+
+        A run that was interrupted leaves such groups. With α = 1, their masks would switch off trained ranks.
+        """
+        usual = stored_ranks(r0, self.tau_start, self.epsilon, self.min_rank, caps)
+        kept = effective_of_stored(counts, self.tau_start, self.epsilon).to(r0) / r0
+        return torch.where(counts == usual, torch.ones_like(r0), kept)
 
     def before_step(self, context: Context, state: State) -> None:
         if not context.step:
@@ -228,8 +239,7 @@ class ARDLoRA(Allocator):
         alpha, r0, member, position = (state[key] for key in ("alpha", "r0", "member", "position"))
         # The forward pass used the masks of the previous step.
         tau = temperature(context.step - 1, run.total_steps, self.tau_start, self.tau_end)
-        gradient = torch.nan_to_num(gates.grad, nan=0.0, posinf=0.0, neginf=0.0)
-        gradient = task_gradient(gradient, gates.values, r0, member, position, tau)  # (G,)
+        gradient = task_gradient(gates.grad, gates.values, r0, member, position, tau)  # (G,)
         gradient += penalty_gradient(alpha, state["before"], state["lambda"], self.tv, self.l1_term)
         state["before"] = alpha.clone()
         adam_step_(alpha, gradient, state, self._alpha_lr(run) * context.lr_factor)

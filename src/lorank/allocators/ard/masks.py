@@ -76,3 +76,8 @@ def stored_ranks(effective: Tensor, tau: float, epsilon: float, min_rank: int, c
     reach = effective - 0.5 + tau * math.log((1 - epsilon) / epsilon)  # m_i > ε for i below this
     ranks = torch.maximum(torch.ceil(reach).long(), rounded_ranks(effective, min_rank, caps))
     return torch.minimum(ranks, caps)
+
+
+def effective_of_stored(counts: Tensor, tau: float, epsilon: float) -> Tensor:
+    """The largest r0·α ≥ 0 for which :func:`stored_ranks` stores ``counts`` ranks by their masks, (G,) float64."""
+    return (counts.double() + 0.5 - tau * math.log((1 - epsilon) / epsilon)).clamp_min(0)

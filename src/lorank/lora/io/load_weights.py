@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorank.errors import AdapterError
+from lorank.lora.io.unadapted_modules import wrap_unadapted_keys_
 from lorank.lora.kernels.per_head import dense_B
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.pool import Pool, padded
@@ -47,6 +48,7 @@ def resize_on_load(
 
     def before_load(module: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, *_: Any) -> None:
         keys = {name: _keys(f"{prefix}{layers.prefix}{name}.", layer) for name, layer in layers.items()}
+        wrap_unadapted_keys_(layers, state_dict, prefix)
         for name, layer in layers.items():
             if not layer.rank:
                 # PEFT adds the adapter's name to keys that are in the model's state dict. This layer had none.

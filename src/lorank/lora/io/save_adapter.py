@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from lorank.errors import AdapterError
 from lorank.files import WriteError, is_leftover
+from lorank.lora.find_layers import wrapped_model
 from lorank.lora.io.adapter_folder import contains_adapter, replacing_adapter
 from lorank.lora.layer import AdapterLayers
 from lorank.lora.variants.gated import fold_gate
@@ -61,7 +64,7 @@ def save_adapter(layers: AdapterLayers, directory: str | Path) -> Path:
         raise AdapterError(f"PEFT saves an adapter under its name, here {name!r}: use a name without slashes")
     with replacing_adapter(target) as temporary:
         try:
-            layers.model.save_pretrained(str(temporary), **_selected_adapter(layers))  # type: ignore[operator]  # PEFT
+            _save_pretrained(layers, temporary)
         except SafetensorError as error:  # safetensors raises this if the disk is full
             raise WriteError(f"{target} cannot be written: {error}. The old content is unchanged") from error
         named = temporary / name  # PEFT's subfolder for every adapter with another name than "default"
@@ -84,6 +87,25 @@ def check_save_directory(directory: Path) -> None:
         raise AdapterError(
             f"{directory} exists and is not an adapter's folder: give a new folder, or one with an adapter"
         )
+
+
+def _save_pretrained(layers: AdapterLayers, folder: Path) -> None:
+    model: Any = layers.model
+    # A transformers model without this mark is the model inside a PeftModel. It would save all of its weights.
+    if isinstance(getattr(model, "_orig_mod", model), PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
+        model.save_pretrained(str(folder), **_selected_adapter(layers))
+        return
+    wrapped = wrapped_model(model)
+    weights = get_peft_model_state_dict(wrapped, adapter_name=layers.adapter)
+    config = copy.copy(layers.config)
+    config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"base_model.model.{key}": value.contiguous() for key, value in weights.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config.save_pretrained(str(folder))
 
 
 def _selected_adapter(layers: AdapterLayers) -> dict[str, Any]:

@@ -32,7 +32,7 @@ SEAL = "lorank_complete.json"
 STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _MAX_STATE = 256_000_000
-_REQUIRED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+_REQUIRED = ("optimizer.pt", "scheduler.pt")
 # an adapter, or a complete model in one file or in several
 _WEIGHTS = (
     ("adapter_config.json", "adapter_model.safetensors"),
@@ -149,6 +149,9 @@ def find_problem(checkpoint: Path) -> str | None:
     if not isinstance(state, dict) or state.get("global_step") != step_of(checkpoint):
         return f"{STATE} is of another step"
     missing = [name for name in _REQUIRED if not (checkpoint / name).is_file()]
+    # Each of several processes writes a state of its own, and a single process writes rng_state.pth.
+    if not any(checkpoint.glob("rng_state*.pth")):
+        missing.append("rng_state.pth")
     if missing:
         return f"{missing[0]} is missing"
     if not any(all((checkpoint / name).is_file() for name in names) for names in _WEIGHTS):

@@ -1,4 +1,4 @@
-"""Warns about a run without any allocation: before the start, if the schedule shows it, and at the end."""
+"""Warns once about a run without any allocation: before the start, if the schedule shows it, or else at the end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import math
 import weakref
 
+from lorank.allocators import Allocator
 from lorank.training.integrations.base import Integration
 from lorank.training.run_state import RunState
 
@@ -13,7 +14,7 @@ logger = logging.getLogger("lorank")
 
 
 class NoAllocationWarning(Integration):
-    """Logs one warning, when the run has made its last step, is detached, or is garbage-collected before either."""
+    """Logs one warning: at the start, or when the run has made its last step, is detached, or is garbage-collected."""
 
     def on_start(self, run: RunState) -> None:
         self._name = type(run.allocator).__name__
@@ -23,10 +24,13 @@ class NoAllocationWarning(Integration):
         self._total_steps = run.info.total_steps
         # The finalizer must not reference the run, which would never be collected otherwise.
         weakref.finalize(run, self._warn)
-        if self._moves_ranks and self._first_allocation == math.inf:
+        # A method with a last decision moves ranks after the last step, and warns itself if it will not.
+        decides_at_end = type(run.allocator).finish is not Allocator.finish
+        if self._moves_ranks and self._first_allocation == math.inf and not decides_at_end:
+            self._warned = True
             logger.warning(
-                "%s will not move a single rank: its first allocation would come at or after the last of %d steps. "
-                "Train longer, or allocate earlier (ALoRA: a smaller k1).",
+                "%s will not move a single rank while it trains: its first allocation would come at or after the last "
+                "of %d steps. Train longer, or change its settings so that it allocates earlier.",
                 self._name,
                 self._total_steps,
             )
@@ -49,10 +53,14 @@ class NoAllocationWarning(Integration):
         if not self._started or self._warned or self._allocated or not self._moves_ranks:
             return
         self._warned = True
-        reason = (
-            f"none was due in {self._total_steps} steps"
+        due = (
+            f"the last decision was due after step {self._total_steps}"
             if self._first_allocation == math.inf
-            else f"the first was due after step {self._first_allocation} of {self._total_steps}, and training stopped "
-            "before it or the optimiser never stepped"
+            else f"the first was due after step {self._first_allocation} of {self._total_steps}"
         )
-        logger.warning("%s ended without a single allocation: %s. No rank was changed.", self._name, reason)
+        logger.warning(
+            "%s ended without a single allocation: %s, and training stopped before it or the optimiser never stepped. "
+            "No rank was changed.",
+            self._name,
+            due,
+        )

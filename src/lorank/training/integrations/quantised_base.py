@@ -14,7 +14,7 @@ class QuantisedBase(Integration):
         self._prevention: RepackingPrevention | None = None
 
     def on_start(self, run: RunState) -> None:
-        self._prevention = prevent_repacking(run.layers.model)
+        self._prevention = prevent_repacking(run.trained_model)
 
     def on_end(self, run: RunState) -> None:
         if self._prevention is not None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from lorank.lora import AdapterLayers, unwrap_optimizer
 from lorank.training.integrations.base import Integration
+from lorank.training.run_state import RunState
 
 
 class Backend(Integration):
@@ -44,6 +45,9 @@ class Backend(Integration):
     def inner(cls, model: nn.Module) -> nn.Module:
         """The model inside this backend's wrapper, or ``model`` itself if it has no such wrapper."""
         return model
+
+    def after_restore(self, run: RunState) -> None:
+        """Called if a run could not begin, when the layers have their weights and shapes of before again."""
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

@@ -81,7 +81,7 @@ class ProcessCoordinator(Integration):
         lines = "\n".join(f"{name}: {layer.head_ranks}" for name, layer in layers.items())
         advice = _SAME_STEP if run.step else _SAME_START
         require_same_text(self.processes, lines, f"ranks after step {run.step}", advice)
-        tensors = dict(_trained_tensors(layers.model, run.optimizer))
+        tensors = dict(_trained_tensors(run.trained_model, run.optimizer))
         if layers.gates is not None:
             tensors["gates"] = layers.gates.values
         tensors |= {f"{name} of the method's state": value for name, value in run.memory.items()}

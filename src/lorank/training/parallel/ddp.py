@@ -45,13 +45,16 @@ class DdpBackend(Backend):
             self._use_ddp(ddp)
         else:
             # A model has no reference to the DDP module around it. A forward pass of the DDP module reveals it.
-            self._search_hook = run.layers.model.register_forward_pre_hook(self._find_ddp)
+            self._search_hook = run.trained_model.register_forward_pre_hook(self._find_ddp)
 
     def after_resize(self, run: RunState) -> None:
         """Rebuilds the reducer, or leaves this to the first forward pass if the DDP module is not known yet."""
         ddp = self._ddp() if self._ddp is not None else None
         if ddp is not None:
             rebuild_(ddp)
+
+    def after_restore(self, run: RunState) -> None:
+        self.after_resize(run)  # the weights were replaced, so the reducer's hooks are on gradient nodes of before
 
     def on_end(self, run: RunState) -> None:
         self._remove_search_hook()

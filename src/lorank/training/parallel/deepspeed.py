@@ -43,6 +43,7 @@ class ZeroBackend(Backend):
         self.optimizer = ZeroOptimizer(layers, zero_of(optimizer))
         self.lockstep = self.optimizer.sharded
         self._layers = layers
+        self._stored = False  # whether the run has written to DeepSpeed's copies
 
     @classmethod
     def supports(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
@@ -73,6 +74,11 @@ class ZeroBackend(Backend):
 
     def after_resize(self, run: RunState) -> None:
         self.optimizer.store()
+        self._stored = True
+
+    def after_restore(self, run: RunState) -> None:
+        if self._stored:
+            self.optimizer.store()
 
     def on_end(self, run: RunState) -> None:
         self.optimizer.close()

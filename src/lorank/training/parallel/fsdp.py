@@ -37,10 +37,10 @@ class FsdpBackend(Backend):
 
     @classmethod
     def supports(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
-        return ProcessGroup.of(layers).several and is_sharded(layers.model)
+        return ProcessGroup.of(layers).several and is_sharded(model)
 
     def on_start(self, run: RunState) -> None:
-        average_gradients_(run.layers.model, ProcessGroup.of(run.layers))
+        average_gradients_(run.trained_model, ProcessGroup.of(run.layers))
 
 
 def shard_base_(model: Model, **options: Any) -> Model:
