@@ -6,7 +6,7 @@ from lorank.lora.find_layers import find_layers
 from lorank.lora.fused_forward import fuse_, is_compiled, unfuse_
 from lorank.lora.gates import LearnedGates
 from lorank.lora.io.load_adapter import load_adapter, read_adapter_config
-from lorank.lora.io.load_weights import resize_on_load
+from lorank.lora.io.load_weights import ResizeOnLoadHandle, resize_on_load
 from lorank.lora.io.save_adapter import fold_gates_, make_peft_model, save_adapter
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
@@ -29,6 +29,7 @@ __all__ = [
     "LearnedGates",
     "Plan",
     "RepackingPrevention",
+    "ResizeOnLoadHandle",
     "base_parameters",
     "check_state",
     "find_layers",

@@ -8,8 +8,8 @@ import torch
 
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.resize import replace_data
+from lorank.lora.variants.gated import update_plain_lora_hook
 
-_CONFIG_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
 _LAYER_FIELDS = ("r", "lora_alpha", "scaling", "lora_variant")
 
 
@@ -25,7 +25,7 @@ class LayersSnapshot:
     def __init__(self, layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None:
         self._layers, self._optimizer = layers, optimizer
         self._gates = layers.gates
-        self._config = {name: getattr(layers.config, name) for name in _CONFIG_FIELDS}
+        self._config = layers.config  # a resize replaces this object, and does not change it
         self._weights = {
             name: [(weight.detach().clone(), weight.grad) for weight in (layer.A, layer.B)]
             for name, layer in layers.items()
@@ -59,13 +59,13 @@ class LayersSnapshot:
                     table.pop(adapter, None)
                 else:
                     table[adapter] = value
+            update_plain_lora_hook(module)
             if not layer.is_embedding:
                 lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
                 lora_A.out_features, lora_A.in_features = layer.stored[0].shape
                 lora_B.out_features, lora_B.in_features = layer.stored[1].shape
         layers.gates = self._gates
-        for name, value in self._config.items():
-            setattr(layers.config, name, value)
+        layers.config = self._config
 
 
 def _read_fields(layer: AdapterLayer) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorank.allocators import Allocator, TrainingInfo
 from lorank.errors import ResumeError, ValidationBatchError
-from lorank.lora import AdapterLayers, find_layers, prevent_repacking, resize_on_load
+from lorank.lora import AdapterLayers, ResizeOnLoadHandle, find_layers, prevent_repacking, resize_on_load
 from lorank.scoring.loss import LossFn
 from lorank.training.checkpoint.integrity import seal
 from lorank.training.checkpoint.rank_state import STATE_KEY
@@ -89,7 +88,7 @@ class RankCallback(TrainerCallback):
         self._layers: AdapterLayers | None = None
         self._initial_ranks: dict[str, int] = {}
         self._within_budget = False
-        self._resize_handle: RemovableHandle | None = None  # before and after training, without optimiser
+        self._resize_handle: ResizeOnLoadHandle | None = None  # before and after training, without optimiser
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The Trainer has not loaded a checkpoint yet. From here on, loading a checkpoint resizes the layers.

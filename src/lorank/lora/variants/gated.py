@@ -18,6 +18,7 @@ from torch import Tensor
 from lorank.errors import AdapterError
 from lorank.lora.pool import pool_of
 from lorank.lora.quantised import guard_merge
+from lorank.lora.rank_zero import state_in_metadata
 from lorank.lora.variants import dora
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.per_head import HeadLora
@@ -103,14 +104,23 @@ class GatedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         raise self.merge_error()
 
 
-def register_plain_lora_hooks(module: LoraLayer) -> None:
+def update_plain_lora_hook(module: LoraLayer) -> None:
     """Makes every state dict of the module contain plain LoRA (``save_pretrained``, the Trainer, ``torch.save``).
 
-    It also makes ``merge`` raise for quantised layers where PEFT ignores gates and heads.
+    The hook is registered if a state dict would contain something else: the module has a gate, heads, a pool or rank 0.
+    Otherwise it is removed, so that nothing of lorank stays on the module. A gate or heads also make ``merge`` raise
+    for quantised layers where PEFT ignores them.
     """
-    guard_merge(module)
-    if _plain_lora_hook not in module._state_dict_hooks.values():
-        module.register_state_dict_post_hook(_plain_lora_hook)
+    present = [key for key, hook in module._state_dict_hooks.items() if hook is _plain_lora_hook]
+    transformed = any(isinstance(variant, GatedLora | HeadLora) for variant in module.lora_variant.values())
+    if transformed:
+        guard_merge(module)
+    if transformed or any(pool_of(module, adapter) is not None or not rank for adapter, rank in module.r.items()):
+        if not present:
+            module.register_state_dict_post_hook(_plain_lora_hook)
+    else:
+        for key in present:
+            del module._state_dict_hooks[key]
 
 
 def _plain_lora_hook(module: LoraLayer, state_dict: MutableMapping[str, Any], prefix: str, metadata: Any) -> None:
@@ -123,6 +133,7 @@ def _plain_lora_hook(module: LoraLayer, state_dict: MutableMapping[str, Any], pr
             # The module stays in the model and in the optimiser, but PEFT cannot load rank 0 from a file.
             for name in (name_A, name_B, f"lora_B.{adapter}.bias"):
                 state_dict.pop(prefix + name, None)
+            state_in_metadata(state_dict, prefix, adapter)
             continue
         if prefix + name_B not in state_dict:
             continue
