@@ -6,7 +6,7 @@ from lorank.lora.find_layers import find_layers
 from lorank.lora.fused_forward import fuse_, is_compiled, unfuse_
 from lorank.lora.gates import LearnedGates
 from lorank.lora.io.load_adapter import load_adapter, read_adapter_config
-from lorank.lora.io.load_weights import ResizeOnLoadHandle, resize_on_load
+from lorank.lora.io.load_weights import ResizeOnLoadHandle, remove_stated_ranks_, resize_on_load
 from lorank.lora.io.save_adapter import fold_gates_, make_peft_model, save_adapter
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
@@ -47,6 +47,7 @@ __all__ = [
     "rank_origins",
     "read_adapter_config",
     "reindex_ranks",
+    "remove_stated_ranks_",
     "reserve_",
     "resize_",
     "resize_on_load",

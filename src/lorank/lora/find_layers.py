@@ -12,6 +12,7 @@ from torch import nn
 from lorank.errors import AdapterError
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.quantised import check_base
+from lorank.lora.shared_memory import MemoryRange, memory_range, overlap
 from lorank.lora.variants.dora import is_dora
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.gated import GatedLora
@@ -39,7 +40,6 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
         )
     adapter = _adapter_name(model, configs, adapter)
     layers: dict[str, AdapterLayer] = {}
-    parameter_owner: dict[int, str] = {}
     # PEFT's patterns are matched against names relative to the wrapped model, so layers are named in this way too.
     inner = _wrapped_model(model)
     inner_name = next(name for name, module in model.named_modules() if module is inner)
@@ -50,15 +50,39 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
         name = full_name.removeprefix(prefix)
         _check_supported(name, module, adapter)
         layer = AdapterLayer(name, module, adapter)
-        for parameter in (layer.A, layer.B):
-            if id(parameter) in parameter_owner:
-                raise AdapterError(
-                    f"{name} and {parameter_owner[id(parameter)]} share a LoRA weight, so their ranks cannot differ. "
-                    "Adapt only one of them, or make the adapter without ensure_weight_tying"
-                )
-            parameter_owner[id(parameter)] = name
         layers[name] = layer
+    _check_no_shared_weights(layers)
     return AdapterLayers(model, adapter, configs[adapter], layers, prefix)
+
+
+def _check_no_shared_weights(layers: Mapping[str, AdapterLayer]) -> None:
+    """Raises AdapterError if two layers share a Parameter, or memory as different Parameters (``ensure_weight_tying``).
+
+    A change of rank would separate them.
+    """
+    parameter_owner: dict[int, str] = {}
+    ranges: list[tuple[MemoryRange, str]] = []
+    for name, layer in layers.items():
+        for parameter in layer.stored:
+            other = parameter_owner.setdefault(id(parameter), name)
+            if other != name:
+                raise _shared_weight_error(name, other)
+            if (found := memory_range(parameter)) is not None:
+                ranges.append((found, name))
+    ranges.sort()
+    furthest: tuple[MemoryRange, str] | None = None
+    for found, name in ranges:
+        if furthest is not None and furthest[1] != name and overlap(furthest[0], found):
+            raise _shared_weight_error(name, furthest[1])
+        if furthest is None or found[0] != furthest[0][0] or found[2] > furthest[0][2]:
+            furthest = found, name
+
+
+def _shared_weight_error(name: str, other: str) -> AdapterError:
+    return AdapterError(
+        f"{name} and {other} share a LoRA weight, so their ranks cannot differ. Make the adapter without "
+        "ensure_weight_tying, so that each module that is adapted has its own LoRA"
+    )
 
 
 def _wrapped_model(model: nn.Module) -> nn.Module:

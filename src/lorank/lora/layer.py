@@ -266,16 +266,17 @@ class AdapterLayers(Mapping[str, AdapterLayer]):
         """Number of elements of A and B over all modules, in the form in which they are trained."""
         return sum(layer.A.numel() + layer.B.numel() for layer in self.values())
 
-    def learn_gates(self, values: Tensor | None = None) -> LearnedGates:
+    def learn_gates(self, values: Tensor | None = None, device: torch.device | None = None) -> LearnedGates:
         """Gives every layer a gate that receives gradients. The optimiser does not hold the gates.
 
         Args:
             values: (R,) for all ranks of all layers, in order; None: ones.
+            device: the device of the gates; None: that of the first layer.
 
         Raises:
             ValueError: ``values`` has another shape.
         """
-        self.gates = LearnedGates(self.ranks, values, self._device())
+        self.gates = LearnedGates(self.ranks, values, device if device is not None else self._device())
         for name, leaf in self.gates.leaves.items():
             self[name].gate = leaf
         return self.gates

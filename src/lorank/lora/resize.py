@@ -71,7 +71,9 @@ def resize_(
             check_state(inner, f"{layer.name}.lora_B", layer.B)
     if changes:
         if layers.gates is not None:
-            layers.learn_gates(torch.cat([layer.gate for layer in layers.values()]))  # type: ignore[misc]  # all are set
+            # On their own device, where the method keeps its state, also if the model has moved to another one.
+            gates = torch.cat([layer.gate for layer in layers.values()])  # type: ignore[misc]  # all are set
+            layers.learn_gates(gates, layers.gates.values.device)
         write_patterns(layers)
 
 

@@ -46,7 +46,7 @@ from lorank.training.checkpoint.rank_state import (
     restore_layers_,
     restore_progress_,
 )
-from lorank.training.checks import check_batch, check_optimizer_state, check_run
+from lorank.training.checks import check_batch, check_in_use, check_optimizer_state, check_run
 from lorank.training.history import RankHistory, Record, log_record, record_of
 from lorank.training.integrations.base import Integrations, StepSkipped
 from lorank.training.integrations.fused_forward import FusedForward
@@ -317,6 +317,7 @@ class Ranks:
     def _allocate(self) -> None:
         run = self._run
         began = time.perf_counter()
+        check_in_use(run.layers)
         self._integrations.before_read(run)
         require_finite_weights(run.layers, run.step)
         context = run.context()

@@ -13,7 +13,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorank.allocators import Allocator, TrainingInfo
 from lorank.errors import ResumeError, ValidationBatchError
-from lorank.lora import AdapterLayers, ResizeOnLoadHandle, find_layers, prevent_repacking, resize_on_load
+from lorank.lora import (
+    AdapterLayers,
+    ResizeOnLoadHandle,
+    find_layers,
+    prevent_repacking,
+    remove_stated_ranks_,
+    resize_on_load,
+)
 from lorank.scoring.loss import LossFn
 from lorank.training.checkpoint.integrity import seal
 from lorank.training.checkpoint.rank_state import STATE_KEY
@@ -36,6 +43,10 @@ class RankCallback(TrainerCallback):
 
     The Trainer's checkpoints are plain PEFT adapters. ``resume_from_checkpoint`` continues a run exactly.
     ``load_best_model_at_end`` restores the best weights together with their ranks.
+
+    Before and after a run, one hook stays on the model: a resumed ``train()`` loads its checkpoint before it calls any
+    callback, so the hook that resizes the layers must be there already. It changes nothing unless weights of other
+    ranks are loaded. It is copied and pickled with the model, and acts on the copy then.
 
     Args:
         allocator: the method, with its settings.
@@ -157,6 +168,9 @@ class RankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.ranks is not None:
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                # FSDP loads the weights without the folder's configuration, which states the modules at rank 0.
+                remove_stated_ranks_(self.ranks.layers, state.best_model_checkpoint, self.ranks.optimizer)
             self.ranks.finish()  # after an early stop, or after the best checkpoint was loaded
             self.ranks.detach()
             self._resize_handle = resize_on_load(self.ranks.layers)

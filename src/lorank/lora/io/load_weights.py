@@ -172,7 +172,7 @@ def _load(run: _Run, empty: Iterable[str], prefix: str, state_dict: MutableMappi
         _split_state_dict(layers[name], head_ranks, keys[name], state_dict)
     if not live_gates_kept:
         for name in loaded:
-            _reset_gate(layers[name])
+            _reset_gate(layers[name], learned=layers.gates is not None)
         if run.on_new_weights is not None:
             run.on_new_weights()
     for name, layer in layers.items():
@@ -182,6 +182,23 @@ def _load(run: _Run, empty: Iterable[str], prefix: str, state_dict: MutableMappi
         if layer.pool is not None and all(key in state_dict for key in keys[name]):
             _fill_pool(layer, layer.pool, keys[name], state_dict)
     _warn_of_absent(layers, [name for name, layer in layers.items() if layer.rank and name not in loaded])
+
+
+def remove_stated_ranks_(
+    layers: AdapterLayers, folder: str | Path, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Takes all ranks from the layers that the adapter in ``folder`` states at rank 0.
+
+    ``model.load_adapter`` does this by itself. Frameworks that load a checkpoint without it (FSDP) need this call after
+    it. A layer that has ranks in the folder is unchanged.
+
+    Args:
+        layers: all LoRA layers of one adapter, with the weights in ``folder``.
+        folder: the adapter's folder; nothing changes if there is no adapter in it.
+        optimizer: the optimiser whose state is resized too, or None.
+    """
+    emptied = [name for name in stated_in_targets(_folder_targets(Path(folder)), layers) if layers[name].rank]
+    resize_(layers, {name: _no_rank(layers[name]) for name in emptied}, optimizer)
 
 
 def _load_adapter(model: PeftModel, *arguments: Any, **options: Any) -> Any:
@@ -269,12 +286,16 @@ def _keep_live_gates(layers: AdapterLayers, keys: Keys, state_dict: MutableMappi
 
 
 @torch.no_grad()
-def _reset_gate(layer: AdapterLayer) -> None:
-    """Sets the gate of a layer to one, and its gradient to zero."""
-    if layer.gate is not None:
-        layer.gate.fill_(1)
-        if layer.gate.grad is not None:
-            layer.gate.grad.zero_()
+def _reset_gate(layer: AdapterLayer, *, learned: bool) -> None:
+    """Sets a learned gate to one and its gradient to zero. Removes a gate that no run learns (in a copy of a model)."""
+    if layer.gate is None:
+        return
+    if not learned:
+        layer.gate = None
+        return
+    layer.gate.fill_(1)
+    if layer.gate.grad is not None:
+        layer.gate.grad.zero_()
 
 
 def _in_file_layout(layer: AdapterLayer, B: Tensor) -> Tensor:
