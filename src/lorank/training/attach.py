@@ -43,6 +43,9 @@ def attach(
             optimizer.step()
             optimizer.zero_grad()
 
+    To resume, call it on the model as the run began, before ``model.load_state_dict``: from then on, loading weights of
+    other ranks resizes the layers. The optimiser may be loaded before or after.
+
     Args:
         model: a ``PeftModel`` with a LoRA adapter, or ``DistributedDataParallel`` of one. If several processes train
             together, each of them calls this function with the same arguments.
