@@ -66,14 +66,14 @@ def _check_no_shared_weights(layers: Mapping[str, AdapterLayer]) -> None:
         for parameter in layer.stored:
             other = parameter_owner.setdefault(id(parameter), name)
             if other != name:
-                raise _shared_weight_error(name, other)
+                raise _shared_weight_error(other, name)
             if (found := memory_range(parameter)) is not None:
                 ranges.append((found, name))
     ranges.sort()
     furthest: tuple[MemoryRange, str] | None = None
     for found, name in ranges:
         if furthest is not None and furthest[1] != name and overlap(furthest[0], found):
-            raise _shared_weight_error(name, furthest[1])
+            raise _shared_weight_error(*sorted((name, furthest[1]), key=list(layers).index))
         if furthest is None or found[0] != furthest[0][0] or found[2] > furthest[0][2]:
             furthest = found, name
 
