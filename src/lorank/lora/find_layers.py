@@ -80,8 +80,9 @@ def _check_no_shared_weights(layers: Mapping[str, AdapterLayer]) -> None:
 
 def _shared_weight_error(name: str, other: str) -> AdapterError:
     return AdapterError(
-        f"{name} and {other} share a LoRA weight, so their ranks cannot differ. Make the adapter without "
-        "ensure_weight_tying, so that each module that is adapted has its own LoRA"
+        f"{name} and {other} share a LoRA weight, so their ranks cannot differ. Leave tied modules out of "
+        "target_modules, or make the adapter without ensure_weight_tying, so that each module has its own LoRA (which "
+        "must not be merged into tied base weights then)"
     )
 
 
