@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import copy
-import io
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from lorank.lora import LayerPlan, find_layers, resize_
-from lorank.lora.rank_zero import stated_in_metadata, stated_in_targets, target_entries, target_pattern
+from lorank.lora.rank_zero import (
+    EXTRA_STATE,
+    extra_state,
+    stated_adapters,
+    stated_in_targets,
+    target_entries,
+    target_pattern,
+)
 from tests.elsewhere import Case, reload
 from tests.lora.forms import logits
 from tests.models import adapted, tiny_llama, token_batch
@@ -28,22 +38,44 @@ def with_empty_modules(layers: int = 2) -> PeftModel:
     return model
 
 
-def test_a_state_dict_states_rank_0_at_every_level_and_keeps_it_in_a_file_and_in_a_copy() -> None:
+def test_every_copy_and_file_of_a_state_dict_states_rank_0_and_an_adapters_file_holds_nothing(tmp_path: Path) -> None:
     model = with_empty_modules()
     state = nn.ModuleDict({"inner": model}).state_dict()
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    for dictionary in (state, copy.deepcopy(state), torch.load(file, weights_only=True)):
-        for level, prefix in (
-            ("", "inner.base_model.model."),
-            ("inner", "base_model.model."),
-            ("inner.base_model", "model."),
-        ):
-            found = stated_in_metadata(dictionary._metadata[level], "default")
-            assert found == {f"{prefix}{Q}", f"{prefix}{DOWN}"}
-    assert not stated_in_metadata(state._metadata[""], "another adapter")
+    torch.save(state, tmp_path / "state.pt")
+    save_file(state, tmp_path / "state.safetensors")
+    for dictionary in (
+        state,
+        {**state},
+        copy.deepcopy(state),
+        torch.load(tmp_path / "state.pt", weights_only=True),
+        load_file(tmp_path / "state.safetensors"),
+    ):
+        stated = {key: stated_adapters(value) for key, value in dictionary.items() if key.endswith(EXTRA_STATE)}
+        assert stated == {f"inner.base_model.model.{name}.{EXTRA_STATE}": {"default"} for name in (Q, DOWN)}
     assert not any(Q in key and "lora_" in key for key in state)
+    assert not any(EXTRA_STATE in key for key in get_peft_model_state_dict(model))
+    assert get_model_state_dict(model).keys() == model.state_dict().keys()  # PyTorch's distributed checkpoints
+
+
+def test_another_extra_state_states_nothing() -> None:
+    for value in (None, {"rank 0": ["default"]}, torch.zeros(0), torch.tensor([300]), extra_state(["default"])[1:]):
+        assert not stated_adapters(value)
+    assert stated_adapters(extra_state(["a", "b"]).to(torch.bfloat16)) == {"a", "b"}
+
+
+@pytest.mark.parametrize("lora", [{}, {"target_modules": ["embed_tokens", "q_proj"]}], ids=["linear", "embedding"])
+def test_a_model_loads_its_own_state_dict_strictly_without_a_run(lora: dict[str, Any]) -> None:
+    model = adapted(tiny_llama(), **lora)
+    layers = find_layers(model)
+    first = next(iter(layers))
+    resize_(layers, {first: LayerPlan(())})
+    before = model.state_dict()
+    model.load_state_dict(before)
+    assert layers[first].rank == 0
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{re.escape(first)}"):  # nothing states that it has rank 0
+        model.load_state_dict({key: value for key, value in before.items() if EXTRA_STATE not in key})
+    resize_(layers, {first: LayerPlan((), 2)})
+    assert not any(module._load_state_dict_pre_hooks or module._state_dict_hooks for module in model.modules())
 
 
 def test_a_configuration_states_rank_0_in_both_forms_of_target_modules() -> None:

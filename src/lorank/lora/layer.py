@@ -24,7 +24,7 @@ from lorank.lora.pool import Pool, pool_of
 from lorank.lora.scaling import alpha_for, scaling_of
 from lorank.lora.variants.dora import is_dora
 from lorank.lora.variants.fused import FusedLora
-from lorank.lora.variants.gated import GatedLora, update_plain_lora_hook
+from lorank.lora.variants.gated import GatedLora, update_plain_lora_hooks
 from lorank.lora.variants.per_head import HeadLora
 
 
@@ -186,7 +186,7 @@ class AdapterLayer:
             self.module.lora_variant.pop(self.adapter, None)
             if own is not None:
                 self.module.lora_variant[self.adapter] = own
-            update_plain_lora_hook(self.module)
+            update_plain_lora_hooks(self.module)
             return
         if gate.dim() not in (1, 2) or gate.shape[-1] != self.rank:
             raise AdapterError(
@@ -198,7 +198,7 @@ class AdapterLayer:
             variant.gate = gate
         else:
             self.module.lora_variant[self.adapter] = GatedLora(gate, own)
-            update_plain_lora_hook(self.module)
+            update_plain_lora_hooks(self.module)
 
     def __repr__(self) -> str:
         return f"AdapterLayer({self.name}, rank={self.rank}, d_in={self.d_in}, d_out={self.d_out}, s={self.scaling:g})"

@@ -1,9 +1,11 @@
 """How a saved adapter states that a module has rank 0. Absent weights state nothing.
 
-A file of weights holds no module of rank 0, because PEFT and servers cannot load rank 0. So the statement is beside the
-weights, in two places:
+A file of an adapter holds no module of rank 0, because PEFT and servers cannot load rank 0. So the statement is beside
+the weights, in two places:
 
-- A ``state_dict()``: in the metadata that PyTorch keeps with it. They survive ``torch.save`` and ``copy.deepcopy``.
+- A ``state_dict()`` of the whole model: as the extra state of the layer, a small tensor under PyTorch's key for extra
+  states. It survives every format that keeps tensors by name, also safetensors. PEFT does not put it in an adapter's
+  file.
 - A folder: in ``target_modules`` of its configuration, as the entry ``rank-0:`` and the module's full name. PEFT adapts
   the modules whose names it finds in ``target_modules``. No module has such a name, so PEFT reads, merges and combines
   the configuration as without the entry, and gives no warning. (An entry in ``rank_pattern`` gives a warning, and
@@ -12,37 +14,33 @@ weights, in two places:
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
-KEY = "lorank_rank_0"
-"""The key in a module's metadata: for each adapter, the names of the layers at rank 0 in this module."""
+import torch
+from torch import Tensor
+
+EXTRA_STATE = "_extra_state"
+"""PyTorch's name of the extra state of a module in a state dict."""
+_FIELD = "rank 0"
 _PREFIX = "rank-0:"
 
 
-def state_in_metadata(state_dict: Any, prefix: str, adapter: str) -> None:
-    """States in the metadata of a state dict that the layer with this prefix has rank 0.
-
-    The statement is made for the layer and all modules around it, because a hook that loads weights into one of these
-    modules gets only the metadata of this module.
-
-    Args:
-        state_dict: the result of ``state_dict()``; without metadata, nothing can be stated.
-        prefix: the prefix of the layer's keys, with a dot at the end.
-        adapter: the adapter's name.
-    """
-    metadata: Mapping[str, dict[str, Any]] = getattr(state_dict, "_metadata", {})
-    parts = prefix.removesuffix(".").split(".")
-    for i in range(len(parts)):
-        outer = metadata.get(".".join(parts[:i]))
-        if outer is not None:
-            outer.setdefault(KEY, {}).setdefault(adapter, []).append(".".join(parts[i:]))
+def extra_state(adapters: Collection[str]) -> Tensor:
+    """The extra state of a layer that has rank 0 for these adapters: JSON as uint8, (bytes,)."""
+    return torch.tensor(list(json.dumps({_FIELD: sorted(adapters)}).encode()), dtype=torch.uint8)
 
 
-def stated_in_metadata(metadata: Mapping[str, Any], adapter: str) -> frozenset[str]:
-    """The modules that the metadata of a module's weights state at rank 0, by their names in this module."""
-    return frozenset(metadata.get(KEY, {}).get(adapter, ()))
+def stated_adapters(value: Any) -> frozenset[str]:
+    """The adapters for which an extra state states rank 0; none if it is not an :func:`extra_state`."""
+    if not isinstance(value, Tensor):
+        return frozenset()
+    try:
+        return frozenset(json.loads(bytes(int(byte) for byte in value.flatten().tolist()))[_FIELD])
+    except (ValueError, KeyError, TypeError):
+        return frozenset()
 
 
 def target_entries(names: Iterable[str]) -> list[str]:

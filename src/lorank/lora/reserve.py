@@ -13,7 +13,7 @@ from lorank.lora.find_layers import find_layers
 from lorank.lora.layer import AdapterLayer
 from lorank.lora.pool import POOLS, Pool, padded
 from lorank.lora.resize import replace_data
-from lorank.lora.variants.gated import to_plain_lora, update_plain_lora_hook
+from lorank.lora.variants.gated import to_plain_lora, update_plain_lora_hooks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -54,7 +54,7 @@ def reserve_(model: Model, max_rank: int | None = None, adapter: str | None = No
         for parameter, data in zip(stored, (padded(layer.A, 0, capacity), padded(layer.B, 1, capacity)), strict=True):
             replace_data(parameter, data)
         vars(layer.module).setdefault(POOLS, {})[layer.adapter] = pool
-        update_plain_lora_hook(layer.module)
+        update_plain_lora_hooks(layer.module)
     if hasattr(model, "save_pretrained"):
         vars(model)["save_pretrained"] = partial(_save_plain_lora, model)  # a copy of the model saves the copy
     return model

@@ -26,7 +26,7 @@ from lorank.lora.rank_index import reindex_ranks
 from lorank.lora.rank_zero import target_entries, target_pattern
 from lorank.lora.resize_plan import LayerPlan, Plan, check_heads, check_places
 from lorank.lora.scaling import alpha_for, scaling_of
-from lorank.lora.variants.gated import update_plain_lora_hook
+from lorank.lora.variants.gated import update_plain_lora_hooks
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def _resize_layer(layer: AdapterLayer, layer_plan: LayerPlan, generator: torch.G
     module.scaling[adapter] = (
         (scaling_of(module.lora_alpha[adapter], rank, layer.use_rslora) or s) if from_alpha else live
     )
-    update_plain_lora_hook(module)
+    update_plain_lora_hooks(module)
     if gate is not None:
         grown = reindex_ranks(gate.detach(), origins, gate.dim() - 1)
         grown[..., new.to(grown.device)] = 1

@@ -8,7 +8,7 @@ import torch
 
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.resize import replace_data
-from lorank.lora.variants.gated import update_plain_lora_hook
+from lorank.lora.variants.gated import update_plain_lora_hooks
 
 _LAYER_FIELDS = ("r", "lora_alpha", "scaling", "lora_variant")
 
@@ -59,7 +59,7 @@ class LayersSnapshot:
                     table.pop(adapter, None)
                 else:
                     table[adapter] = value
-            update_plain_lora_hook(module)
+            update_plain_lora_hooks(module)
             if not layer.is_embedding:
                 lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
                 lora_A.out_features, lora_A.in_features = layer.stored[0].shape

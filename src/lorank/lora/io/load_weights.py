@@ -38,7 +38,7 @@ from lorank.lora.io.adapter_validation import CONFIG, MAX_CONFIG_BYTES
 from lorank.lora.kernels.per_head import dense_B
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.pool import Pool, padded
-from lorank.lora.rank_zero import stated_in_metadata, stated_in_targets
+from lorank.lora.rank_zero import EXTRA_STATE, stated_adapters, stated_in_targets
 from lorank.lora.resize import resize_
 from lorank.lora.resize_plan import LayerPlan, plan_for_heads, plan_for_rank
 from lorank.lora.variants.gated import fold_gate
@@ -125,7 +125,6 @@ class ResizeOnLoad:
         module: nn.Module,
         state_dict: MutableMapping[str, Tensor],
         prefix: str,
-        local_metadata: Mapping[str, Any],
         *_: Any,
     ) -> None:
         run = self._run
@@ -135,10 +134,12 @@ class ResizeOnLoad:
             except AdapterError:
                 return  # the copy has no such adapter any more, or has merged it: it loads as without lorank
         layers = run.layers
-        in_dict = stated_in_metadata(local_metadata, self.adapter)
-        empty = {name for name in layers if f"{layers.prefix}{name}" in in_dict}
-        empty |= stated_in_targets(self.folder_targets, layers)
-        _load(run, empty, prefix, state_dict)
+        empty = {
+            name
+            for name in layers
+            if self.adapter in stated_adapters(state_dict.get(f"{prefix}{layers.prefix}{name}.{EXTRA_STATE}"))
+        }
+        _load(run, empty | stated_in_targets(self.folder_targets, layers), prefix, state_dict)
 
 
 def _load(run: _Run, empty: Iterable[str], prefix: str, state_dict: MutableMapping[str, Tensor]) -> None:
