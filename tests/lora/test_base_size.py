@@ -27,6 +27,12 @@ def test_tied_parameters_count_once() -> None:
     assert base_parameters(untied) - base_parameters(tied) == untied.lm_head.weight.numel()
 
 
+def test_parameters_around_the_same_memory_count_once() -> None:
+    model = tiny_llama()
+    model.lm_head.weight = nn.Parameter(model.get_input_embeddings().weight.data)
+    assert base_parameters(model) == count(tiny_llama(tie_word_embeddings=True))
+
+
 def test_a_packed_layer_counts_as_before_packing() -> None:
     class Packed(nn.Module):
         """Two values of 4 bits in a byte, as bitsandbytes stores them."""

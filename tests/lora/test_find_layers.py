@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from peft import LoraConfig, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+import lorank
 from lorank.errors import AdapterError
 from lorank.lora import HeadGroups, find_layers
-from tests.lora.forms import OUT, Q, in_heads
-from tests.models import adapted, tiny_llama
+from tests.lora.forms import OUT, Q, in_heads, logits
+from tests.models import adapted, tiny_llama, token_batch
+from tests.training.loops import QUICK, adamw
 
 
 def test_layers_are_found_in_the_models_order_with_names_of_the_base_model() -> None:
@@ -76,6 +81,49 @@ class TestErrors:
         ):
             find_layers(both)
         assert find_layers(both.towers["document"]).model is both.towers["document"]
+
+    def test_layers_that_share_memory_and_not_a_parameter(self, tmp_path: Path) -> None:
+        """PEFT's tied adapters."""
+        base = tiny_llama(tie_word_embeddings=True)
+        tied = adapted(base, ensure_weight_tying=True, target_modules=["embed_tokens", "q_proj"])
+        before = {name: value.clone() for name, value in tied.state_dict().items()}
+        with pytest.raises(
+            AdapterError,
+            match=r"embed_tokens and lm_head share a LoRA weight.*target_modules, or .*without ensure_weight_tying",
+        ):
+            lorank.attach(tied, adamw(tied), QUICK, validation_batch=token_batch(), total_steps=4)
+        assert all(torch.equal(value, before[name]) for name, value in tied.state_dict().items())
+
+    @pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["q_proj"]], ids=["untied", "left out"])
+    @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+    def test_the_remedies_for_shared_memory_work(self, tmp_path: Path, targets: list[str]) -> None:
+        model = adapted(tiny_llama(tie_word_embeddings=True), target_modules=targets)
+        optimizer = adamw(model)
+        ranks = lorank.attach(model, optimizer, QUICK, validation_batch=token_batch(), total_steps=4)
+        for seed in range(4):
+            model(**token_batch(seed=seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ranks.detach()
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path)
+        assert find_layers(loaded).ranks == {name: rank for name, rank in ranks.layers.ranks.items() if rank}
+        assert torch.equal(logits(loaded), logits(model))
+
+    def test_one_parameter_in_two_layers(self) -> None:
+        model = adapted(tiny_llama())
+        first, second = (layer.module for layer in list(find_layers(model).values())[:2])
+        second.lora_A["default"].weight = first.lora_A["default"].weight
+        with pytest.raises(AdapterError, match="share a LoRA weight"):
+            find_layers(model)
+
+    def test_views_of_one_buffer_without_overlap_are_not_shared(self) -> None:
+        model = adapted(tiny_llama())
+        weights = [weight for layer in find_layers(model).values() for weight in (layer.A, layer.B)]
+        buffer = torch.zeros(sum(weight.numel() for weight in weights))
+        for weight, part in zip(weights, torch.split(buffer, [w.numel() for w in weights]), strict=True):
+            weight.data = part.view_as(weight)  # as DeepSpeed and other frameworks do
+        assert len(find_layers(model)) == 14
 
     def test_no_adapter(self) -> None:
         with pytest.raises(AdapterError, match=r"no LoRA layer found in LlamaForCausalLM.*get_peft_model"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from lorank.errors import OptimizerStateError, PlanError
@@ -216,3 +217,34 @@ class TestErrors:
         after = model.state_dict()
         assert all(torch.equal(before[key], after[key]) for key in before)
         assert set(layers.ranks.values()) == {4}
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["PeftModel", "add_adapter"])
+def test_the_users_own_configuration_stays_and_a_second_model_starts_like_the_first(native: bool) -> None:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+
+    def make() -> torch.nn.Module:
+        model = tiny_llama()
+        if not native:
+            return get_peft_model(model, config)
+        model.add_adapter(config)
+        return model
+
+    model = make()
+    before = copy.deepcopy(config.to_dict())
+    layers = find_layers(model)
+    start = layers.ranks
+    first, second, *_ = layers
+    resize_(layers, {first: LayerPlan(()), second: LayerPlan((0, 1, 2, 3), 4)})
+    assert config.to_dict() == before
+    live = model.peft_config["default"]
+    assert live is layers.config is find_layers(model).config
+    assert live is not config
+    assert live.r == 8
+    for module in model.modules():  # every dictionary of PEFT holds the live one
+        assert all(one is live for one in getattr(module, "peft_config", {}).values())
+    assert find_layers(make()).ranks == start
+    resize_(find_layers(model), {second: LayerPlan((0,))})  # through another view: the first one sees it
+    assert layers.config is model.peft_config["default"]
+    assert layers.config.r == 4
+    assert live.r == 8

@@ -90,8 +90,9 @@ def test_after_layers_were_split_into_heads() -> None:
 
 def test_a_run_that_is_refused_after_ranks_have_moved_leaves_them_as_they_were() -> None:
     model, optimizer = trained()
-    before = everything(model, optimizer)
+    before, config = everything(model, optimizer), model.peft_config["default"]
     allocator = lorank.ALoRASensi(per_round=10_000, budget=1)  # the budget is met first, then the round does not fit
     with pytest.raises(LorankError, match="per_round"):
         lorank.attach(model, optimizer, allocator, total_steps=10)
     assert same(before, everything(model, optimizer))
+    assert model.peft_config["default"] is config is model.base_model.peft_config["default"]

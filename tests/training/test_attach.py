@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +92,45 @@ def test_the_users_own_loss_and_scheduler_and_clipping() -> None:
 
 
 # Resume: a loop that keeps weights and optimiser has kept everything.
+
+
+def accelerated(folder: Path | None, first: int) -> tuple[Accelerator, lorank.Ranks, list[float]]:
+    """SoRA in accelerate's loop from step ``first``, which empties modules; resumed from ``folder`` if there is one."""
+    accelerator = Accelerator(cpu=True)
+    model = adapted(tiny_llama(), random_B=False)
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    ranks = lorank.attach(model, optimizer, lorank.SoRA(prune_every=2), total_steps=12)
+    if folder is not None:
+        accelerator.load_state(str(folder))
+    losses = []
+    for seed in range(first, 12 if folder is not None else 10):
+        loss = model(**token_batch(seed=seed)).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return accelerator, ranks, losses
+
+
+def test_accelerates_saved_state_resumes_across_modules_at_rank_0(tmp_path: Path) -> None:
+    """accelerate keeps the whole model in safetensors, whose tensors must state rank 0."""
+    accelerator, ranks, _ = accelerated(None, 0)
+    assert 0 in ranks.layers.ranks.values()
+    accelerator.save_state(str(tmp_path))
+    model, optimizer = ranks.layers.model, ranks.optimizer
+    expected = []
+    for seed in (10, 11):
+        loss = model(**token_batch(seed=seed)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(float(loss.detach()))
+    _, resumed, losses = accelerated(tmp_path, 10)
+    assert losses == expected
+    assert resumed.layers.ranks == ranks.layers.ranks
+    for name, layer in ranks.layers.items():
+        assert torch.equal(resumed.layers[name].A, layer.A)
+        assert torch.equal(resumed.layers[name].B, layer.B)
 
 
 # Bad input, and runs in which nothing happens.

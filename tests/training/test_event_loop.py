@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from lorank.lora.variants.fused import FusedLora
 from lorank.training.integrations.base import Integration, Integrations, StepSkipped
 from lorank.training.integrations.no_allocation_warning import NoAllocationWarning
 from lorank.training.run_state import RunState
+from tests.methods import METHODS, STEPS
 from tests.models import adapted, tiny_llama, token_batch
 from tests.training.integrations.noting import HOOKS, Noting
 from tests.training.loops import QUICK, adamw, run_loop
@@ -217,3 +221,76 @@ def test_detach_removes_every_hook() -> None:
         optimizer.step()
     assert ranks.step == 0
     assert "lorank" not in optimizer.state_dict()["param_groups"][0]
+
+
+def everything_on(model: torch.nn.Module) -> list[tuple[str, ...]]:
+    """What a module can carry beside its weights: hooks, attributes of the instance, its class, PEFT's variants."""
+    return [
+        (
+            name,
+            type(module).__qualname__,
+            *sorted(vars(module)),
+            *(
+                f"{kind} {hook}"
+                for kind in vars(module)
+                if kind.endswith("_hooks")
+                for hook in vars(module)[kind].values()
+            ),
+            *(repr(variant) for variant in getattr(module, "lora_variant", {}).values()),
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("method", ["alora", "adalora", "sora", "ard-heads"])
+def test_after_a_run_only_modules_at_rank_0_carry_anything(method: str) -> None:
+    model = adapted(tiny_llama(), random_B=False, **METHODS[method].lora).train()
+    before = everything_on(model)
+    optimizer = adamw(model)
+    ranks = lorank.attach(model, optimizer, METHODS[method].make(), validation_batch=token_batch(), total_steps=STEPS)
+    assert everything_on(model) != before
+    for seed in range(STEPS):
+        model(**token_batch(seed=seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ranks.detach()
+    empty = {f"{ranks.layers.prefix}{name}" for name, rank in ranks.layers.ranks.items() if not rank}
+    after = everything_on(model)
+    assert [one for one in after if one[0] not in empty] == [one for one in before if one[0] not in empty]
+    for then, now in zip(before, after, strict=True):
+        if then[0] in empty:
+            assert len(now) == len(then) + 2  # the hooks that save and load it without its empty tensors
+
+
+def test_a_model_with_a_run_is_copied_and_pickled_and_the_copies_train_alone(tmp_path: Path) -> None:
+    model = adapted(tiny_llama(), random_B=False).train()
+    optimizer = adamw(model)
+    ranks = lorank.attach(model, optimizer, METHODS["sora"].make(), validation_batch=token_batch(), total_steps=STEPS)
+    for seed in range(STEPS - 1):
+        model(**token_batch(seed=seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ranks.layers.gates is not None
+    assert 0 in ranks.layers.ranks.values()
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(token_batch(), tmp_path / "batch.pt")
+    script = (
+        "import torch; torch.set_num_threads(1); model = torch.load('model.pt', weights_only=False).eval()\n"
+        "with torch.no_grad(): out = [model(**torch.load('batch.pt')).logits]\n"
+        "model.load_state_dict(model.state_dict())\n"  # in a process that has never seen the run
+        "with torch.no_grad(): out.append(model(**torch.load('batch.pt')).logits)\n"
+        "torch.save(out, 'out.pt')"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
+    found = torch.load(tmp_path / "out.pt")
+    model.eval()
+    with torch.no_grad():
+        expected = model(**token_batch()).logits
+        teacher = copy.deepcopy(model)
+        model.train()
+        for weight in teacher.parameters():
+            weight.zero_()
+        model.eval()
+        assert torch.equal(model(**token_batch()).logits, expected)
+    assert torch.allclose(found[0], expected, atol=1e-6)
+    assert torch.allclose(found[1], expected, atol=1e-6)

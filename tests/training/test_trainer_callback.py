@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import itertools
 import json
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import lorank
@@ -134,6 +136,80 @@ def test_a_run_killed_between_two_allocations_resumes_bitwise_in_a_new_process(t
     assert len(straight["losses"]) == 12
     assert resumed == straight
     assert resumed["history"] == [0, 1, 3, 5, 7, 9]
+
+
+def emptying_trainer(output: Path, **changes) -> Trainer:
+    """SoRA, which takes all ranks from some modules."""
+    trainer = make_trainer(output, **{"save_steps": 1, **changes})
+    trainer.pop_callback(lorank.RankCallback)
+    trainer.add_callback(lorank.RankCallback(lorank.SoRA(prune_every=2)))
+    return trainer
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**token_batch(seed=5)).logits
+
+
+def in_plain_peft(checkpoint: Path) -> PeftModel:
+    return PeftModel.from_pretrained(tiny_llama(), checkpoint).eval()
+
+
+def test_after_a_run_the_model_is_copied_pickled_and_loaded_as_any_other(tmp_path: Path) -> None:
+    trainer = emptying_trainer(tmp_path)
+    trainer.train()
+    model, layers = trainer.model, lorank.find_layers(trainer.model)
+    end, end_ranks = logits(model), layers.ranks
+    early, late = tmp_path / "checkpoint-2", tmp_path / "checkpoint-12"
+    assert 0 not in lorank.find_layers(in_plain_peft(early)).ranks.values()
+    assert 0 in end_ranks.values()
+
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        other.load_adapter(early, "default")
+        assert torch.equal(logits(other), logits(in_plain_peft(early)))
+        other.load_adapter(late, "default")
+        assert lorank.find_layers(other).ranks == end_ranks
+        assert torch.equal(logits(other), end)
+        assert layers.ranks == end_ranks
+        assert torch.equal(logits(model), end)
+
+    some = {key: value for key, value in get_peft_model_state_dict(model).items() if "layers.1" in key}
+    set_peft_model_state_dict(model, some)  # a part of its own weights
+    assert layers.ranks == end_ranks
+    assert torch.equal(logits(model), end)
+    model.load_adapter(early, "default")
+    assert torch.equal(logits(model), logits(in_plain_peft(early)))
+
+    for again in (trainer, emptying_trainer(tmp_path)):  # the trainer of the first run, and a new one
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+        assert lorank.find_layers(again.model).ranks == end_ranks
+        assert torch.equal(logits(again.model), end)
+
+
+@pytest.mark.parametrize("best", [3, 9])
+def test_load_best_model_at_end_across_modules_at_rank_0(tmp_path: Path, best: int) -> None:
+    evaluations = itertools.count(1)
+    trainer = emptying_trainer(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="distance",
+        greater_is_better=False,
+    )
+    trainer.compute_metrics = lambda _: {"distance": abs(next(evaluations) - best)}
+    # No budget: the best checkpoint may be one from before the ranks were removed.
+    trainer.pop_callback(lorank.RankCallback)
+    trainer.add_callback(lorank.RankCallback(lorank.SoRA(prune_every=2, budget=None)))
+    trainer.train()
+    checkpoint = Path(trainer.state.best_model_checkpoint)
+    saved = in_plain_peft(checkpoint)
+    ranks = lorank.find_layers(trainer.model).ranks
+    assert {name: rank for name, rank in ranks.items() if rank} == lorank.find_layers(saved).ranks
+    assert torch.equal(logits(trainer.model), logits(saved))
 
 
 def test_resuming_without_the_callbacks_state_or_with_other_settings_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from lorank.lora.gates import LearnedGates
 from lorank.lora.initialisation import check_base_unchanged, check_file_can_shrink
 from lorank.lora.io.adapter_folder import is_adapter_file
 from lorank.lora.io.load_adapter import load_adapter, read_adapter_config
-from lorank.lora.io.load_weights import resize_on_load
+from lorank.lora.io.load_weights import ResizeOnLoadHandle, remove_stated_ranks_, resize_on_load
 from lorank.lora.io.save_adapter import check_save_directory, fold_gates_, make_peft_model, save_adapter
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
@@ -34,6 +34,7 @@ __all__ = [
     "LearnedGates",
     "Plan",
     "RepackingPrevention",
+    "ResizeOnLoadHandle",
     "base_parameters",
     "check_base_unchanged",
     "check_file_can_shrink",
@@ -59,6 +60,7 @@ __all__ = [
     "rank_origins",
     "read_adapter_config",
     "reindex_ranks",
+    "remove_stated_ranks_",
     "reserve_",
     "resize_",
     "resize_on_load",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from lorank.lora.shared_memory import memory_range
 
 
 def base_parameters(model: nn.Module) -> int:
@@ -16,7 +18,7 @@ def base_parameters(model: nn.Module) -> int:
     Adapters and trained copies of modules are not counted. Tied parameters are counted once. Layers with packed weights
     (4-bit bitsandbytes, GPTQ, HQQ) count d_in · d_out, as before quantisation.
     """
-    seen: set[int] = set()
+    seen: set[Hashable] = set()
     return sum(_parameters(module, seen) for module in _base_modules(model))
 
 
@@ -33,7 +35,7 @@ def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
                 yield from _base_modules(child)
 
 
-def _parameters(module: nn.Module, seen: set[int]) -> int:
+def _parameters(module: nn.Module, seen: set[Hashable]) -> int:
     """Number of parameters of the module itself, without its children."""
     total = 0
     packed = _is_packed(module)
@@ -43,8 +45,10 @@ def _parameters(module: nn.Module, seen: set[int]) -> int:
         bias = getattr(module, "bias", None)
         total += int(sizes.in_features) * int(sizes.out_features) + (0 if bias is None else bias.numel())
     for parameter in () if packed else module.parameters(recurse=False):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
+        # Tied weights may be one Parameter, or several around the same memory.
+        key = memory_range(parameter) or id(parameter)
+        if key not in seen:
+            seen.add(key)
             total += parameter.numel()
     return total
 

@@ -12,6 +12,7 @@ from torch import nn
 from lorank.errors import AdapterError
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.quantised import check_base
+from lorank.lora.shared_memory import MemoryRange, memory_range, overlap
 from lorank.lora.supported_kinds import check_kinds
 from lorank.lora.variants.dora import is_dora
 from lorank.lora.variants.fused import FusedLora
@@ -41,7 +42,6 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     adapter = _adapter_name(model, configs, adapter)
     layers: dict[str, AdapterLayer] = {}
-    parameter_owner: dict[int, str] = {}
     # PEFT's patterns are matched against names relative to the wrapped model, so layers are named in this way too.
     inner = wrapped_model(model)
     inner_name = next(name for name, module in model.named_modules() if module is inner)
@@ -57,15 +57,8 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
             continue
         name = full_name.removeprefix(prefix)
         _check_supported(name, module, adapter)
-        layer = AdapterLayer(name, module, adapter, configs[adapter].bias)
-        for parameter in (layer.A, layer.B):
-            if id(parameter) in parameter_owner:
-                raise AdapterError(
-                    f"{name} and {parameter_owner[id(parameter)]} share a LoRA weight, so their ranks cannot differ. "
-                    "Adapt only one of them, or make the adapter without ensure_weight_tying"
-                )
-            parameter_owner[id(parameter)] = name
-        layers[name] = layer
+        layers[name] = AdapterLayer(name, module, adapter, configs[adapter].bias)
+    _check_no_shared_weights(layers)
     return AdapterLayers(model, adapter, configs[adapter], layers, prefix)
 
 
@@ -106,6 +99,37 @@ def _adapted_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield name, module
             continue
         waiting = [(f"{name}.{key}".lstrip("."), child) for key, child in module.named_children()] + waiting
+
+
+def _check_no_shared_weights(layers: Mapping[str, AdapterLayer]) -> None:
+    """Raises AdapterError if two layers share a Parameter, or memory as different Parameters (``ensure_weight_tying``).
+
+    A change of rank would separate them.
+    """
+    parameter_owner: dict[int, str] = {}
+    ranges: list[tuple[MemoryRange, str]] = []
+    for name, layer in layers.items():
+        for parameter in layer.stored:
+            other = parameter_owner.setdefault(id(parameter), name)
+            if other != name:
+                raise _shared_weight_error(other, name)
+            if (found := memory_range(parameter)) is not None:
+                ranges.append((found, name))
+    ranges.sort()
+    furthest: tuple[MemoryRange, str] | None = None
+    for found, name in ranges:
+        if furthest is not None and furthest[1] != name and overlap(furthest[0], found):
+            raise _shared_weight_error(*sorted((name, furthest[1]), key=list(layers).index))
+        if furthest is None or found[0] != furthest[0][0] or found[2] > furthest[0][2]:
+            furthest = found, name
+
+
+def _shared_weight_error(name: str, other: str) -> AdapterError:
+    return AdapterError(
+        f"{name} and {other} share a LoRA weight, so their ranks cannot differ. Leave tied modules out of "
+        "target_modules, or make the adapter without ensure_weight_tying, so that each module has its own LoRA (which "
+        "must not be merged into tied base weights then)"
+    )
 
 
 def wrapped_model(model: nn.Module) -> nn.Module:

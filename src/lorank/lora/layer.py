@@ -8,6 +8,7 @@ accesses PEFT's tensors through these two classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,10 @@ from lorank.errors import AdapterError
 from lorank.lora.gates import LearnedGates
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.pool import Pool, pool_of
+from lorank.lora.scaling import alpha_for, scaling_of
 from lorank.lora.variants.dora import is_dora
 from lorank.lora.variants.fused import FusedLora
-from lorank.lora.variants.gated import GatedLora, register_plain_lora_hooks
+from lorank.lora.variants.gated import GatedLora, update_plain_lora_hooks
 from lorank.lora.variants.per_head import HeadLora
 
 TARGET_FIELDS = ("target_modules", "layers_to_transform", "layers_pattern")
@@ -38,9 +40,6 @@ class AdapterLayer:
         adapter: the name of the adapter.
         bias: PEFT's setting of which biases of the base model are trained: none, all or lora_only.
 
-    Attributes:
-        scaling: s, a constant. It is read when the view is made and kept through every resize. Otherwise PEFT would
-            compute ``alpha / r`` with the new rank and silently rescale the update.
     """
 
     def __init__(self, name: str, module: LoraLayer, adapter: str, bias: str = "none") -> None:
@@ -48,9 +47,36 @@ class AdapterLayer:
         self.module = module
         self.adapter = adapter
         self.is_embedding = adapter in module.lora_embedding_A
-        self.scaling = float(module.scaling[adapter])
         self.use_rslora = bool(module.use_rslora[adapter])
         self._trains_base_bias = bias != "none" and getattr(module.get_base_layer(), "bias", None) is not None
+        stated = self._scaling_from_alpha()
+        # alpha = s·r, divided by r, may differ from s in the last bit.
+        self._file_scaling = self.scaling if not stated or math.isclose(stated, self.scaling) else stated
+
+    @property
+    def scaling(self) -> float:
+        """s, the factor of the update in the forward pass. It stays through every resize."""
+        return float(self.module.scaling[self.adapter])
+
+    @property
+    def file_scaling(self) -> float:
+        """The factor that PEFT's alpha states, and that a file holds.
+
+        It is s, unless the user has changed s with PEFT's ``set_scale`` or ``scale_layer``, which leave alpha.
+        """
+        rank = self.module.r[self.adapter]
+        if rank and self.module.lora_alpha[self.adapter] != alpha_for(self._file_scaling, rank, self.use_rslora):
+            self._file_scaling = self._scaling_from_alpha()  # the user has changed alpha, or PEFT has
+        return self._file_scaling
+
+    @property
+    def scaling_is_from_alpha(self) -> bool:
+        """Whether s is the factor that alpha states, so that the user has not changed it."""
+        return math.isclose(self.scaling, self.file_scaling)
+
+    def _scaling_from_alpha(self) -> float:
+        """0 at rank 0, where alpha is 0 too."""
+        return scaling_of(self.module.lora_alpha[self.adapter], self.module.r[self.adapter], self.use_rslora)
 
     @property
     def A(self) -> nn.Parameter:
@@ -131,7 +157,6 @@ class AdapterLayer:
             self.module.lora_variant[self.adapter] = HeadLora(
                 groups, ranks, former.dropout if isinstance(former, HeadLora) else None
             )
-            register_plain_lora_hooks(self.module)
         self.gate = gate
 
     @property
@@ -185,6 +210,7 @@ class AdapterLayer:
             self.module.lora_variant.pop(self.adapter, None)
             if own is not None:
                 self.module.lora_variant[self.adapter] = own
+            update_plain_lora_hooks(self.module)
             return
         if gate.dim() not in (1, 2) or gate.shape[-1] != self.rank:
             raise AdapterError(
@@ -196,7 +222,7 @@ class AdapterLayer:
             variant.gate = gate
         else:
             self.module.lora_variant[self.adapter] = GatedLora(gate, own)
-            register_plain_lora_hooks(self.module)
+            update_plain_lora_hooks(self.module)
 
     def __repr__(self) -> str:
         return f"AdapterLayer({self.name}, rank={self.rank}, d_in={self.d_in}, d_out={self.d_out}, s={self.scaling:g})"
@@ -208,8 +234,6 @@ class AdapterLayers(Mapping[str, AdapterLayer]):
     Attributes:
         model: the model that contains the layers.
         adapter: the adapter's name.
-        config: the adapter's live ``LoraConfig``. :func:`lorank.lora.resize_` updates its rank and alpha patterns, so
-            that ``model.save_pretrained`` writes a correct adapter at any time.
         gates: the trainable gates of all layers, after :meth:`learn_gates`; else None.
         prefix: the prefix of a layer's name in ``model``, e.g. ``base_model.model.``.
     """
@@ -220,7 +244,9 @@ class AdapterLayers(Mapping[str, AdapterLayer]):
         self.model = model
         self.prefix = prefix
         self.adapter = adapter
-        self.config = config
+        # PEFT keeps one configuration in the dictionaries of several modules.
+        tables = [vars(module).get(field) for module in model.modules() for field in ("peft_config", "_peft_config")]
+        self._configs = [table for table in tables if isinstance(table, dict) and table.get(adapter) is config]
         self.gates: LearnedGates | None = None
         self._layers = dict(layers)
         # The user's settings. They are restored when no module has rank 0.
@@ -234,6 +260,20 @@ class AdapterLayers(Mapping[str, AdapterLayer]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    @property
+    def config(self) -> LoraConfig:
+        """The adapter's live ``LoraConfig``.
+
+        :func:`lorank.lora.resize_` puts a copy with the present ranks and alphas in its place, so that
+        ``model.save_pretrained`` writes a correct adapter at any time, and the user's own object stays as it was.
+        """
+        return self._configs[0][self.adapter]
+
+    @config.setter
+    def config(self, config: LoraConfig) -> None:
+        for table in self._configs:
+            table[self.adapter] = config
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -250,16 +290,17 @@ class AdapterLayers(Mapping[str, AdapterLayer]):
         """Number of elements of A and B over all modules, in the form in which they are trained."""
         return sum(layer.A.numel() + layer.B.numel() for layer in self.values())
 
-    def learn_gates(self, values: Tensor | None = None) -> LearnedGates:
+    def learn_gates(self, values: Tensor | None = None, device: torch.device | None = None) -> LearnedGates:
         """Gives every layer a gate that receives gradients. The optimiser does not hold the gates.
 
         Args:
             values: (R,) for all ranks of all layers, in order; None: ones.
+            device: the device of the gates; None: that of the first layer.
 
         Raises:
             ValueError: ``values`` has another shape.
         """
-        self.gates = LearnedGates(self.ranks, values, self._device())
+        self.gates = LearnedGates(self.ranks, values, device if device is not None else self._device())
         for name, leaf in self.gates.leaves.items():
             self[name].gate = leaf
         return self.gates

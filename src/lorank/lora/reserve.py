@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from lorank.lora.find_layers import find_layers
 from lorank.lora.layer import AdapterLayer
 from lorank.lora.pool import POOLS, Pool, padded
 from lorank.lora.resize import replace_data
-from lorank.lora.variants.gated import register_plain_lora_hooks, to_plain_lora
+from lorank.lora.variants.gated import to_plain_lora, update_plain_lora_hooks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -54,13 +54,13 @@ def reserve_(model: Model, max_rank: int | None = None, adapter: str | None = No
         for parameter, data in zip(stored, (padded(layer.A, 0, capacity), padded(layer.B, 1, capacity)), strict=True):
             replace_data(parameter, data)
         vars(layer.module).setdefault(POOLS, {})[layer.adapter] = pool
-        register_plain_lora_hooks(layer.module)
+        update_plain_lora_hooks(layer.module)
     if hasattr(model, "save_pretrained"):
-        vars(model)["save_pretrained"] = MethodType(_save_plain_lora, model)
+        vars(model)["save_pretrained"] = partial(_save_plain_lora, model)  # a copy of the model saves the copy
     return model
 
 
-def _save_plain_lora(self: Any, *arguments: Any, **options: Any) -> Any:
+def _save_plain_lora(model: Any, *arguments: Any, **options: Any) -> Any:
     """Replaces ``save_pretrained``: converts the padded parameters that DeepSpeed passes in to plain LoRA.
 
     DeepSpeed gathers ZeRO-3's parameters without calling the state-dict hooks.
@@ -68,7 +68,7 @@ def _save_plain_lora(self: Any, *arguments: Any, **options: Any) -> Any:
     given = options.get("state_dict")
     if given is not None:
         options["state_dict"] = given = dict(given)
-        for prefix, module in self.named_modules():
+        for prefix, module in model.named_modules():
             for adapter in vars(module).get(POOLS, {}):
                 stored = module.lora_A[adapter].weight, module.lora_B[adapter].weight
                 keys = f"{prefix}.lora_A.{adapter}.weight", f"{prefix}.lora_B.{adapter}.weight"
@@ -77,7 +77,7 @@ def _save_plain_lora(self: Any, *arguments: Any, **options: Any) -> Any:
                 given[keys[0]], given[keys[1]] = to_plain_lora(module, adapter, given[keys[0]], given[keys[1]])
                 if not module.r[adapter]:
                     del given[keys[0]], given[keys[1]]
-    return type(self).save_pretrained(self, *arguments, **options)
+    return type(model).save_pretrained(model, *arguments, **options)
 
 
 def _check_can_reserve(layer: AdapterLayer, max_rank: int | None) -> None:

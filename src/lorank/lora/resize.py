@@ -9,6 +9,7 @@ own (EVA, orthogonal), new ranks use PEFT's default initialisation.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
@@ -24,8 +26,10 @@ from lorank.lora.initialisation import check_base_unchanged, set_plain_init_
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_state import plan_state_update, unwrap_optimizer
 from lorank.lora.rank_index import reindex_ranks
+from lorank.lora.rank_zero import target_entries, target_pattern
 from lorank.lora.resize_plan import LayerPlan, Plan, check_heads, check_places
-from lorank.lora.variants.gated import register_plain_lora_hooks
+from lorank.lora.scaling import alpha_for, scaling_of
+from lorank.lora.variants.gated import update_plain_lora_hooks
 
 
 @torch.no_grad()
@@ -68,7 +72,9 @@ def resize_(
         _assign_layer(layer, layer_plan, new)
     if changes:
         if layers.gates is not None:
-            layers.learn_gates(torch.cat([layer.gate for layer in layers.values()]))  # type: ignore[misc]  # all are set
+            # On their own device, where the method keeps its state, also if the model has moved to another one.
+            gates = torch.cat([layer.gate for layer in layers.values()])  # type: ignore[misc]  # all are set
+            layers.learn_gates(gates, layers.gates.values.device)
         write_patterns(layers)
 
 
@@ -181,12 +187,15 @@ def _assign_layer(layer: AdapterLayer, layer_plan: LayerPlan, new: _ResizedLayer
     if not layer.is_embedding:
         module.lora_A[adapter].out_features = rank
         module.lora_B[adapter].in_features = rank
+    s, live, from_alpha = layer.file_scaling, layer.scaling, layer.scaling_is_from_alpha
     module.r[adapter] = rank
-    module.lora_alpha[adapter] = alpha_for(layer.scaling, rank, layer.use_rslora)
+    module.lora_alpha[adapter] = alpha_for(s, rank, layer.use_rslora)
     # PEFT computes the scaling from alpha when it loads a file. The same computation makes both scalings bitwise equal.
-    module.scaling[adapter] = scaling_of(module.lora_alpha[adapter], rank, layer.use_rslora) or layer.scaling
-    if not rank:
-        register_plain_lora_hooks(module)
+    # A scaling that the user has set with set_scale or scale_layer stays; like PEFT, a file does not hold it.
+    module.scaling[adapter] = (
+        (scaling_of(module.lora_alpha[adapter], rank, layer.use_rslora) or s) if from_alpha else live
+    )
+    update_plain_lora_hooks(module)
     layer.gate = new.gate
     for update in new.state_updates:
         update()
@@ -222,52 +231,45 @@ def _combine_seeds(seed: int, index: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63
 
 
-def alpha_for(scaling: float, rank: int, use_rslora: bool) -> float:
-    """PEFT's alpha, for which alpha / r (rsLoRA: alpha / √r) is s. A whole number is returned as an int."""
-    alpha = scaling * (math.sqrt(rank) if use_rslora else rank)
-    return int(alpha) if alpha == int(alpha) else alpha
-
-
-def scaling_of(alpha: float, rank: int, use_rslora: bool) -> float:
-    """PEFT's scaling: alpha / r, or alpha / √r for rsLoRA. 0 for rank 0."""
-    return alpha / (math.sqrt(rank) if use_rslora else rank) if rank else 0.0
-
-
 def write_patterns(layers: AdapterLayers) -> None:
-    """Writes all ranks and alphas to the live ``LoraConfig``, so that PEFT saves and reloads them exactly.
+    """Writes all ranks and alphas to a copy of the live ``LoraConfig``, so that PEFT saves and reloads them exactly.
+
+    PEFT keeps the user's own configuration object in the model. So this object is replaced, never changed.
 
     The initialisation becomes one with which PEFT loads any ranks (:func:`set_plain_init_`).
 
     PEFT treats the keys of its patterns as regular expressions that may match the end of a name, and uses the first
     match. So a key is ``^`` and the escaped full name, and every module has a key. A missing alpha would silently load
     a wrong scaling. r = the largest rank and alpha = s·r also make the global values correct, for servers that ignore
-    the patterns. PEFT's configuration refuses rank 0, so ``target_modules`` lists only the modules with ranks.
+    the patterns. PEFT's configuration refuses rank 0, so ``target_modules`` lists only the modules with ranks, and
+    states the others (:mod:`lorank.lora.rank_zero`).
     """
-    config = layers.config
+    config = copy.copy(layers.config)
     set_plain_init_(config)
     alive = {name: layer for name, layer in layers.items() if layer.rank}
+    empty = [name for name in layers if name not in alive]
     largest = max(layer.rank for layer in alive.values())
     config.rank_pattern = {f"^{re.escape(name)}": layer.rank for name, layer in alive.items()}
     config.alpha_pattern = {
         f"^{re.escape(name)}": layer.module.lora_alpha[layer.adapter] for name, layer in alive.items()
     }
     config.r = largest
-    scalings = {layer.scaling for layer in alive.values()}
+    scalings = {layer.file_scaling for layer in alive.values()}
     if len(scalings) == 1:
         config.lora_alpha = alpha_for(scalings.pop(), largest, config.use_rslora)
-    _write_targets(layers, alive)
+    _write_targets(config, layers, alive, empty)
+    layers.config = config
 
 
-def _write_targets(layers: AdapterLayers, alive: Collection[str]) -> None:
-    """Writes to the live ``LoraConfig`` which modules have ranks: as the user named them if that fits, or in full."""
-    config = layers.config
+def _write_targets(config: LoraConfig, layers: AdapterLayers, alive: Collection[str], empty: Collection[str]) -> None:
+    """Writes which modules have ranks: as the user named them if that fits, or by full names."""
     for field, value in layers.targets.items():
         setattr(config, field, value)
-    # The user's setting may be older than a module's ranks: another view may have emptied the module before.
-    if all(bool(check_target_module_exists(config, name)) == (name in alive) for name in layers):
+    # Layers that were found while modules had rank 0 do not know the user's setting, which names these modules too.
+    if not empty and all(check_target_module_exists(config, name) for name in layers):
         return
-    config.target_modules = set(alive)
+    config.target_modules = {*alive, *target_entries(empty)}
     config.layers_to_transform = config.layers_pattern = None  # full names need no further choice of layers
-    if any(check_target_module_exists(config, name) for name in layers if name not in alive):
+    if any(check_target_module_exists(config, name) for name in empty):
         # A name in a set also matches a longer name that ends with it. A string must match the whole name.
-        config.target_modules = "|".join(re.escape(name) for name in alive)
+        config.target_modules = target_pattern(alive, empty)

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from lorank.lora.initialisation import INIT_FIELDS
-from lorank.lora.layer import TARGET_FIELDS, AdapterLayer, AdapterLayers
+from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.resize import replace_data
+from lorank.lora.variants.gated import update_plain_lora_hooks
 
-_CONFIG_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", *TARGET_FIELDS, *INIT_FIELDS)
 _LAYER_FIELDS = ("r", "lora_alpha", "scaling", "lora_variant")
 
 
@@ -30,7 +29,7 @@ class LayersSnapshot:
     def __init__(self, layers: AdapterLayers, optimizer: torch.optim.Optimizer) -> None:
         self._layers, self._optimizer = layers, optimizer
         self._gates = layers.gates
-        self._config = {name: getattr(layers.config, name) for name in _CONFIG_FIELDS}
+        self._config = layers.config  # a resize replaces this object, and does not change it
         self._weights = {
             name: [(weight.detach().clone(), weight.grad) for weight in (layer.A, layer.B)]
             for name, layer in layers.items()
@@ -42,7 +41,6 @@ class LayersSnapshot:
             if weight in optimizer.state
         }
         self._fields = {name: _read_fields(layer) for name, layer in layers.items()}
-        self._hooks = {name: dict(layer.module._state_dict_hooks) for name, layer in layers.items()}
         self._merges = {name: vars(layer.module).get("merge") for name, layer in layers.items()}
 
     @torch.no_grad()
@@ -66,8 +64,7 @@ class LayersSnapshot:
                     table.pop(adapter, None)
                 else:
                     table[adapter] = value
-            for key in [key for key in module._state_dict_hooks if key not in self._hooks[name]]:
-                del module._state_dict_hooks[key]
+            update_plain_lora_hooks(module)
             if self._merges[name] is None:
                 vars(module).pop("merge", None)
             if not layer.is_embedding:
@@ -75,8 +72,7 @@ class LayersSnapshot:
                 lora_A.out_features, lora_A.in_features = layer.stored[0].shape
                 lora_B.out_features, lora_B.in_features = layer.stored[1].shape
         layers.gates = self._gates
-        for name, value in self._config.items():
-            setattr(layers.config, name, value)
+        layers.config = self._config
 
 
 def _read_fields(layer: AdapterLayer) -> dict[str, Any]:

@@ -78,6 +78,7 @@ class SensitivityScorer(Scorer):
         )
         sensitivities.append(gate_products.clone())
         labels = [*weights, "gate"]
+        _follow_(state, labels, sensitivities)
         means = [state[f"{_MEAN}.{label}"] for label in labels]
         uncertainties = [state[f"{_UNCERTAINTY}.{label}"] for label in labels]
         torch._foreach_abs_(sensitivities)  # I
@@ -123,6 +124,14 @@ class SensitivityScorer(Scorer):
     def end(self, context: Context, state: State) -> None:
         for key in [key for key in state if key.split(".")[0] in (_MEAN, _UNCERTAINTY)]:
             del state[key]
+
+
+def _follow_(state: State, labels: Sequence[str], sensitivities: Sequence[Tensor]) -> None:
+    """Moves Ī and Ū to the dtype and device of the weights, which a loop may change between two steps."""
+    for label, now in zip(labels, sensitivities, strict=True):
+        if state[f"{_MEAN}.{label}"].dtype != now.dtype or state[f"{_MEAN}.{label}"].device != now.device:
+            for kind in (_MEAN, _UNCERTAINTY):
+                state[f"{kind}.{label}"] = state[f"{kind}.{label}"].to(now)
 
 
 @torch.no_grad()

@@ -45,6 +45,9 @@ def attach(
             optimizer.step()
             optimizer.zero_grad()
 
+    To resume, call it on the model as the run began, before ``model.load_state_dict``: from then on, loading weights of
+    other ranks resizes the layers. The optimiser may be loaded before or after.
+
     Args:
         model: the model that the loop trains: a ``PeftModel`` with a LoRA adapter, a transformers model with one, a
             larger model that contains one of them, or ``DistributedDataParallel`` of any. Ranks are scored by its

@@ -62,9 +62,11 @@ def check_run(run: RunState) -> None:
         LorankError: parameters or optimiser state are sharded over processes, or layers have a pool without DeepSpeed.
         AdapterError: the method moves ranks, and the adapter's initialisation changed the base weights.
         OptimizerStateError: the optimiser does not hold the LoRA parameters.
-        AdapterError: the model that is trained does not contain the adapter's model.
+        AdapterError: the model that is trained does not contain the adapter's model, or its forward pass does not use
+            the adapter.
     """
     layers, optimizer = run.layers, run.optimizer
+    check_in_use(layers)
     if run.info.total_steps < 1:
         raise ScheduleError(
             f"total_steps={run.info.total_steps}: expected the number of optimiser steps of the run, at least 1"
@@ -89,6 +91,29 @@ def check_run(run: RunState) -> None:
                 f"the optimiser does not hold the LoRA parameters of {name}: make it after get_peft_model, from "
                 "the PEFT model's parameters, e.g. AdamW(p for p in model.parameters() if p.requires_grad)"
             )
+
+
+def check_in_use(layers: AdapterLayers) -> None:
+    """Checks that the forward pass uses the adapter. Otherwise scores and gradients would be those of another model.
+
+    Raises:
+        AdapterError: the adapter is not active, is disabled, or is merged into the base weights.
+    """
+    for name, layer in layers.items():
+        module, adapter = layer.module, layer.adapter
+        if module.merged:
+            reason = f"is merged into the base weights of {name}: call model.unmerge_adapter()"
+        elif module.disable_adapters:
+            reason = "is disabled: leave model.disable_adapter(), or call model.enable_adapters()"
+        elif adapter not in module.active_adapters:
+            active = ", ".join(module.active_adapters) or "none"
+            reason = f"is not active in {name} (active: {active}): call model.set_adapter({adapter!r})"
+        else:
+            continue
+        raise AdapterError(
+            f"adapter {adapter!r} {reason} before optimizer.step() and before a run begins. Ranks are scored by the "
+            "model's forward pass, which does not use the adapter now"
+        )
 
 
 def _check_not_sharded(run: RunState) -> None:

@@ -56,6 +56,7 @@ from lorank.training.checkpoint.rank_state import (
 )
 from lorank.training.checks import (
     check_batch,
+    check_in_use,
     check_optimizer_state,
     check_run,
     check_state_follows,
@@ -491,6 +492,7 @@ class Ranks:
     def _allocate(self) -> None:
         run = self._run
         began = time.perf_counter()
+        check_in_use(run.layers)
         self._integrations.before_read(run)
         require_finite_weights(run.layers, run.step)
         context = run.context()

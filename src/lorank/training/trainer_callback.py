@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorank.allocators import Allocator, TrainingInfo
 from lorank.errors import LorankError, ResumeError, ValidationBatchError
-from lorank.lora import AdapterLayers, find_layers, prevent_repacking, resize_on_load
+from lorank.lora import (
+    AdapterLayers,
+    ResizeOnLoadHandle,
+    find_layers,
+    prevent_repacking,
+    remove_stated_ranks_,
+    resize_on_load,
+)
 from lorank.scoring.loss import LossFn
 from lorank.training.attached_runs import attached_to, shares_optimizer
 from lorank.training.checkpoint.integrity import seal
@@ -39,6 +45,10 @@ class RankCallback(TrainerCallback):
 
     The Trainer's checkpoints are plain PEFT adapters. ``resume_from_checkpoint`` continues a run exactly.
     ``load_best_model_at_end`` restores the best weights together with their ranks.
+
+    Before and after a run, one hook stays on the model: a resumed ``train()`` loads its checkpoint before it calls any
+    callback, so the hook that resizes the layers must be there already. It changes nothing unless weights of other
+    ranks are loaded. It is copied and pickled with the model, and acts on the copy then.
 
     Args:
         allocator: the method, with its settings.
@@ -99,7 +109,7 @@ class RankCallback(TrainerCallback):
         self._layers: AdapterLayers | None = None
         self._initial_ranks: dict[str, int] = {}
         self._within_budget = False
-        self._resize_handle: RemovableHandle | None = None  # before and after training, without optimiser
+        self._resize_handle: ResizeOnLoadHandle | None = None  # before and after training, without optimiser
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The Trainer has not loaded a checkpoint yet. From here on, loading a checkpoint resizes the layers.
@@ -167,6 +177,9 @@ class RankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.ranks is not None and self.ranks.attached:
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                # FSDP loads the weights without the folder's configuration, which states the modules at rank 0.
+                remove_stated_ranks_(self.ranks.layers, state.best_model_checkpoint, self.ranks.optimizer)
             self.ranks.finish()  # after an early stop, or after the best checkpoint was loaded
             self.ranks.detach()
             self._resize_handle = resize_on_load(self.ranks.layers)

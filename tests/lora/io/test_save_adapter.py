@@ -76,7 +76,8 @@ def test_the_config_names_every_module_in_full_and_leaves_out_rank_0(tmp_path: P
     # The largest rank and s·r as the global values: right too where patterns are not read.
     assert (config["r"], config["lora_alpha"]) == (7, 14)
     assert q not in config["target_modules"]
-    assert len(config["target_modules"]) == 13
+    assert len(config["target_modules"]) == 13 + 1
+    assert f"rank-0:{q}" in config["target_modules"]  # no module has this name: PEFT ignores the entry
     from safetensors.torch import load_file
 
     assert not any(q in key for key in load_file(tmp_path / "adapter_model.safetensors"))

@@ -19,6 +19,7 @@ from torch import Tensor
 from lorank.errors import AdapterError
 from lorank.lora.pool import pool_of
 from lorank.lora.quantised import guard_merge
+from lorank.lora.rank_zero import EXTRA_STATE, extra_state, stated_adapters
 from lorank.lora.variants import dora, merging
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.per_head import HeadLora
@@ -117,33 +118,75 @@ class GatedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         return merging.plain_update(module, adapter, *to_plain_lora(module, adapter, A.detach(), B.detach()))
 
 
-def register_plain_lora_hooks(module: LoraLayer) -> None:
+def update_plain_lora_hooks(module: LoraLayer) -> None:
     """Makes every state dict of the module contain plain LoRA (``save_pretrained``, the Trainer, ``torch.save``).
 
-    It also makes ``merge`` raise for quantised layers where PEFT leaves out gates and heads.
+    A hook is registered if a state dict would contain something else: the module has a gate, heads, a pool or rank 0.
+    At rank 0, another hook lets the module load its own state dict. Otherwise the hooks are removed, so that nothing of
+    lorank stays on the module. A gate or heads also make ``merge`` raise for quantised layers where PEFT leaves them
+    out.
     """
-    guard_merge(module)
-    if _plain_lora_hook not in module._state_dict_hooks.values():
+    transformed = any(isinstance(variant, GatedLora | HeadLora) for variant in module.lora_variant.values())
+    if transformed:
+        guard_merge(module)
+    empty = any(not rank for rank in module.r.values())
+    saving = [key for key, hook in module._state_dict_hooks.items() if hook is _plain_lora_hook]
+    loading = [
+        key
+        for key, hook in module._load_state_dict_pre_hooks.items()
+        if getattr(hook, "hook", None) is _load_rank_zero_hook
+    ]
+    if not (transformed or empty or any(pool_of(module, adapter) is not None for adapter in module.r)):
+        for key in saving:
+            del module._state_dict_hooks[key]
+    elif not saving:
         module.register_state_dict_post_hook(_plain_lora_hook)
+    if not empty:
+        for key in loading:
+            del module._load_state_dict_pre_hooks[key]
+    elif not loading:
+        module.register_load_state_dict_pre_hook(_load_rank_zero_hook)
 
 
 def _plain_lora_hook(module: LoraLayer, state_dict: MutableMapping[str, Any], prefix: str, metadata: Any) -> None:
-    for adapter, rank in module.r.items():
-        is_embedding = adapter in module.lora_embedding_A
-        name_A, name_B = f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight"
-        if is_embedding:
-            name_A, name_B = f"lora_embedding_A.{adapter}", f"lora_embedding_B.{adapter}"
-        if rank == 0:
-            # The module stays in the model and in the optimiser, but PEFT cannot load rank 0 from a file.
-            for name in (name_A, name_B, f"lora_B.{adapter}.bias"):
-                state_dict.pop(prefix + name, None)
-            continue
-        if prefix + name_B not in state_dict:
+    empty = [adapter for adapter, rank in module.r.items() if rank == 0]
+    for adapter in empty:
+        # The module stays in the model and in the optimiser, but PEFT cannot load rank 0 from a file.
+        for key in _weights(module, adapter):
+            state_dict.pop(prefix + key, None)
+    if empty:
+        state_dict[prefix + EXTRA_STATE] = extra_state(empty)
+    for adapter in module.r:
+        name_A, name_B = list(_weights(module, adapter))[:2]
+        if adapter in empty or prefix + name_B not in state_dict:
             continue
         A, B = state_dict[prefix + name_A], state_dict[prefix + name_B]
         if pool_of(module, adapter) is not None and A.dim() != 2:
             continue  # ZeRO-3: each process has one part of the padded parameter
         state_dict[prefix + name_A], state_dict[prefix + name_B] = to_plain_lora(module, adapter, A, B)
+
+
+def _load_rank_zero_hook(
+    module: LoraLayer, state_dict: MutableMapping[str, Any], prefix: str, metadata: Any, *_: Any
+) -> None:
+    """Takes the statement of rank 0 from the weights that are loaded, and puts the module's empty tensors in."""
+    stated = stated_adapters(state_dict.get(prefix + EXTRA_STATE))
+    for adapter in stated & {adapter for adapter, rank in module.r.items() if rank == 0}:
+        for key, weight in _weights(module, adapter).items():
+            state_dict.setdefault(prefix + key, weight.detach())
+        state_dict.pop(prefix + EXTRA_STATE, None)
+
+
+def _weights(module: LoraLayer, adapter: str) -> dict[str, Tensor]:
+    """A, B and B's bias, if there is one, by their keys in the module."""
+    if adapter in module.lora_embedding_A:
+        return {
+            f"lora_embedding_A.{adapter}": module.lora_embedding_A[adapter],
+            f"lora_embedding_B.{adapter}": module.lora_embedding_B[adapter],
+        }
+    lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
+    bias = {} if lora_B.bias is None else {f"lora_B.{adapter}.bias": lora_B.bias}
+    return {f"lora_A.{adapter}.weight": lora_A.weight, f"lora_B.{adapter}.weight": lora_B.weight, **bias}
 
 
 def to_plain_lora(module: LoraLayer, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorank.lora import LearnedGates
 from lorank.training.integrations.base import Integration, StepSkipped
+from lorank.training.live_hook import LiveHook
 from lorank.training.run_state import RunState
 
 logger = logging.getLogger("lorank")
@@ -41,7 +42,7 @@ class GradScaling(Integration):
 
     def on_start(self, run: RunState) -> None:
         self._layers = run.layers
-        self._handle = run.layers.model.register_forward_pre_hook(self._before_forward)
+        self._handle = run.layers.model.register_forward_pre_hook(LiveHook(self._before_forward))
 
     def before_step(self, run: RunState) -> None:
         """Divides every gradient that is still scaled by the scale.

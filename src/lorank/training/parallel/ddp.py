@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorank.errors import LorankError
 from lorank.lora import AdapterLayers
+from lorank.training.live_hook import LiveHook
 from lorank.training.parallel.backend import Backend
 from lorank.training.parallel.process_group import ProcessGroup
 from lorank.training.run_state import RunState
@@ -45,7 +46,7 @@ class DdpBackend(Backend):
             self._use_ddp(ddp)
         else:
             # A model has no reference to the DDP module around it. A forward pass of the DDP module reveals it.
-            self._search_hook = run.trained_model.register_forward_pre_hook(self._find_ddp)
+            self._search_hook = run.trained_model.register_forward_pre_hook(LiveHook(self._find_ddp))
 
     def after_resize(self, run: RunState) -> None:
         """Rebuilds the reducer, or leaves this to the first forward pass if the DDP module is not known yet."""
