@@ -18,7 +18,7 @@ class PlanError(LorankError):
 
 
 class OptimizerStateError(LorankError):
-    """The optimiser does not hold the adapter's parameters, or its state has an unknown shape."""
+    """The optimiser does not hold the adapter's parameters, or its state or closure cannot follow changes of rank."""
 
 
 class ValidationBatchError(LorankError):

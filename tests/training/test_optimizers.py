@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lorank.allocators import Allocation, Allocator, Context, State, TrainingInf
 from lorank.errors import OptimizerStateError
 from lorank.lora import LayerPlan
 from tests import optimizers
+from tests.elsewhere import Case, reload
 from tests.models import adapted, tiny_llama, token_batch
 from tests.optimizers import ALL, QUANTISED, REFUSED, WithEntry
 
@@ -256,7 +258,7 @@ def test_the_remedy_for_a_chain_works() -> None:
     assert list(run.ranks.layers.ranks.values()) == [2, 3]
 
 
-def test_weights_in_the_state_follow_ranks_but_not_gates() -> None:
+def test_weights_in_the_state_follow_ranks_but_not_gates(tmp_path: Path) -> None:
     """After ``optimizer.eval()``, a schedule-free run gives its average x, also for ranks that began in the run."""
     run = Run(optimizers.AdamWScheduleFree)
     run.train()
@@ -268,6 +270,13 @@ def test_weights_in_the_state_follow_ranks_but_not_gates() -> None:
     }
     run.optimizer.eval()
     torch.testing.assert_close(run.weights(), expected, rtol=0, atol=0)
+    tiny_llama(1).save_pretrained(tmp_path / "base")
+    lorank.save_adapter(run.ranks.layers, tmp_path / "adapter")
+    torch.save(token_batch(seed=5), tmp_path / "batch")
+    case = Case(*(str(tmp_path / name) for name in ("base", "adapter", "batch", "out")))
+    with torch.no_grad():
+        logits = run.model.eval()(**token_batch(seed=5)).logits
+    torch.testing.assert_close(reload([case], tmp_path)[0]["logits"], logits, rtol=1e-5, atol=1e-6)
     with pytest.raises(OptimizerStateError, match="AdamWScheduleFree keeps copies of the weights, and SoRA changes B"):
         Run(optimizers.AdamWScheduleFree, lorank.SoRA(prune_every=2))
 

@@ -282,7 +282,7 @@ def check_state_follows(run: RunState) -> None:
     Raises:
         OptimizerStateError: it cannot, or lorank does not know this.
     """
-    if run.allocator.moves_ranks and not run.finished and not isinstance(run.optimizer, ZeroOptimizer):
+    if run.allocator.moves_ranks and not isinstance(run.optimizer, ZeroOptimizer):
         try_optimizer(run.optimizer, run.layers)
 
 

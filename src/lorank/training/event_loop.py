@@ -457,7 +457,7 @@ class Ranks:
     def _after_step(self) -> None:
         run = self._run
         if self._step_taken:
-            if not self._state_tried:
+            if not self._state_tried and not run.finished:
                 check_state_follows(run)
                 self._state_tried = True
             run.step += 1

@@ -85,7 +85,8 @@ class StepHooks:
         self._closure_calls = 0
         if self._strict and not self._checked:
             parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-            self._weights = [(parameter, parameter.detach().clone()) for parameter in parameters]
+            # A comparison of sharded weights would need all processes.
+            self._weights = [(p, p.detach().clone()) for p in parameters if not hasattr(p, "placements")]
         wrapped = self._wrap(closure)
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
 
