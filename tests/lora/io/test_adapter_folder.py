@@ -111,6 +111,21 @@ def test_a_file_that_another_program_writes_during_the_save_stays(
 
 
 @pytest.mark.parametrize("theirs", [THEIRS, {}])
+def test_the_parent_folder_need_not_be_writable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: dict[str, str]
+) -> None:
+    folder = tmp_path / "out"
+    write(folder, {**OLD, **theirs})
+    inode = folder.stat().st_ino
+    monkeypatch.setattr(adapter_folder.os, "access", lambda *_: False)
+    with replacing_adapter(folder) as staged:
+        assert staged.parent == folder
+        write(staged, NEW)
+    assert content(folder) == {**NEW, **theirs}
+    assert folder.stat().st_ino == inode
+
+
+@pytest.mark.parametrize("theirs", [THEIRS, {}])
 def test_an_error_in_the_body_changes_nothing(tmp_path: Path, theirs: dict[str, str]) -> None:
     folder = tmp_path / "out"
     write(folder, {**OLD, **theirs})

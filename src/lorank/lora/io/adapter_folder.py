@@ -91,11 +91,12 @@ def replacing_adapter(folder: Path) -> Iterator[Path]:
 
 
 def _staging_place(folder: Path) -> Path:
-    """Where the new adapter is written: beside ``folder``, or inside it if it cannot be renamed from there."""
+    """Where the new adapter is written: beside a folder that can be exchanged for it, otherwise inside the folder."""
     parent = folder.parent
-    if folder.exists() and not (os.access(parent, os.W_OK) and parent.stat().st_dev == folder.stat().st_dev):
-        return temporary_path(folder / NEW_ADAPTER)
-    return temporary_path(folder)
+    if not folder.exists():
+        return temporary_path(folder)
+    can_rename = os.access(parent, os.W_OK) and parent.stat().st_dev == folder.stat().st_dev
+    return temporary_path(folder if can_rename and _holds_only_an_adapter(folder) else folder / NEW_ADAPTER)
 
 
 def _holds_only_an_adapter(folder: Path) -> bool:
