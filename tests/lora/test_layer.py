@@ -30,15 +30,19 @@ def test_a_gate_is_put_over_the_layers_own_form_and_taken_away_again(dora: bool)
     assert layer.module.lora_variant.get("default") is own
 
 
-def test_a_layer_is_a_view_with_a_constant_scaling() -> None:
+def test_a_layer_is_a_view_of_the_live_scaling_beside_that_of_alpha() -> None:
     model = adapted(tiny_llama(), lora_alpha=10)
     layer = find_layers(model)["model.layers.0.mlp.down_proj"]
     assert layer.A is layer.module.lora_A["default"].weight
     assert layer.B is layer.module.lora_B["default"].weight
     assert (layer.rank, layer.d_in, layer.d_out, layer.rank_parameters, layer.max_rank) == (4, 48, 32, 80, 32)
-    layer.module.scaling["default"] = 99.0
-    assert layer.scaling == 2.5
     assert repr(layer) == "AdapterLayer(model.layers.0.mlp.down_proj, rank=4, d_in=48, d_out=32, s=2.5)"
+    assert layer.scaling_is_from_alpha
+    layer.module.set_scale("default", 2)
+    assert (layer.scaling, layer.file_scaling) == (5.0, 2.5)
+    assert not layer.scaling_is_from_alpha
+    layer.module.lora_alpha["default"] = 20
+    assert (layer.scaling, layer.file_scaling) == (5.0, 5.0)
 
 
 def test_an_embedding_is_a_layer_whose_inputs_are_its_rows() -> None:
