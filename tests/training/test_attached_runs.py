@@ -112,6 +112,21 @@ def test_retries_do_not_halve_the_budget_again_and_a_finished_run_is_a_new_start
     assert find_layers(model).total_rank == 14
 
 
+def test_modules_that_a_second_run_brings_back_are_in_its_files(tmp_path: Path) -> None:
+    """The first run has written the others only to the LoraConfig, from which the second has read its modules."""
+    model = adapted(tiny_llama(), random_B=False)
+    for method, options in (("sora", {}), ("static", {"budget": 4})):
+        optimizer = adamw(model)
+        ranks = lorank.attach(model, optimizer, METHODS[method].make(**options), total_steps=STEPS)
+        train(model, optimizer, STEPS)
+        ranks.detach()
+        assert (0 in ranks.layers.ranks.values()) == (method == "sora")
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    for reloaded in plain_peft().logits(tmp_path / "base", tmp_path / "adapter", token_batch(seed=5)).values():
+        assert_same(reloaded, logits(model))
+
+
 def test_a_retry_is_announced_in_one_line() -> None:
     model = adapted(tiny_llama(), random_B=False)
     optimizer = adamw(model)

@@ -226,7 +226,9 @@ def write_patterns(layers: AdapterLayers) -> None:
         config.lora_alpha = alpha_for(scalings.pop(), largest, config.use_rslora)
     if len(alive) == len(layers):
         config.target_modules = layers.target_modules
-        return
+        # Layers that were found while a module had rank 0 have read a list without it.
+        if all(check_target_module_exists(config, name) for name in layers):
+            return
     config.target_modules = set(alive)
     if any(check_target_module_exists(config, name) for name in layers if name not in alive):
         # A name in a set also matches a longer name that ends with it. A string must match the whole name.
