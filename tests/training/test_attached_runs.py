@@ -358,6 +358,7 @@ def test_a_retry_with_a_smaller_batch_has_the_budget_of_the_first_attempt(
 
 def test_two_callbacks_in_a_trainer_are_refused(tmp_path: Path) -> None:
     trainer = failing_trainer(tmp_path, "sora", adapted(tiny_llama(), random_B=False))
+    trainer.times = 0
     trainer.add_callback(lorank.RankCallback(METHODS["alora"].make(), validation_batch=token_batch(seed=9)))
     with pytest.raises(LorankError, match=r"from another RankCallback.*pop_callback"):
         trainer.train()
