@@ -112,6 +112,21 @@ def test_retries_do_not_halve_the_budget_again_and_a_finished_run_is_a_new_start
     assert find_layers(model).total_rank == 14
 
 
+def test_modules_that_a_second_run_brings_back_are_in_its_files(tmp_path: Path) -> None:
+    """The first run has written the others only to the LoraConfig, from which the second has read its modules."""
+    model = adapted(tiny_llama(), random_B=False)
+    for method, options in (("sora", {}), ("static", {"budget": 4})):
+        optimizer = adamw(model)
+        ranks = lorank.attach(model, optimizer, METHODS[method].make(**options), total_steps=STEPS)
+        train(model, optimizer, STEPS)
+        ranks.detach()
+        assert (0 in ranks.layers.ranks.values()) == (method == "sora")
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    for reloaded in plain_peft().logits(tmp_path / "base", tmp_path / "adapter", token_batch(seed=5)).values():
+        assert_same(reloaded, logits(model))
+
+
 def test_a_retry_is_announced_in_one_line() -> None:
     model = adapted(tiny_llama(), random_B=False)
     optimizer = adamw(model)
@@ -343,6 +358,7 @@ def test_a_retry_with_a_smaller_batch_has_the_budget_of_the_first_attempt(
 
 def test_two_callbacks_in_a_trainer_are_refused(tmp_path: Path) -> None:
     trainer = failing_trainer(tmp_path, "sora", adapted(tiny_llama(), random_B=False))
+    trainer.times = 0
     trainer.add_callback(lorank.RankCallback(METHODS["alora"].make(), validation_batch=token_batch(seed=9)))
     with pytest.raises(LorankError, match=r"from another RankCallback.*pop_callback"):
         trainer.train()
