@@ -141,8 +141,8 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | Non
             loss = loss_of(model(**forward_arguments(model), **batch), batch)
     if loss is None:
         raise ValidationBatchError(
-            f"{source} returned no loss for a validation batch with {names}. Add labels to it, under the "
-            "name that the model's forward expects, or pass loss_fn"
+            f"{source} returned no loss for a validation batch with {names}, in evaluation mode. Add labels to it, "
+            "under the name that the model's forward expects, or pass loss_fn"
         )
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

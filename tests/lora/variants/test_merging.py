@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 import lorank
 from lorank.errors import AdapterError
 from lorank.lora import AdapterLayers, find_layers, fold_gates_, fuse_, merge_heads_
+from lorank.testing import plain_peft
 from tests.lora.forms import in_heads, logits
 from tests.models import adapted, tiny_gpt2, tiny_llama, token_batch
 from tests.quantised import bnb4, bnb8
@@ -118,6 +120,13 @@ def test_a_gate_per_sample_cannot_be_merged() -> None:
         model.merge_adapter()
 
 
+def in_plain_peft(folder: Path, adapter: str) -> Tensor:
+    """The logits in a process without lorank."""
+    if not (folder / "base").exists():
+        tiny_llama().save_pretrained(folder / "base")
+    return plain_peft().logits(folder / "base", folder / adapter, token_batch(padded=True))["logits"]
+
+
 METHODS = {
     "SoRA": lorank.SoRA(prune_every=2),
     "ARDLoRA": lorank.ARDLoRA(alpha_lr=0.05, l1=0.02, resize_every=2, hold=1),
@@ -127,7 +136,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_goes_on_after_a_merge(name: str) -> None:
+def test_a_run_goes_on_after_a_merge(name: str, tmp_path: Path) -> None:
     """As a trainer does that hands merged weights to an inference server: merge, copy, take the merge back."""
     found = []
     for merges in (False, True):
@@ -144,7 +153,15 @@ def test_a_run_goes_on_after_a_merge(name: str) -> None:
             model(**token_batch(seed=step % 3)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            if merges and step == 8:  # while merged, the file of the adapter is that of the live ranks
+                model.merge_adapter()
+                ranks.save_adapter(tmp_path / "middle")
+                torch.testing.assert_close(in_plain_peft(tmp_path, "middle"), logits(model), rtol=1e-4, atol=1e-4)
+                model.unmerge_adapter()
+                model.train()
         found.append(([record.ranks for record in ranks.history], logits(model)))
+    ranks.save_adapter(tmp_path / "end")
+    torch.testing.assert_close(in_plain_peft(tmp_path, "end"), found[1][1], rtol=1e-5, atol=1e-5)
     assert len(found[0][0]) > 2
     assert found[0][0] == found[1][0]
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-3)
