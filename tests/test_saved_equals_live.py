@@ -189,11 +189,8 @@ REFUSED_BY_PEFT: list[Callable[[Any, str | None, dict[str, Any]], bool]] = [
 @pytest.mark.parametrize("tied", [None, "modules_to_save", "lora"])
 @pytest.mark.parametrize("init", INITS)
 def test_live_equals_reloaded_or_attach_refuses_and_changes_nothing(
-    init: Any, tied: str | None, tmp_path: Path, request: pytest.FixtureRequest
+    init: Any, tied: str | None, tmp_path: Path
 ) -> None:
-    if tied == "lora" and init in BASE_STAYS:
-        reason = "the LoRA weights of two layers share storage without being one Parameter"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     for number, options in enumerate(COMBINATIONS):
         case = f"init_lora_weights={init!r}, tied={tied}, {options}"
         if any(refuses(init, tied, options) for refuses in REFUSED_BY_PEFT):
