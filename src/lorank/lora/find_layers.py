@@ -176,7 +176,7 @@ def _check_supported(name: str, module: LoraLayer, adapter: str) -> None:
     if variant is not None and not isinstance(variant, GatedLora | HeadLora | FusedLora) and not is_dora(variant):
         raise AdapterError(
             f"{name}: the adapter uses {type(variant).__name__}, whose forward lorank does not support. "
-            "Make the adapter as plain LoRA or with use_dora=True"
+            "Make the adapter as plain LoRA, LoraConfig(init_lora_weights=True), or with use_dora=True"
         )
     if getattr(module, "tp_layer", None) is not None:
         raise AdapterError(f"{name}: LoRA weights sharded by tensor parallelism cannot be resized")
