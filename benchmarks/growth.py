@@ -158,6 +158,7 @@ def bookkeeping_table(sizes: Sequence[Size], turns: int, device: torch.device) -
 def _hooks(contender: Contender) -> Callable[[], None]:
     """The hooks that a run registers on its optimiser's step."""
     optimizer = contender.optimizer
+    optimizer.step()  # lorank checks after the first step that the optimiser has made its state
     before, after = optimizer._optimizer_step_pre_hooks.values(), optimizer._optimizer_step_post_hooks.values()
 
     def run() -> None:

@@ -204,7 +204,7 @@ def test_the_adapter_itself_is_never_overwritten(adapter: Path, texts: Path) -> 
         (["--budget", "200 ranks"], "is more than the 160 ranks that 6 modules can hold"),
         (["--budget", "3 apples"], "'3 apples': expected"),
         (["--budget", "1 params"], "is less than the 48 parameters that 6 modules need"),
-        ([], "give a budget: --budget 50%"),
+        ([], "give a budget: --budget '50% of adapter'"),
         (
             ["--budget", "50%", "--by", "magic"],
             "expected one of ablation, first_order, screen, saliency",
@@ -351,7 +351,7 @@ def test_folders_that_are_no_adapter(model_folder: Path, texts: Path, adapter: P
     for folder, message in (
         (tmp_path / "nowhere", "there is no such folder"),
         (texts, "has no adapter_config.json"),
-        (merged, "is a whole model; if an adapter was merged into it, its ranks are lost"),
+        (merged, "It holds a whole model, in which no ranks are left"),
         (broken, "cannot be read"),
         (other, "has peft_type 'IA3', expected 'LORA'"),
     ):

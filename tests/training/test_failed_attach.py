@@ -16,7 +16,7 @@ from torch import nn
 
 import lorank
 from lorank.allocators import Allocator
-from lorank.errors import DisagreementError, LorankError
+from lorank.errors import DisagreementError, LorankError, ValidationBatchError
 from lorank.files import WriteError
 from lorank.lora import find_layers
 from lorank.training.parallel.coordinator import ProcessCoordinator
@@ -105,7 +105,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "no steps": ({"total_steps": 0}, LorankError, ["sora", "ard-heads"]),
     "no batch": ({"validation_batch": None}, LorankError, BATCH),
     "no labels": ({"validation_batch": no_labels()}, LorankError, ["alora", "alora-dnas"]),
-    "the loss fails": ({"loss_fn": loss_that_fails}, RuntimeError, ["alora", "alora-dnas"]),
+    "the loss fails": ({"loss_fn": loss_that_fails}, ValidationBatchError, ["alora", "alora-dnas"]),
     "the history cannot be written": ({"history_path": "file/history.jsonl"}, WriteError, list(METHODS)),
     "a budget that is too small": ({"budget": "1 rank"}, LorankError, ["ard"]),
     "a budget that is too large": ({"budget": "9999 ranks"}, LorankError, list(METHODS)),

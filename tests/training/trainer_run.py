@@ -53,7 +53,7 @@ def make_trainer(output: Path, kill_at: int | None = None, **changes: Any) -> Tr
         "disable_tqdm": True,
         "seed": 7,
     }
-    allocator = lorank.ALoRA(k1=0.25, k2=0.5, rounds=5, per_round=9)
+    allocator = lorank.ALoRA(k1=0.25, k2=0.5, rounds=5, per_round=9, unit="epochs")
     return Trainer(
         model=adapted(tiny_llama(), random_B=False, lora_dropout=0.1),
         args=TrainingArguments(**{**settings, **changes}),

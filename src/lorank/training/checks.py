@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -250,7 +251,7 @@ def try_scoring(run: RunState) -> None:
         return
     layers, gates = run.layers, run.layers.gates
     before = None if gates is None else (gates, gates.values.clone(), [x.requires_grad for x in gates.leaves.values()])
-    memory = {name: value.clone() for name, value in run.memory.items()}
+    memory = copy.deepcopy(run.memory)
     try:
         context = replace(run.context(), share=None)
         with preserve_state(context.model, layers):

@@ -74,6 +74,7 @@ from lorank.training.integrations.nonfinite_checks import NonfiniteChecks, requi
 from lorank.training.integrations.optimizer_checks import OptimizerChecks
 from lorank.training.integrations.quantised_base import QuantisedBase
 from lorank.training.integrations.torch_compile import TorchCompile
+from lorank.training.load_hook import LoadHook
 from lorank.training.parallel import find_backend, inner_model
 from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.process_group import ProcessGroup, is_first_process
@@ -172,7 +173,7 @@ class Ranks:
             undo.callback(step_hooks.remove)
             for handle in (
                 run.optimizer.register_state_dict_post_hook(self._add_rank_state),
-                run.optimizer.register_load_state_dict_post_hook(lambda _: self._apply_loaded_state()),
+                LoadHook(run.optimizer, self._apply_loaded_state),
                 resize_on_load(layers, run.optimizer, self._on_weights_replaced),
             ):
                 undo.callback(handle.remove)

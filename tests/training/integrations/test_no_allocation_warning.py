@@ -39,7 +39,7 @@ def test_a_method_that_decides_at_the_end_speaks_for_itself(messages: list[str])
         optimizer.step()
         optimizer.zero_grad()
     ranks.detach()
-    (message,) = messages
+    (message,) = [text for text in messages if "trained parameters" not in text]  # heads are a change of size
     assert message.startswith("ARDLoRA will not move a single rank: with alpha_lr=5e-05")
     assert "ALoRA" not in message
 

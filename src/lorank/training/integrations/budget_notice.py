@@ -25,8 +25,8 @@ class BudgetNotice(Integration):
       a warning if the adapter grows by more than a tenth, because a budget may be larger than the adapter.
     - While training, one warning if the parameters grow by more than a tenth. A budget in ranks allows it, because a
       rank costs more parameters in one module than in another.
-    - While training, one warning if the size falls more than a tenth below the budget (without a budget: below the
-      initial size). Unused budget costs quality.
+    - While training, one warning if the size falls more than a tenth below the budget (without a budget: below the size
+      that the adapter was made with). Unused budget costs quality.
     """
 
     def on_start(self, run: RunState) -> None:
@@ -78,7 +78,7 @@ class BudgetNotice(Integration):
         )
 
     def _warn_of_shrinkage(self, run: RunState) -> None:
-        used = _used(run.budget, self._ranks, run.layers.ranks)
+        used = _used(run.budget, self._ranks, run.info.initial_ranks, run.layers.ranks)
         if self._shrunk or used >= 1 - TOLERANCE:
             return
         self._shrunk = True
@@ -89,18 +89,21 @@ class BudgetNotice(Integration):
             run.layers.total_rank,
             f"{run.layers.parameters:,}",
             100 * used,
-            "its initial size" if run.budget is None else "its budget",
+            "the size that it was made with" if run.budget is None else "its budget",
             run.allocator.why_ranks_shrink,
         )
 
 
-def _used(budget: ResolvedBudget | None, start: Mapping[str, int], now: Mapping[str, int]) -> float:
-    """The part of the budget that the ranks ``now`` use, or of the initial ranks ``start`` if these use less of it.
+def _used(
+    budget: ResolvedBudget | None, start: Mapping[str, int], made: Mapping[str, int], now: Mapping[str, int]
+) -> float:
+    """The part of the budget that the ranks ``now`` use, or of the ranks at the ``start`` if these use less of it.
 
-    With several limits, the one of which most is used.
+    With several limits, the one of which most is used. Without a budget, the part of the ranks that the adapter was
+    ``made`` with: a method may store more at the start than count in the end (ARD-LoRA).
     """
     if budget is None:
-        return sum(now.values()) / max(1, sum(start.values()))
+        return sum(now.values()) / max(1, min(sum(made.values()), sum(start.values())))
     return max(c.cost(now) / max(1, min(c.limit, c.cost(start))) for c in budget.constraints)
 
 
