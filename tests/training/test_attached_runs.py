@@ -287,8 +287,9 @@ def failing_trainer(folder: Path, method: str, model: nn.Module, **changes: Any)
     )
 
 
-@pytest.mark.parametrize("new_trainer", [False, True])
-@pytest.mark.parametrize("method", GATED)
+@pytest.mark.parametrize(
+    ("method", "new_trainer"), [*((method, False) for method in GATED), ("adalora", True), ("ard-heads", True)]
+)
 def test_train_again_after_an_interrupt(method: str, new_trainer: bool, tmp_path: Path) -> None:
     """In a notebook: the cell is stopped, then train() is called again, or the cell with the Trainer runs again."""
     model = adapted(tiny_llama(), random_B=False)

@@ -89,10 +89,11 @@ def test_the_adapter_of_a_run_with_closures_is_the_same_in_a_new_process(tmp_pat
         run = Run()
         run.train(step)
         lorank.save_adapter(run.ranks.layers, tmp_path / name)
-        cases.append(Case(str(tmp_path / "base"), str(tmp_path / name), str(tmp_path / "batch"), str(tmp_path / "out")))
+        out = str(tmp_path / f"{name}-logits")
+        cases.append(Case(str(tmp_path / "base"), str(tmp_path / name), str(tmp_path / "batch"), out))
     tiny_llama().save_pretrained(tmp_path / "base")
     torch.save(token_batch(seed=5), tmp_path / "batch")
-    closure, plain = (reload([case], tmp_path)[0]["logits"] for case in cases)
+    closure, plain = (found["logits"] for found in reload(cases, tmp_path))
     assert torch.equal(closure, plain)
     with torch.no_grad():
         torch.testing.assert_close(run.model.eval()(**token_batch(seed=5)).logits, plain, rtol=1e-5, atol=1e-6)

@@ -1,7 +1,7 @@
 """`lorank demo`: the tiny Llama learns Python's reference manual, once with static LoRA and once with ALoRA.
 
 The demo needs no download. The package contains the model, pretrained on old books. Every Python contains the text,
-``pydoc_data.topics``. So the change of domain is real. Both runs have the same rank budget, data, steps and learning
+``pydoc_data.topics``. So the change of domain is real. Both runs have the same budget, data, steps and learning
 rate.
 """
 
@@ -100,7 +100,7 @@ def comparison(results: Mapping[str, RunResult]) -> Table:
     for method in results:
         table.add_column(TITLES[method], justify="right")
     metrics = [result.metrics for result in results.values()]
-    table.add_row("rank budget", *(f"{m['final']['ranks']} in {m['final']['modules']} modules" for m in metrics))
+    table.add_row("total rank", *(f"{m['final']['ranks']} in {m['final']['modules']} modules" for m in metrics))
     table.add_row("trainable parameters", *(f"{m['final']['trainable_parameters']:,}" for m in metrics))
     table.add_row("validation loss before", *(f"{m['validation']['loss_before']:.4f}" for m in metrics))
     table.add_row("validation loss after", *(f"{m['validation']['loss_after']:.4f}" for m in metrics))
