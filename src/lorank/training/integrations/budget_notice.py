@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from lorank.allocators import ResolvedBudget
 from lorank.training.integrations.base import Integration
+from lorank.training.parallel.process_group import is_first_process
 from lorank.training.run_state import RunState
 
 logger = logging.getLogger("lorank")
@@ -34,6 +35,8 @@ class BudgetNotice(Integration):
         self._name = type(run.allocator).__name__
 
     def after_allocation(self, run: RunState) -> None:
+        if not is_first_process():
+            return  # all processes have the same ranks
         if not self._started:
             self._started = True
             self._parameters, self._ranks = run.layers.parameters, run.layers.ranks
