@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import lorank
-from lorank.errors import AllocatorError, LorankError, OptimizerStateError, ScheduleError, ValidationBatchError
+from lorank.errors import (
+    AdapterError,
+    AllocatorError,
+    LorankError,
+    OptimizerStateError,
+    ScheduleError,
+    ValidationBatchError,
+)
+from lorank.lora import fold_gates_
+from tests.methods import METHODS
 from tests.models import adapted, tiny_llama, token_batch
 from tests.scoring.families import Tuples
 from tests.scoring.test_preserve_state import state
@@ -256,3 +265,24 @@ def test_the_methods_that_the_message_names_need_no_batch(name: str) -> None:
     ranks = lorank.attach(model, optimizer, getattr(lorank, name)(**settings), total_steps=20)
     train(model, optimizer, 20)
     assert len(ranks.history) > 1
+
+
+@pytest.mark.parametrize("name", ["adalora", "sora", "alora-dnas", "ard"])
+def test_gates_that_somebody_folds_stop_the_next_step(name: str) -> None:
+    method = METHODS[name]
+    model = adapted(tiny_llama(), random_B=False, **method.lora)
+    optimizer = adamw(model)
+    ranks = lorank.attach(model, optimizer, method.make(), validation_batch=token_batch(seed=9), total_steps=20)
+
+    def step(seed: int) -> None:
+        optimizer.zero_grad()
+        model(**token_batch(seed=seed)).loss.backward()
+        optimizer.step()
+
+    for seed in range(3):
+        step(seed)
+    fold_gates_(ranks.layers)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(AdapterError, match=r"the gate of .* was removed or replaced during the run"):
+        step(3)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

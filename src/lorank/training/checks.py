@@ -233,7 +233,7 @@ def require_trainable(run: RunState) -> None:
                 f"{name} is merged into the base weights, so this step would not train it. Call "
                 "model.unmerge_adapter() before the forward pass of each training step"
             )
-        if run.learns_gates and not run.finished and layer.gate is not leaves.get(name):
+        if run.learns_gates and not run.finished and (layer.gate is None or layer.gate is not leaves.get(name)):
             raise AdapterError(
                 f"the gate of {name} was removed or replaced during the run, so {type(run.allocator).__name__} cannot "
                 "go on. Saving and merging (save_pretrained, merge_adapter, merge_and_unload) include the gates: call "

@@ -329,6 +329,7 @@ class Ranks:
         self._integrations.before_read(run)
         check_optimizer_state(run)
         restore_progress_(run, state)
+        run.learns_gates = run.layers.gates is not None
         self._weights_replaced = False
         self._integrations.after_resize(run)
 
@@ -472,6 +473,7 @@ class Ranks:
                 self._allocate()
             if run.step == run.info.total_steps:
                 self.finish()
+        run.learns_gates = run.layers.gates is not None
         self._integrations.after_step(run)
 
     def _add_rank_state(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
