@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ROOMS = [path.name for path in (ROOT / "src" / "lorank").iterdir() if path.is_dir()]
-FOLDERS = "|".join(["src/lorank", "tests", "benchmarks", "examples", "recipes", "docs", *sorted(ROOMS)])
+FOLDERS = "|".join(["src/lorank", "tests", "benchmarks", "examples", "docs", *sorted(ROOMS)])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PATH = re.compile(rf"`((?:{FOLDERS})/[\w./]+)`")
 
