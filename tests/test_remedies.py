@@ -325,7 +325,7 @@ CASES: dict[str, Case] = {
     "merged": Case(lambda: train(merged(undo=False)), r"model\.unmerge_adapter\(\)", lambda: train(merged(undo=True))),
     "an unsupported variant": Case(
         lambda: train(fresh(alora_invocation_tokens=[5], task_type="CAUSAL_LM")),
-        r"as plain LoRA or with use_dora=True",
+        r"as plain LoRA, LoraConfig\(init_lora_weights=True\), or with use_dora=True",
         lambda: (train(fresh()), train(fresh(use_dora=True))),
     ),
     "the optimiser of something else": Case(

@@ -181,6 +181,7 @@ COMBINATIONS = [
 ]
 REFUSED_BY_PEFT: list[Callable[[Any, str | None, dict[str, Any]], bool]] = [
     lambda init, tied, lora: "lora_bias" in lora and (init not in (True, False) or lora["use_dora"]),
+    lambda init, tied, lora: "lora_bias" in lora and tied == "lora",  # embeddings
     lambda init, tied, lora: init == "mica" and lora["use_dora"],
     lambda init, tied, lora: init in ("corda", "loftq") and tied == "lora",  # embeddings
 ]

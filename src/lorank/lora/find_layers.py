@@ -59,6 +59,8 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
         _check_supported(name, module, adapter)
         layers[name] = AdapterLayer(name, module, adapter, configs[adapter].bias)
     _check_no_shared_weights(layers)
+    if getattr(configs[adapter], "ensure_weight_tying", False):
+        _check_no_tied_bases(layers)
     return AdapterLayers(model, adapter, configs[adapter], layers, prefix)
 
 
@@ -122,6 +124,21 @@ def _check_no_shared_weights(layers: Mapping[str, AdapterLayer]) -> None:
             raise _shared_weight_error(*sorted((name, furthest[1]), key=list(layers).index))
         if furthest is None or found[0] != furthest[0][0] or found[2] > furthest[0][2]:
             furthest = found, name
+
+
+def _check_no_tied_bases(layers: Mapping[str, AdapterLayer]) -> None:
+    """Raises AdapterError if two layers adapt one weight, which PEFT ties again when it loads a file.
+
+    Some initialisations (orthogonal, EVA) separate the LoRA weights that ``ensure_weight_tying`` has tied. A file would
+    then give other outputs than the live model.
+    """
+    owners: dict[MemoryRange, str] = {}
+    for name, layer in layers.items():
+        weight = getattr(layer.module.get_base_layer(), "weight", None)
+        if weight is not None and (found := memory_range(weight)) is not None:
+            other = owners.setdefault(found, name)
+            if other != name:
+                raise _shared_weight_error(other, name)
 
 
 def _shared_weight_error(name: str, other: str) -> AdapterError:
