@@ -38,9 +38,8 @@ class Headed(nn.Module):
         return {"loss": loss, "logits": y}
 
 
-def trainer_of(folder: Path, trained: nn.Module, method: str, **options: Any) -> Trainer:
-    callback = lorank.RankCallback(METHODS[method].make(), validation_batch=token_batch(seed=9), **options)
-    settings = TrainingArguments(
+def arguments_of(folder: Path, **changes: Any) -> TrainingArguments:
+    return TrainingArguments(
         str(folder),
         max_steps=STEPS,
         save_steps=7,
@@ -49,7 +48,13 @@ def trainer_of(folder: Path, trained: nn.Module, method: str, **options: Any) ->
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
+        **changes,
     )
+
+
+def trainer_of(folder: Path, trained: nn.Module, method: str, **options: Any) -> Trainer:
+    callback = lorank.RankCallback(METHODS[method].make(), validation_batch=token_batch(seed=9), **options)
+    settings = arguments_of(folder)
     return Trainer(trained, settings, train_dataset=rows(8, seed=0), callbacks=[callback])
 
 
@@ -186,17 +191,7 @@ def test_a_sentence_transformers_adapter(method: str, tmp_path: Path) -> None:
         model = SentenceModel()
         model[0].auto_model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"]))
         callback = lorank.RankCallback(METHODS[method].make())
-        arguments = TrainingArguments(
-            str(tmp_path),
-            max_steps=STEPS,
-            save_steps=7,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        )
+        arguments = arguments_of(tmp_path, remove_unused_columns=False)
         return SentenceTrainer(model, arguments, train_dataset=rows(8, seed=0), callbacks=[callback])
 
     straight, resumed = make(), make()

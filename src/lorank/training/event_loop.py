@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,18 @@ import torch
 from torch import nn
 
 from lorank.allocators import Allocation, Allocator, Context, ResolvedBudget, State, TrainingInfo
-from lorank.errors import AdapterError, LorankError, ValidationBatchError
+from lorank.errors import LorankError, ValidationBatchError
 from lorank.lora import (
     AdapterLayers,
-    HeadGroups,
     LayersSnapshot,
-    Plan,
     compensate_gates_,
     fold_gates_,
     is_compiled,
     merge_heads_,
-    plan_for_rank,
     rank_origins,
     resize_,
     resize_on_load,
     save_adapter,
-    split_again_,
-    split_into_heads_,
 )
 from lorank.scoring.loss import LossFn
 from lorank.training import attached_runs
@@ -79,6 +74,7 @@ from lorank.training.parallel import find_backend, inner_model
 from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.process_group import ProcessGroup, is_first_process
 from lorank.training.progress import Report, scoring_progress
+from lorank.training.retry import continue_with_ranks_, split_
 from lorank.training.run_state import RunState
 from lorank.training.step_hooks import StepHooks
 
@@ -379,7 +375,7 @@ class Ranks:
             check_resumable(saved, run)
             restore_layers_(run, saved)
         elif groups := allocator.heads_of(layers):
-            self._split(groups, retried)
+            split_(run, groups, retried)
         run.budget = allocator.resolve_budget(layers, run.info)
         if saved is None:
             check_optimizer_state(run)
@@ -388,7 +384,7 @@ class Ranks:
             if retried is None:
                 resize_(layers, allocator.initial_plan(layers, run.info), optimizer, seed=run.seed)
             else:
-                self._retry(retried)
+                continue_with_ranks_(run, retried)
         # The weights of a finished run are final: the method must not start again.
         run.memory = {} if saved and saved["finished"] else allocator.start(layers, run.info)
         check_weight_copies(run)
@@ -403,39 +399,6 @@ class Ranks:
             del optimizer.param_groups[0][STATE_KEY]  # only now: a state that is refused stays in the optimiser
             try_scoring(run)
         self._integrations.after_allocation(run)
-
-    def _split(self, groups: Mapping[str, HeadGroups], retried: RunBeginning | None) -> None:
-        """Gives the layers the per-head form: that of the interrupted run if they still have its weights."""
-        run = self._run
-        if retried is not None and {name: heads for name, (heads, _) in retried.heads.items()} == dict(groups):
-            with suppress(AdapterError):  # other weights: an error is raised below if they cannot be split
-                split_again_(run.layers, retried.heads, run.optimizer)
-                return
-        split_into_heads_(
-            run.layers, groups, run.optimizer, seed=run.seed - 1
-        )  # another seed than that of the initial plan
-
-    def _retry(self, interrupted: RunBeginning) -> None:
-        """Gives the layers the ranks with which a run begins after one that did not come to its end.
-
-        The same method goes on with the ranks that the interrupted run has left, because a plan for a fresh adapter
-        would remove trained ranks. So does a method without a budget. Another method begins as on the adapter that the
-        interrupted run was given, but only in layers that are untrained.
-        """
-        run = self._run
-        layers = run.layers
-        if interrupted.method != run.allocator.describe():
-            resize_(layers, _initial_plan_of_untrained(layers, run.info), run.optimizer, seed=run.seed)
-            if run.budget is not None:
-                resize_(layers, run.allocator.initial_plan(layers, run.info), run.optimizer, seed=run.seed)
-        logger.warning(
-            "the last run of this adapter (%s) stopped before its end. This run is a retry: it has that run's initial "
-            "%d ranks and so its budget, and begins with the %d ranks that are there now. If the last run was meant to "
-            "end where it did, call ranks.finish() before the next attach",
-            interrupted.method.get("method"),
-            sum(run.info.initial_ranks.values()),
-            layers.total_rank,
-        )
 
     # The hooks of the optimiser, in the order in which they run.
 
@@ -530,12 +493,3 @@ class Ranks:
 
     def _record(self, allocation: Allocation, before: Mapping[str, int], seconds: float) -> Record:
         return record_of(self.step, self.allocator, self.layers, allocation, before, seconds)
-
-
-def _initial_plan_of_untrained(layers: AdapterLayers, info: TrainingInfo) -> Plan:
-    """The plan that gives layers without an update (B = 0) the ranks that the adapter was made with."""
-    return {
-        name: plan_for_rank(layer.rank, info.initial_ranks[name])
-        for name, layer in layers.items()
-        if layer.groups is None and layer.rank != info.initial_ranks[name] and not (layer.A.any() and layer.B.any())
-    }
