@@ -1,0 +1,335 @@
+"""Does a method beat static LoRA of equal size?   python -m benchmarks.quality --tasks manual --steps 200
+
+Three tasks, rank 2 in every map: Python's reference manual and E2E with the packaged Llama, clinc150 with MiniLM. Every
+method ends with the trained parameters of static LoRA at rank 2 (``lora2x`` has twice as many). A method's learning
+rate is the best of a grid whose values are a factor of two apart, by the loss on the selection part after training with
+a seed of its own. If the best rate is at an end of the grid, the grid is extended. Then five fresh seeds are trained at
+this rate. Their losses are those on the report part, which no choice has used: other examples of the held-out part.
+
+Every run is one line of ``OUT``, written when it is done. The same command continues where it was interrupted, and
+several may share one file. ``python -m benchmarks.quality_table`` makes the tables.
+
+All runs: AdamW, 6 % warm-up, linear decay to 0, gradient norm clipped at 1, one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+warnings.simplefilter("ignore")
+
+import torch  # noqa: E402  # after the warnings of the libraries that it imports
+from torch import nn  # noqa: E402
+from transformers import set_seed  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+import lorank  # noqa: E402
+from lorank.config.sections import ModelSettings  # noqa: E402
+from lorank.experiments.models import load_model, load_tokenizer  # noqa: E402
+from lorank.lora import find_layers, make_peft_model  # noqa: E402
+from lorank.tasks import Task, build_task, mean_loss  # noqa: E402
+from lorank.tasks.settings import (  # noqa: E402
+    ClassificationSettings,
+    GenerationSettings,
+    LanguageModellingSettings,
+    TaskSettings,
+)
+
+RANK = 2
+WARMUP = 0.06
+SELECTION, REPORT = 128, 384
+"""Examples of the held-out part: the first for choosing learning rates, the next for the report."""
+START_BATCHES = 4
+"""Training batches of the gradient start."""
+SELECTION_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task.
+
+    Args:
+        batch: rows of a training batch.
+        dropout: the adapter's dropout.
+        lrs: the first grid of learning rates, ascending by factors of two.
+    """
+
+    model: str
+    task: TaskSettings
+    batch: int
+    lrs: tuple[float, ...]
+    dropout: float = 0.0
+
+
+CASES = {
+    "manual": Case(
+        "tiny",
+        LanguageModellingSettings(data="python_reference", block_size=64, max_eval=SELECTION + REPORT),
+        8,
+        (5e-3, 1e-2, 2e-2, 4e-2),
+    ),
+    "e2e": Case("tiny", GenerationSettings(data="e2e_nlg", max_length=160, holdout=0.3), 8, (5e-3, 1e-2, 2e-2, 4e-2)),
+    "clinc150": Case("minilm", ClassificationSettings(data="clinc150", max_length=32), 32, (1e-3, 2e-3, 4e-3, 8e-3)),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method.
+
+    Args:
+        title: its name in tables.
+        allocator: makes the allocator.
+        rank: the rank of the adapter when it is made.
+        prepare: changes a fresh adapter before the optimiser is made: (model, batches of training data, seed).
+        batches: whether the allocator itself reads the training batches.
+    """
+
+    title: str
+    allocator: Callable[[], lorank.Allocator]
+    rank: int = RANK
+    prepare: Callable[[nn.Module, list[Any], int], None] | None = None
+    batches: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+BUDGET = f"{100 / 2:g}% of adapter"
+"""For methods that start with twice the ranks and prune them."""
+
+METHODS: dict[str, Method] = {
+    "lora": Method("LoRA", lorank.StaticLoRA),
+    "lora2x": Method("LoRA, twice the parameters", lorank.StaticLoRA, 2 * RANK),
+    "alora": Method("ALoRA", lambda: lorank.ALoRA(budget="100% of adapter")),
+    "sora": Method("SoRA, from twice", lambda: lorank.SoRA(budget=BUDGET), 2 * RANK),
+    "adalora": Method("AdaLoRA, from twice", lambda: lorank.AdaLoRA(budget=BUDGET), 2 * RANK),
+    "ard": Method("ARD-LoRA", lambda: lorank.ARDLoRA(budget="100% of adapter")),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run to do."""
+
+    task: str
+    method: str
+    steps: int
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.task, self.method, self.steps, self.lr, self.seed)
+
+
+@cache
+def task_of(name: str) -> Task:
+    settings = CASES[name].task
+    return build_task(settings, load_tokenizer(ModelSettings(name=CASES[name].model)))
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Trains one model, and returns its line of results."""
+    case, method, task = CASES[run.task], METHODS[run.method], task_of(run.task)
+    set_seed(run.seed)
+    base = load_model(ModelSettings(name=case.model), task)
+    model = make_peft_model(
+        base,
+        task_type="CAUSAL_LM" if task.model_kind == "causal_lm" else "SEQ_CLS",
+        r=method.rank,
+        lora_alpha=2 * method.rank,
+        lora_dropout=case.dropout,
+        target_modules="all-linear",
+    )
+    order = _order(len(task.train), case.batch, run.steps, run.seed)
+    held_out = task.validation
+    scoring = task.collator(held_out[:32])  # part of the selection examples
+    first = [task.collator([task.train[i] for i in rows]) for rows in order[:START_BATCHES]]
+    began = time.perf_counter()
+    if method.prepare is not None:
+        method.prepare(model, first, run.seed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=run.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, run.steps))
+    ranks = lorank.attach(
+        model,
+        optimizer,
+        method.allocator(),
+        total_steps=run.steps,
+        steps_per_epoch=len(task.train) / case.batch,
+        validation_batch=scoring,
+        seed=run.seed,
+        progress=False,
+        **({"train_batches": first} if method.batches else {}),
+    )
+    layers = find_layers(model)
+    most, total = layers.parameters, 0.0
+    model.train()
+    for step, rows in enumerate(order):
+        loss = model(**task.collator([task.train[i] for i in rows])).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        most = max(most, layers.parameters)
+        if step >= run.steps - 50:
+            total += float(loss.detach()) / 50
+    ranks.detach()
+    seconds = time.perf_counter() - began
+    selection, report = held_out[:SELECTION], held_out[SELECTION : SELECTION + REPORT]
+    line = {
+        **vars(run),
+        "parameters": layers.parameters,
+        "most_parameters": most,
+        "ranks": layers.ranks,
+        "train": total,
+        "selection": mean_loss(model, selection, task.collator, batch_size=32, progress=False),
+        "report": mean_loss(model, report, task.collator, batch_size=32, progress=False),
+        "seconds": seconds,
+        "allocation_seconds": sum(record.seconds for record in ranks.history.allocations),
+    }
+    if task.model_kind != "causal_lm":
+        line["accuracy"] = _accuracy(model, report, task)
+    return line
+
+
+def _accuracy(model: nn.Module, examples: Sequence[Any], task: Task) -> float:
+    model.eval()
+    right = 0
+    with torch.no_grad():
+        for start in range(0, len(examples), 64):
+            batch = task.collator(examples[start : start + 64])
+            right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
+    return right / len(examples)
+
+
+def _order(examples: int, batch: int, steps: int, seed: int) -> list[list[int]]:
+    """The rows of every training batch, in random order, epoch after epoch."""
+    draw = torch.Generator().manual_seed(seed + 1_000_003)
+    order: list[list[int]] = []
+    while len(order) < steps:
+        rows = torch.randperm(examples, generator=draw).tolist()
+        order += [rows[start : start + batch] for start in range(0, examples - batch + 1, batch)]
+    return order[:steps]
+
+
+def _factor(step: int, steps: int) -> float:
+    """The learning rate as a fraction of its peak: a linear warm-up, then linearly to 0."""
+    return min((step + 1) / max(1.0, WARMUP * steps), (steps - step) / (steps * (1 - WARMUP)), 1.0)
+
+
+class Results:
+    """The file of results, which several processes share. A run that a process has begun is not begun by another."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._claims = path.with_suffix(".claims")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def claim(self, run: Run) -> bool:
+        """Whether this process may do the run: it is not done, and no living process does it."""
+        self._claims.mkdir(exist_ok=True)
+        name = self._claims / "-".join(map(str, run.key))
+        with (self._claims / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if run.key in {_key(line) for line in self.read()}:
+                return False
+            if name.exists():
+                try:
+                    os.kill(int(name.read_text()), 0)
+                    return False
+                except (ProcessLookupError, ValueError):
+                    pass
+            name.write_text(str(os.getpid()))
+            return True
+
+    def add(self, run: Run, line: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(json.dumps(line) + "\n")
+        (self._claims / "-".join(map(str, run.key))).unlink(missing_ok=True)
+
+
+def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(line[name] for name in ("task", "method", "steps", "lr", "seed"))
+
+
+def best_lr(lines: Sequence[Mapping[str, Any]], task: str, method: str, steps: int) -> float | None:
+    """The learning rate with the lowest selection loss; None while the grid is not complete."""
+    grid = {
+        line["lr"]: line["selection"]
+        for line in lines
+        if (line["task"], line["method"], line["steps"], line["seed"]) == (task, method, steps, SELECTION_SEED)
+    }
+    if len(grid) < len(CASES[task].lrs):
+        return None
+    best = min(grid, key=lambda lr: grid[lr] if grid[lr] == grid[lr] else float("inf"))
+    return None if best in (min(grid), max(grid)) and len(grid) < len(CASES[task].lrs) + 3 else best
+
+
+def wanted(lines: Sequence[Mapping[str, Any]], task: str, method: str, steps: int, seeds: int) -> Iterator[Run]:
+    """The runs that are still to do, as far as they are known."""
+    grid = list(CASES[task].lrs)
+    tried = {
+        line["lr"]: line["selection"]
+        for line in lines
+        if (line["task"], line["method"], line["steps"], line["seed"]) == (task, method, steps, SELECTION_SEED)
+    }
+    lr = best_lr(lines, task, method, steps)
+    if lr is None:
+        if len(tried) >= len(grid):
+            best = min(tried, key=lambda lr: tried[lr])
+            grid = [best * 2] if best == max(tried) else [best / 2]
+        yield from (Run(task, method, steps, lr, SELECTION_SEED) for lr in grid if lr not in tried)
+        return
+    for seed in SEEDS[:seeds]:
+        yield Run(task, method, steps, lr, seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(CASES), help="comma-separated")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, in the order to run them")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fresh seeds of every method")
+    parser.add_argument("--lr", type=float, help="this learning rate alone, for a first look")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality.jsonl"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    results = Results(given.out)
+    tasks, methods = given.tasks.split(","), given.methods.split(",")
+    while True:
+        lines = results.read()
+        if given.lr is None:
+            todo = (run for t in tasks for m in methods for run in wanted(lines, t, m, given.steps, given.seeds))
+        else:
+            todo = (Run(t, m, given.steps, given.lr, s) for t in tasks for m in methods for s in SEEDS[: given.seeds])
+        run = next((run for run in todo if results.claim(run)), None)
+        if run is None:
+            return
+        line = train(run)
+        results.add(run, line)
+        print(
+            f"{run.task} {run.method} {run.steps} lr {run.lr:g} seed {run.seed}: selection {line['selection']:.4f} "
+            f"report {line['report']:.4f}, {line['parameters']:,} parameters, {line['seconds']:.1f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
