@@ -109,6 +109,23 @@ BUDGET = f"{100 / 2:g}% of adapter"
 METHODS: dict[str, Method] = {
     "lora": Method("LoRA", lorank.StaticLoRA),
     "lora2x": Method("LoRA, twice the parameters", lorank.StaticLoRA, 2 * RANK),
+    "gradient": Method(
+        "gradient start", lorank.StaticLoRA, prepare=lambda m, b, s: lorank.gradient_start_(m, b, seed=s)
+    ),
+    "gradient_ranks": Method(
+        "gradient ranks",
+        lorank.StaticLoRA,
+        prepare=lambda m, b, s: lorank.initial_ranks_(m, b, budget="100% of adapter", seed=s),
+    ),
+    "gradient_directions": Method(
+        "gradient directions",
+        lorank.StaticLoRA,
+        prepare=lambda m, b, s: lorank.gradient_start_(m, b, ranks="keep", seed=s),
+    ),
+    "wide": Method("wide start", lambda: lorank.BalancedLoRA(init="default")),
+    "balanced": Method("BalancedLoRA", lorank.BalancedLoRA, batches=True),
+    "balanced2": Method("BalancedLoRA, wide=2", lambda: lorank.BalancedLoRA(wide=2), batches=True),
+    "balanced1": Method("BalancedLoRA, wide=1", lambda: lorank.BalancedLoRA(wide=1), batches=True),
     "alora": Method("ALoRA", lambda: lorank.ALoRA(budget="100% of adapter")),
     "sora": Method("SoRA, from twice", lambda: lorank.SoRA(budget=BUDGET), 2 * RANK),
     "adalora": Method("AdaLoRA, from twice", lambda: lorank.AdaLoRA(budget=BUDGET), 2 * RANK),

@@ -293,8 +293,8 @@ def test_a_refused_run_leaves_the_initialisation_in_the_config() -> None:
     config = model.peft_config["default"]
 
     class Fails(EmptyAndMove):
-        def initial_plan(self, layers: Any, run: TrainingInfo) -> Any:
-            return {name: plan_for_rank(layer.rank, 3) for name, layer in layers.items()}
+        def initial_plan(self, context: Any) -> Any:
+            return {name: plan_for_rank(layer.rank, 3) for name, layer in context.layers.items()}
 
         def start(self, layers: Any, run: TrainingInfo) -> State:
             assert layers.config.init_lora_weights is True

@@ -152,7 +152,7 @@ def test_one_generous_limit_beside_a_tight_one_is_no_mistake() -> None:
 
 
 def start(allocator, layers: AdapterLayers) -> dict[str, int]:
-    resize_(layers, allocator.initial_plan(layers, TrainingInfo(total_steps=10)))
+    resize_(layers, allocator.initial_plan(Context(0, TrainingInfo(total_steps=10), layers.model, layers)))
     return layers.ranks
 
 

@@ -5,9 +5,11 @@ from lorank.allocators.alora import ALoRA
 from lorank.allocators.alora_dnas import ALoRADNAS
 from lorank.allocators.alora_sensi import ALoRASensi
 from lorank.allocators.ard import ARDLoRA
+from lorank.allocators.balanced import BalancedLoRA
 from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import Budget, BudgetLike, BudgetSetting, as_budget, resolve_budget, uniform_plan
 from lorank.allocators.gate_adam import adam_step_, resize_adam_, start_adam
+from lorank.allocators.gradient_start import gradient_start_
 from lorank.allocators.initial_ranks import initial_ranks_
 from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
 from lorank.allocators.registry import Registry, find_allocators
@@ -25,6 +27,7 @@ __all__ = [
     "AdaLoRA",
     "Allocation",
     "Allocator",
+    "BalancedLoRA",
     "Budget",
     "BudgetLike",
     "BudgetSetting",
@@ -41,6 +44,7 @@ __all__ = [
     "as_budget",
     "final_budget",
     "find_allocators",
+    "gradient_start_",
     "initial_ranks_",
     "plan_to_keep",
     "resize_adam_",

@@ -66,12 +66,31 @@ class Allocator(ScoringNeeds, ABC):
         """The budget that the ranks must fit at the end of the run. None: there is no budget."""
         return None
 
-    def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
+    @property
+    def wants_train_batches(self) -> bool:
+        """Whether :meth:`initial_plan` reads ``context.train_batches``."""
+        return False
+
+    def initial_plan(self, context: Context) -> Plan:
         """The plan from the ranks that the adapter was made with to the initial ranks of a new run.
 
         It is not used in a resumed run, which continues with its saved ranks.
+
+        Args:
+            context: the run before its first step. ``train_batches`` has the user's first batches of training data.
+
+        Raises:
+            ValidationBatchError: the method needs a batch to begin, and none was given or it gives no loss.
         """
         return {}
+
+    def lr_factor(self, context: Context) -> float:
+        """By what the adapter's learning rate is multiplied in the step that comes now. > 0.
+
+        Called before every optimiser step. The optimiser's own rate, which schedules read and change, is restored
+        after the step.
+        """
+        return 1.0
 
     def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
         """Checks the settings against the run, sets gates if the method needs them, and returns the initial state.

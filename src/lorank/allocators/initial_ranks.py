@@ -10,8 +10,9 @@ loss by η Σ_{i≤r} σ_i². LoRA takes this step on B, with A along v_1 … v_
 
     η s_m² σ_{m,i}²
 
-with the same learning rate η for all modules. The ranks with the largest values over all modules are chosen, as far as
-the budget allows. A keeps its random initial values; only its number of rows is chosen. This estimate ignores
+with the same learning rate η for all modules. The ranks with the largest values, divided by what a rank costs in the
+unit of the budget, are chosen over all modules, as far as the budget allows. A keeps its random initial values; only
+its number of rows is chosen (:func:`lorank.gradient_start_` also chooses the directions). This estimate ignores
 curvature, Adam's scaling of each gradient, and the change of G during training.
 
 **eva**. PEFT's EVA (:mod:`lorank.lora.eva`) uses the inputs of each module instead of the loss: the chosen ranks
@@ -24,18 +25,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorank.allocators.budget import Budget, BudgetLike
+from lorank.allocators.gradient_start import check_fresh, gradient_plan
 from lorank.allocators.resolved_budget import ResolvedBudget
-from lorank.errors import AdapterError, BudgetError
+from lorank.errors import BudgetError
 from lorank.lora import AdapterLayers, check_base_unchanged, find_layers, plan_for_rank, resize_
 from lorank.lora.eva import eva_components
-from lorank.scoring import weight_gradient_singular_values
+from lorank.scoring import Context, TrainingInfo
 from lorank.scoring.loss import LossFn
-
-GROWTH = 4
-"""For the method ``gradient``, the highest rank of a module as a multiple of the mean rank (but at least 16)."""
 
 
 def initial_ranks_(
@@ -77,16 +76,12 @@ def initial_ranks_(
         raise BudgetError(f"initial ranks by {method!r}: expected 'gradient' or 'eva'")
     layers = find_layers(model, adapter)
     check_base_unchanged(layers, "initial_ranks_")
-    _check_fresh(layers)
+    check_fresh(layers)
     resolved = _resolve(layers, budget)
     kept = list(batches)
     if method == "gradient":
-        mean_rank = sum(resolved.uniform().values()) / len(layers)
-        most = max(16, round(GROWTH * mean_rank))
-        values = weight_gradient_singular_values(model, layers, kept, most, loss_fn=loss_fn, seed=seed)
-        worth = {name: (layers[name].scaling * sigma) ** 2 for name, sigma in values.items()}
-        ranks = {name: len(chosen) for name, chosen in resolved.keep_best(worth).items()}
-        resize_(layers, {name: plan_for_rank(layers[name].rank, rank) for name, rank in ranks.items()}, seed=seed)
+        context = Context(0, TrainingInfo(1, seed=seed), model, layers, loss_fn=loss_fn, train_batches=kept)
+        resize_(layers, gradient_plan(context, resolved, directions=False), seed=seed)
     else:
         _eva(layers, resolved, kept, seed, model)
     return layers.ranks
@@ -117,13 +112,3 @@ def _resolve(layers: AdapterLayers, budget: BudgetLike) -> ResolvedBudget:
         return Budget.parse(budget).resolve(layers)
     holds = sum(layer.max_rank for layer in layers.values())
     return Budget(ranks=min(layers.total_rank, holds)).resolve(layers)
-
-
-def _check_fresh(layers: AdapterLayers) -> None:
-    for name, layer in layers.items():
-        start: Tensor = layer.A if layer.is_embedding else layer.B  # for embeddings PEFT sets A to zero instead of B
-        if layer.rank and bool(start.detach().any()):
-            raise AdapterError(
-                f"{name} already has an update (B ≠ 0): initial ranks need a fresh adapter. Choose them right after "
-                "get_peft_model, and do not use an init_lora_weights that sets B ('orthogonal', False)"
-            )

@@ -29,6 +29,7 @@ GROUP = "lorank.allocators"
 # until the next installation. The methods are loaded in the same way as entry points.
 OWN: Mapping[str, str] = {
     "static": "lorank.allocators.static:StaticLoRA",
+    "balanced": "lorank.allocators.balanced:BalancedLoRA",
     "alora": "lorank.allocators.alora:ALoRA",
     "alora_dnas": "lorank.allocators.alora_dnas:ALoRADNAS",
     "alora_sensi": "lorank.allocators.alora_sensi:ALoRASensi",

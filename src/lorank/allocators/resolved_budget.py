@@ -141,6 +141,32 @@ class ResolvedBudget:
                 spare = [left - cost for cost, left in zip(costs[name], spare, strict=True)]
         return {name: tuple(sorted(some)) for name, some in kept.items()}
 
+    def times(self, factor: float, most: Mapping[str, int]) -> ResolvedBudget:
+        """``factor`` times this budget, but no more than modules can hold.
+
+        Args:
+            factor: ≥ 1. Limits and caps are multiplied by it.
+            most: per module, the highest rank that it can hold.
+        """
+        return replace(
+            self,
+            constraints=tuple(replace(c, limit=int(c.limit * factor)) for c in self.constraints),
+            caps={name: max(cap, min(most[name], int(cap * factor))) for name, cap in self.caps.items()},
+        )
+
+    def share(self, ranks: Mapping[str, int]) -> float:
+        """The cost of ``ranks`` as a multiple of the limit; the highest over all constraints."""
+        return max(c.cost(ranks) / c.limit for c in self.constraints)
+
+    def per_cost(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scores divided by what a rank costs in its module, in the unit of the first constraint.
+
+        Args:
+            scores: per module (r,).
+        """
+        costs = self.constraints[0].costs
+        return {name: values / costs[name] for name, values in scores.items()}
+
     def relaxed(self, start_ranks: Mapping[str, int], fraction: float) -> ResolvedBudget:
         """A budget between ``start_ranks`` and this one: each limit L becomes ⌊L + (cost(start) − L) · fraction⌋.
 

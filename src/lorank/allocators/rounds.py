@@ -104,8 +104,8 @@ class RoundAllocator(Allocator):
     def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
         return resolve_budget(self.budget, layers, run)
 
-    def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
-        return uniform_plan(self.budget, layers, run)
+    def initial_plan(self, context: Context) -> Plan:
+        return uniform_plan(self.budget, context.layers, context.run)
 
     def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
         self._check_that_ranks_stay(layers, run)
@@ -155,7 +155,7 @@ class RoundAllocator(Allocator):
     def _check_that_ranks_stay(self, layers: AdapterLayers, run: TrainingInfo) -> None:
         """Raises ScheduleError if one round would leave fewer ranks than the minimum."""
         pruned = self._count(layers, run)
-        plan = self.initial_plan(layers, run)
+        plan = uniform_plan(self.budget, layers, run)
         total = sum(plan[name].rank if name in plan else layer.rank for name, layer in layers.items())
         needed = _needed(layers)
         if pruned > total - needed:

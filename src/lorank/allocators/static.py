@@ -31,8 +31,8 @@ class StaticLoRA(Allocator):
     def resolve_budget(self, layers: AdapterLayers, run: TrainingInfo) -> ResolvedBudget | None:
         return resolve_budget(self.budget, layers, run)
 
-    def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
-        return uniform_plan(self.budget, layers, run)
+    def initial_plan(self, context: Context) -> Plan:
+        return uniform_plan(self.budget, context.layers, context.run)
 
     def allocate(self, context: Context, state: State) -> Allocation | None:
         return None

@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback
 
 from lorank._version import __version__
-from lorank.allocators import TrainingInfo, initial_ranks_
+from lorank.allocators import Context, TrainingInfo, initial_ranks_
 from lorank.config.sections import TrainingSettings
 from lorank.config.settings import FullSettings, RunConfig
 from lorank.errors import LorankError
@@ -204,7 +204,7 @@ def _spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:
             f"lora.initial_ranks is {config.lora.initial_ranks!r}, but the allocator {config.allocator.name!r} starts "
             "with ranks of its own for every head, which would undo them: set lora.initial_ranks to uniform"
         )
-    budget, plan = allocator.resolve_budget(layers, run), allocator.initial_plan(layers, run)
+    budget, plan = allocator.resolve_budget(layers, run), allocator.initial_plan(Context(0, run, model, layers))
     start = {name: plan[name].rank if name in plan else layer.rank for name, layer in layers.items()}
     at_budget = budget is not None and start == budget.uniform()
     ranks = initial_ranks_(

@@ -2,10 +2,12 @@
 
 from lorank.lora.attention_heads import head_groups
 from lorank.lora.base_size import base_parameters
+from lorank.lora.basis import Basis
 from lorank.lora.find_layers import find_layers
 from lorank.lora.fused_forward import fuse_, is_compiled, unfuse_
 from lorank.lora.gate_compensation import compensate_gates_
 from lorank.lora.gates import LearnedGates
+from lorank.lora.gramians import Gramians
 from lorank.lora.initialisation import check_base_unchanged, check_file_can_shrink
 from lorank.lora.io.adapter_folder import is_adapter_file
 from lorank.lora.io.load_adapter import load_adapter, read_adapter_config
@@ -22,16 +24,19 @@ from lorank.lora.quantised import RepackingPrevention, prevent_repacking
 from lorank.lora.rank_index import rank_origins, reindex_ranks
 from lorank.lora.reserve import reserve_
 from lorank.lora.resize import resize_
-from lorank.lora.resize_plan import LayerPlan, Plan, plan_for_heads, plan_for_rank
+from lorank.lora.resize_plan import LayerPlan, NewVectors, Plan, plan_for_heads, plan_for_rank
 from lorank.lora.snapshot import LayersSnapshot
 
 __all__ = [
     "AdapterLayer",
     "AdapterLayers",
+    "Basis",
+    "Gramians",
     "HeadGroups",
     "LayerPlan",
     "LayersSnapshot",
     "LearnedGates",
+    "NewVectors",
     "Plan",
     "RepackingPrevention",
     "ResizeOnLoadHandle",

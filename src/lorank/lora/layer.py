@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -26,6 +26,9 @@ from lorank.lora.variants.dora import is_dora
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.gated import GatedLora, update_plain_lora_hooks
 from lorank.lora.variants.per_head import HeadLora
+
+if TYPE_CHECKING:
+    from lorank.lora.gramians import Gramians
 
 TARGET_FIELDS = ("target_modules", "layers_to_transform", "layers_pattern")
 """The fields of a ``LoraConfig`` that say which modules have a LoRA."""
@@ -235,6 +238,7 @@ class AdapterLayers(Mapping[str, AdapterLayer]):
         model: the model that contains the layers.
         adapter: the adapter's name.
         gates: the trainable gates of all layers, after :meth:`learn_gates`; else None.
+        gramians: second moments of what goes through every rank, while a method needs them in training; else None.
         prefix: the prefix of a layer's name in ``model``, e.g. ``base_model.model.``.
     """
 
@@ -248,6 +252,7 @@ class AdapterLayers(Mapping[str, AdapterLayer]):
         tables = [vars(module).get(field) for module in model.modules() for field in ("peft_config", "_peft_config")]
         self._configs = [table for table in tables if isinstance(table, dict) and table.get(adapter) is config]
         self.gates: LearnedGates | None = None
+        self.gramians: Gramians | None = None
         self._layers = dict(layers)
         # The user's settings. They are restored when no module has rank 0.
         self.targets = {name: getattr(config, name) for name in TARGET_FIELDS}

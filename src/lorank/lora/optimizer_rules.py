@@ -1,11 +1,16 @@
 """What lorank knows about optimisers: a table of rules, and the optimisers that it refuses.
 
-A new rank should train as in a new optimiser. So each entry of the state with the parameter's shape needs a rule for
-its value at a new rank:
+A new rank should train as in a new optimiser. So each entry of the state with the parameter's shape needs a value at a
+new rank:
 
 - ZERO: moments of gradients. A new optimiser begins with zero too, and zero moments move no weight.
 - WEIGHT: copies and averages of the weights. They begin at the weight of the new rank; zero would pull it to zero.
 - the key of a parameter group: constants of the optimiser, such as Rprop's first step size, which is the learning rate.
+
+When a layer is turned to another basis of its ranks (:mod:`lorank.lora.basis`), each entry needs a way to turn:
+
+- as a gradient (exact), as the square of a gradient, as a weight, or as the square of a step of the weight;
+- not at all: what an entry says about single numbers is lost in another basis. It begins anew, as for a new rank.
 
 The count of steps is one number per parameter, so new ranks share it with the old ones. An optimiser outside the table
 is tried on copies after its first step (:mod:`lorank.lora.optimizer_trial`).
@@ -14,7 +19,8 @@ is tried on copies after its first step (:mod:`lorank.lora.optimizer_trial`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from enum import Enum, auto
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,34 +28,69 @@ from torch import Tensor
 from lorank.errors import OptimizerStateError
 
 ZERO, WEIGHT = "zero", "weight"
-Rule = Mapping[str, str]
-"""For each entry of the state, ZERO, WEIGHT, or the key of the parameter group that has its value at a new rank."""
 
-_ADAM: Rule = {"exp_avg": ZERO, "exp_avg_sq": ZERO, "max_exp_avg_sq": ZERO}
-_BITSANDBYTES: Rule = {"state1": ZERO, "state2": ZERO}
+
+class Turns(Enum):
+    """How an entry of the state turns with the basis of a layer's ranks."""
+
+    AS_GRADIENT = auto()
+    AS_SQUARE = auto()
+    AS_MAXIMUM = auto()
+    """The largest size of gradients: the root of the turned squares."""
+    AS_WEIGHT = auto()
+    AS_STEP_SQUARE = auto()
+    BEGINS_ANEW = auto()
+
+
+class Entry(NamedTuple):
+    """What lorank knows about one entry of an optimiser's state.
+
+    Args:
+        start: its value at a new rank: ZERO, WEIGHT, or the key of the parameter group that has the value.
+        turns: how it turns with the basis.
+    """
+
+    start: str
+    turns: Turns
+
+
+Rule = Mapping[str, Entry]
+"""The entries of an optimiser's state, by name."""
+
+_FIRST = Entry(ZERO, Turns.AS_GRADIENT)
+_SECOND = Entry(ZERO, Turns.AS_SQUARE)
+_COPY = Entry(WEIGHT, Turns.AS_WEIGHT)
+_ADAM: Rule = {"exp_avg": _FIRST, "exp_avg_sq": _SECOND, "max_exp_avg_sq": _SECOND}
+_ONLY_SECOND = ("Adagrad", "RMSprop")  # of bitsandbytes: the first tensor of their state holds squares
 
 # Package → class → rule.
 _RULES: Mapping[str, Mapping[str, Rule]] = {
     "torch": {
-        "Adadelta": {"square_avg": ZERO, "acc_delta": ZERO},
-        "Adafactor": {"row_var": ZERO, "col_var": ZERO},
-        "Adagrad": {"sum": "initial_accumulator_value"},
+        "Adadelta": {"square_avg": _SECOND, "acc_delta": Entry(ZERO, Turns.AS_STEP_SQUARE)},
+        "Adafactor": {"row_var": _SECOND, "col_var": _SECOND},
+        "Adagrad": {"sum": Entry("initial_accumulator_value", Turns.AS_SQUARE)},
         "Adam": _ADAM,
         "AdamW": _ADAM,
-        "Adamax": {"exp_avg": ZERO, "exp_inf": ZERO},
-        "ASGD": {"ax": WEIGHT},
-        "Muon": {"momentum_buffer": ZERO},
+        "Adamax": {"exp_avg": _FIRST, "exp_inf": Entry(ZERO, Turns.AS_MAXIMUM)},
+        "ASGD": {"ax": _COPY},
+        "Muon": {"momentum_buffer": _FIRST},
         "NAdam": _ADAM,
         "RAdam": _ADAM,
-        "RMSprop": {"square_avg": ZERO, "momentum_buffer": ZERO, "grad_avg": ZERO},
-        "Rprop": {"prev": ZERO, "step_size": "lr"},
-        "SGD": {"momentum_buffer": ZERO},
+        # its momentum adds up steps, gradients that are divided by their size already
+        "RMSprop": {"square_avg": _SECOND, "momentum_buffer": Entry(ZERO, Turns.AS_WEIGHT), "grad_avg": _FIRST},
+        "Rprop": {"prev": Entry(ZERO, Turns.BEGINS_ANEW), "step_size": Entry("lr", Turns.BEGINS_ANEW)},
+        "SGD": {"momentum_buffer": _FIRST},
     },
     "transformers": {
-        "Adafactor": {"exp_avg": ZERO, "exp_avg_sq": ZERO, "exp_avg_sq_row": ZERO, "exp_avg_sq_col": ZERO},
+        "Adafactor": {
+            "exp_avg": Entry(ZERO, Turns.AS_WEIGHT),  # a mean of steps, see transformers' Adafactor
+            "exp_avg_sq": _SECOND,
+            "exp_avg_sq_row": _SECOND,
+            "exp_avg_sq_col": _SECOND,
+        },
     },
     "bitsandbytes": {
-        f"{paged}{kind}{bits}": _BITSANDBYTES
+        f"{paged}{kind}{bits}": {"state1": _SECOND if kind in _ONLY_SECOND else _FIRST, "state2": _SECOND}
         for kind in ("Adagrad", "Adam", "AdamW", "AdEMAMix", "LAMB", "LARS", "Lion", "RMSprop", "SGD")
         for paged in ("", "Paged")
         for bits in ("", "8bit", "32bit")
@@ -57,7 +98,7 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
     "torchao": {f"{kind}{bits}": _ADAM for kind in ("Adam", "AdamW") for bits in ("8bit", "4bit", "Fp8")}
     | {"_AdamW": _ADAM},
     "deepspeed": dict.fromkeys(("DeepSpeedCPUAdam", "FusedAdam", "DeepSpeedCPULion", "FusedLion"), _ADAM),
-    "schedulefree": {f"{kind}ScheduleFree": {"z": WEIGHT, "exp_avg_sq": ZERO} for kind in ("AdamW", "RAdam", "SGD")},
+    "schedulefree": {f"{kind}ScheduleFree": {"z": _COPY, "exp_avg_sq": _SECOND} for kind in ("AdamW", "RAdam", "SGD")},
 }
 
 _STEP_SIZE = "estimates one step size for all ranks from the distance to their first weights"
@@ -98,7 +139,7 @@ def find_rule(optimizer: torch.optim.Optimizer) -> Rule | None:
 
 def copies_weights(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a known optimiser keeps copies or averages of the weights in its state."""
-    return WEIGHT in (find_rule(optimizer) or {}).values()
+    return any(entry.start == WEIGHT for entry in (find_rule(optimizer) or {}).values())
 
 
 def check_zero_rule(optimizer: torch.optim.Optimizer) -> None:
@@ -108,7 +149,7 @@ def check_zero_rule(optimizer: torch.optim.Optimizer) -> None:
         OptimizerStateError: its rule has another value, or there is no rule for it.
     """
     rule = find_rule(optimizer)
-    if rule is None or set(rule.values()) != {ZERO}:
+    if rule is None or any(entry.start != ZERO for entry in rule.values()):
         raise OptimizerStateError(
             f"DeepSpeed's ZeRO is used with {type(optimizer).__name__}, and lorank cannot begin its state for new "
             "ranks there. Use AdamW, Adam, Lion or SGD"

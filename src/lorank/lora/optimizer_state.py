@@ -8,12 +8,15 @@ so an error leaves the optimiser as it was.
 - A scalar (Adam's step) is unchanged.
 - A factored second moment of Adafactor (torch's or transformers' layout) is indexed on the rank axis, if it has one.
 - Two moments in one tensor (AdEMAMix) are indexed together.
+- If the layer is turned to another basis, entries with a rank axis first turn by their rule. Those that cannot turn,
+  and those of an unknown optimiser, begin anew, which is logged once.
 - bitsandbytes' 8-bit moments are dequantised, indexed and requantised block by block; so are torchao's 8-bit, 4-bit and
   fp8 moments. A moment that becomes too small for torchao's blocks becomes a plain tensor, as in a new optimiser.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +25,13 @@ import torch
 from torch import Tensor
 
 from lorank.errors import OptimizerStateError
-from lorank.lora.optimizer_rules import ADVICE, WEIGHT, ZERO, Rule, find_rule
+from lorank.lora.basis import Turn, turn_ranks
+from lorank.lora.optimizer_rules import ADVICE, WEIGHT, ZERO, Entry, Rule, Turns, find_rule
 from lorank.lora.rank_index import reindex_ranks
+
+logger = logging.getLogger("lorank")
+_UNKNOWN = Entry(ZERO, Turns.BEGINS_ANEW)
+"""An entry of an optimiser without a rule, which was tried with zeros (:mod:`lorank.lora.optimizer_trial`)."""
 
 # Factored moments: name → (the axis that was averaged, whether this axis is kept with size 1).
 FACTORED = {
@@ -77,6 +85,8 @@ class _Resize:
         data: the parameter's values after the change.
         group: the parameter group.
         rule: the optimiser's rule; None: the optimiser is unknown, and was tried with zeros.
+        kind: the name of the optimiser's class.
+        turn: how the parameter turns to another basis before its ranks change; None: not at all.
     """
 
     name: str
@@ -85,20 +95,60 @@ class _Resize:
     data: Tensor
     group: Mapping[str, Any]
     rule: Rule | None
+    kind: str
+    turn: Turn | None = None
 
     def entry(self, key: str, values: Tensor) -> Tensor:
         """An entry of the parameter's shape, after the change."""
-        if self.rule is not None and key not in self.rule:
-            raise KeyError(f"the entry {key!r} is not one of this optimiser's own")
-        resized = reindex_ranks(values, self.origins, self.axis)
-        start = ZERO if self.rule is None else self.rule[key]
+        resized = self.moved(key, values, self.axis)
+        start = self._of(key).start
         new = (self.origins < 0).nonzero().squeeze(1).to(resized.device)
+        if self.turn is not None and self._of(key).turns is Turns.BEGINS_ANEW:
+            new = torch.arange(len(self.origins), device=resized.device)
         if start == WEIGHT:
             fresh = self.data.to(resized).index_select(self.axis, new)
             resized.index_copy_(self.axis, new, fresh)
         elif start != ZERO:
             resized.index_fill_(self.axis, new, float(self.group[start]))
         return resized
+
+    def moved(self, key: str, values: Tensor, axis: int) -> Tensor:
+        """An entry with a rank axis, turned and reindexed; zero at new ranks."""
+        if self.turn is not None:
+            values = self._turned(key, values, axis)
+        return reindex_ranks(values, self.origins, axis)
+
+    def _of(self, key: str) -> Entry:
+        if self.rule is not None and key not in self.rule:
+            raise KeyError(f"the entry {key!r} is not one of this optimiser's own")
+        return _UNKNOWN if self.rule is None else self.rule[key]
+
+    def _turned(self, key: str, values: Tensor, axis: int) -> Tensor:
+        assert self.turn is not None
+        turns = self._of(key).turns
+        if turns is Turns.AS_GRADIENT:
+            return turn_ranks(values, self.turn.gradient, axis)
+        if turns is Turns.AS_SQUARE:
+            return turn_ranks(values, self.turn.square, axis)
+        if turns is Turns.AS_MAXIMUM:
+            return turn_ranks(values.double().square(), self.turn.square, axis).sqrt().to(values.dtype)
+        if turns is Turns.AS_WEIGHT:
+            return turn_ranks(values, self.turn.weight, axis)
+        if turns is Turns.AS_STEP_SQUARE:
+            return turn_ranks(values, self.turn.step_square, axis)
+        if (self.kind, key) not in _logged:
+            _logged.add((self.kind, key))
+            logger.warning(
+                "%s: its state %r cannot be turned to another basis of the ranks, so it begins anew at every rotation. "
+                "AdamW, SGD and Adafactor keep their moments",
+                self.kind,
+                key,
+            )
+        return torch.zeros_like(values)
+
+
+_logged: set[tuple[str, str]] = set()
+"""The optimisers' entries for which the log has a line already."""
 
 
 def check_state(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> None:
@@ -110,7 +160,13 @@ def check_state(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) 
 
 
 def plan_state_update(
-    optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, axis: int, origins: Tensor, data: Tensor
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    parameter: Tensor,
+    axis: int,
+    origins: Tensor,
+    data: Tensor,
+    turn: Turn | None = None,
 ) -> Callable[[], None]:
     """Computes the state of ``parameter`` after a resize, and returns a function that assigns it.
 
@@ -119,6 +175,7 @@ def plan_state_update(
         axis: the rank axis of ``parameter`` (2-D).
         origins: (ranks after,) int64, the old index of each rank, or −1 for a new rank.
         data: the values of ``parameter`` after the resize.
+        turn: how the parameter turns to another basis before its ranks change; None: not at all.
 
     Raises:
         OptimizerStateError: there is no rule for an entry, or it cannot be resized. Nothing has changed.
@@ -128,7 +185,7 @@ def plan_state_update(
         return lambda: None
     _check_entries(state, name, parameter.shape)
     group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-    resize = _Resize(name, axis, origins, data, group, find_rule(optimizer))
+    resize = _Resize(name, axis, origins, data, group, find_rule(optimizer), type(optimizer).__name__, turn)
     try:
         updates = _resized_entries(state, resize, parameter.shape)
     except Exception as error:
@@ -178,12 +235,12 @@ def _resized_entries(state: Mapping[str, Any], resize: _Resize, shape: torch.Siz
             averaged_axis %= len(shape)
             if averaged_axis != resize.axis:
                 rank_axis = resize.axis if is_kept or resize.axis < averaged_axis else resize.axis - 1
-                updates[key] = reindex_ranks(value, resize.origins, rank_axis)
+                updates[key] = resize.moved(key, value, rank_axis)
         elif _is_stacked(key, value, shape):
-            updates[key] = reindex_ranks(value, resize.origins, resize.axis + 1)
+            updates[key] = resize.moved(key, value, resize.axis + 1)
         elif value.shape == shape:
             is_torchao = type(value).__module__.startswith("torchao.optim")
-            updates[key] = _resized_torchao(value, resize) if is_torchao else resize.entry(key, value)
+            updates[key] = _resized_torchao(key, value, resize) if is_torchao else resize.entry(key, value)
     return updates
 
 
@@ -227,7 +284,7 @@ def _resized_eight_bit(state: Mapping[str, Any], key: str, resize: _Resize, shap
             values = bnb.dequantize_blockwise(flat, absmax=own_absmax, code=code, blocksize=EIGHT_BIT_BLOCK)
         else:
             values = own_codes.new_zeros(0, dtype=torch.float32)
-        resized = reindex_ranks(values.reshape(shape), resize.origins, resize.axis).contiguous()
+        resized = resize.moved(key, values.reshape(shape), resize.axis).contiguous()
         if resized.numel():
             new_codes, quant_state = bnb.quantize_blockwise(resized, code=code, blocksize=EIGHT_BIT_BLOCK)
             quantised.append((new_codes.reshape(resized.shape), quant_state.absmax))
@@ -238,8 +295,8 @@ def _resized_eight_bit(state: Mapping[str, Any], key: str, resize: _Resize, shap
     return {key: quantised[0][0], absmax_key: quantised[0][1]}
 
 
-def _resized_torchao(value: Any, resize: _Resize) -> Tensor:
-    resized = reindex_ranks(value.dequantize(torch.float32), resize.origins, resize.axis)
+def _resized_torchao(key: str, value: Any, resize: _Resize) -> Tensor:
+    resized = resize.moved(key, value.dequantize(torch.float32), resize.axis)
     if resized.numel() < TORCHAO_SMALLEST or resized.numel() % value.block_size:
         return resized.to(value.dtype)
     sign = {"signed": value.signed} if hasattr(value, "signed") else {}

@@ -4,7 +4,10 @@ The rank changes on the same ``nn.Parameter``, so that hooks, parameter groups a
 training remain valid. Kept ranks keep their values, gradients and optimiser moments bit for bit. New ranks start with A
 as PEFT initialises it, B = 0 and the optimiser state of new weights, so that the model's output does not change. For an
 embedding, PEFT's initialisation is A = 0 and B random. If the adapter was initialised from data or by a scheme of its
-own (EVA, orthogonal), new ranks use PEFT's default initialisation.
+own (EVA, orthogonal), new ranks use PEFT's default initialisation. A plan may give other first values.
+
+A plan may also turn a layer to another basis of its ranks (:mod:`lorank.lora.basis`), before it keeps some of them.
+Then the weights and moments of kept ranks change, but not the model's output.
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from lorank.errors import OptimizerStateError, PlanError
+from lorank.lora.basis import Turn, turn_ranks
 from lorank.lora.initialisation import check_base_unchanged, set_plain_init_
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_state import plan_state_update, unwrap_optimizer
 from lorank.lora.rank_index import reindex_ranks
 from lorank.lora.rank_zero import target_entries, target_pattern
-from lorank.lora.resize_plan import LayerPlan, Plan, check_heads, check_places
+from lorank.lora.resize_plan import LayerPlan, Plan, check_basis, check_heads, check_places, check_vectors
 from lorank.lora.scaling import alpha_for, scaling_of
 from lorank.lora.variants.gated import update_plain_lora_hooks
 
@@ -42,7 +46,7 @@ def resize_(
 
     Args:
         layers: all LoRA layers of one adapter.
-        plan: for each layer to change, the ranks to keep and the number of ranks to add.
+        plan: for each layer to change, the ranks to keep and the number of ranks to add; perhaps a basis.
         optimizer: the optimiser that holds their parameters, also inside accelerate's wrapper; or None.
         seed: the seed of the new ranks. The layer at position i uses its own generator, seeded by (seed, i). The global
             random state is neither read nor advanced, and every process draws the same numbers.
@@ -58,7 +62,9 @@ def resize_(
     inner = unwrap_optimizer(optimizer) if optimizer is not None else None
     changes = [(i, layers[name], plan[name]) for i, name in enumerate(layers) if name in plan]
     changes = [
-        (i, layer, layer_plan) for i, layer, layer_plan in changes if layer_plan.origins != tuple(range(layer.rank))
+        (i, layer, layer_plan)
+        for i, layer, layer_plan in changes
+        if layer_plan.origins != tuple(range(layer.rank)) or (layer_plan.basis is not None and layer.rank)
     ]
     if changes:
         check_base_unchanged(layers)
@@ -99,6 +105,8 @@ def _check_plan(layers: AdapterLayers, plan: Plan) -> None:
             )
         check_places(name, layer_plan)
         check_heads(layer, layer_plan)
+        check_basis(layer, layer_plan)
+        check_vectors(layer, layer_plan)
         # The user may have made a layer with more than min(d_in, d_out) ranks. Such a layer only cannot grow.
         if layer_plan.add < 0 or (layer_plan.add and layer_plan.rank > layer.max_rank):
             most = "min(d_in, d_out) = " if layer.pool is None else "the reserved "
@@ -140,8 +148,11 @@ def _plan_layer(
     """Computes all new tensors of a layer. Nothing changes."""
     origins = torch.tensor(layer_plan.origins, dtype=torch.long)
     new = origins < 0  # (r,)
-    A = reindex_ranks(layer.A.data, origins, 0)  # (r, d_in)
-    B = reindex_ranks(layer.B.data, origins, 1)  # (d_out, r)
+    turns = [None if layer_plan.basis is None else layer_plan.basis.turn(axis) for axis in (0, 1)]
+    A, B = (
+        reindex_ranks(weight.data if turn is None else turn_ranks(weight.data, turn.weight, axis), origins, axis)
+        for axis, (weight, turn) in enumerate(zip((layer.A, layer.B), turns, strict=True))
+    )  # (r, d_in), (d_out, r)
     if layer_plan.add:
         fresh, rows = _draw_new_vectors(layer, layer_plan, generator, init)  # (add, d)
         if rows:
@@ -153,14 +164,26 @@ def _plan_layer(
         gate = reindex_ranks(layer.gate.detach(), origins, layer.gate.dim() - 1)
         gate[..., new.to(gate.device)] = 1
     grad_A, grad_B = (
-        None if parameter.grad is None else reindex_ranks(parameter.grad, origins, axis)
-        for parameter, axis in ((layer.A, 0), (layer.B, 1))
+        _resized_gradient(parameter.grad, turn, origins, axis)
+        for axis, (parameter, turn) in enumerate(zip((layer.A, layer.B), turns, strict=True))
     )
-    return _ResizedLayer(A, B, (grad_A, grad_B), gate, _plan_states(optimizer, layer, origins, A, B))
+    return _ResizedLayer(A, B, (grad_A, grad_B), gate, _plan_states(optimizer, layer, origins, A, B, turns))
+
+
+def _resized_gradient(gradient: Tensor | None, turn: Turn | None, origins: Tensor, axis: int) -> Tensor | None:
+    if gradient is None:
+        return None
+    turned = gradient if turn is None else turn_ranks(gradient, turn.gradient, axis)
+    return reindex_ranks(turned, origins, axis)
 
 
 def _plan_states(
-    optimizer: torch.optim.Optimizer | None, layer: AdapterLayer, origins: Tensor, A: Tensor, B: Tensor
+    optimizer: torch.optim.Optimizer | None,
+    layer: AdapterLayer,
+    origins: Tensor,
+    A: Tensor,
+    B: Tensor,
+    turns: Sequence[Turn | None],
 ) -> list[Callable[[], None]]:
     if optimizer is None:
         return []
@@ -172,8 +195,8 @@ def _plan_states(
                 "get_peft_model, e.g. AdamW(p for p in model.parameters() if p.requires_grad)"
             )
     return [
-        plan_state_update(optimizer, f"{layer.name}.lora_A", layer.A, 0, origins, A),
-        plan_state_update(optimizer, f"{layer.name}.lora_B", layer.B, 1, origins, B),
+        plan_state_update(optimizer, f"{layer.name}.lora_A", layer.A, 0, origins, A, turns[0]),
+        plan_state_update(optimizer, f"{layer.name}.lora_B", layer.B, 1, origins, B, turns[1]),
     ]
 
 
@@ -204,7 +227,9 @@ def _assign_layer(layer: AdapterLayer, layer_plan: LayerPlan, new: _ResizedLayer
 def _draw_new_vectors(
     layer: AdapterLayer, layer_plan: LayerPlan, generator: torch.Generator, init: Any
 ) -> tuple[Tensor, bool]:
-    """New vectors (add, d) as PEFT initialises them, and whether they are rows of A (else columns of B)."""
+    """New vectors (add, d), and whether they are rows of A (else columns of B): the plan's, or as PEFT makes them."""
+    if layer_plan.vectors is not None:
+        return layer_plan.vectors.values[: layer_plan.add], not layer.is_embedding
     if layer.is_embedding:  # PEFT: A = 0, B ~ N(0, 1)
         return torch.randn((layer_plan.add, layer.d_out), generator=generator), False
     width = layer.A.shape[1]  # d_in, or the width of a head where each head has its own A

@@ -5,8 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lorank.errors import PlanError
+from lorank.lora.basis import Basis, digest_of
 from lorank.lora.layer import AdapterLayer
+
+
+class NewVectors:
+    """The first values of new ranks, in place of random ones.
+
+    Args:
+        values: (n, d_in), rows of A; for an embedding (n, d_out), columns of B. The other factor is zero. n ≥ the
+            number of new ranks, which take the first of them.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values.detach()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NewVectors) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __repr__(self) -> str:
+        return f"NewVectors({tuple(self.values.shape)}, {digest_of(self.values.double())})"
 
 
 @dataclass(frozen=True)
@@ -18,12 +42,17 @@ class LayerPlan:
         add: the number of new ranks. ≥ 0.
         places: the positions of the new ranks after the change, ascending; None: after the kept ranks.
         head_ranks: for a layer in per-head form (see :func:`plan_for_heads`), the rank of each head after the change.
+        basis: the basis to which the layer is turned before ranks are kept; ``keep`` counts the ranks of this basis.
+            None: the present one.
+        vectors: the first values of the new ranks; None: as PEFT initialises them.
     """
 
     keep: tuple[int, ...]
     add: int = 0
     places: tuple[int, ...] | None = None
     head_ranks: tuple[int, ...] | None = None
+    basis: Basis | None = None
+    vectors: NewVectors | None = None
 
     @property
     def rank(self) -> int:
@@ -61,6 +90,35 @@ def plan_for_heads(ranks: Sequence[int], wanted: Sequence[int]) -> LayerPlan:
         places += range(after + kept, after + want)
         before, after = before + rank, after + want
     return LayerPlan(tuple(keep), len(places), tuple(places), tuple(wanted))
+
+
+def check_basis(layer: AdapterLayer, wanted: LayerPlan) -> None:
+    """Raises PlanError if a layer cannot be turned to the plan's basis."""
+    if wanted.basis is None:
+        return
+    if wanted.basis.rank != layer.rank:
+        raise PlanError(f"{layer.name} has {layer.rank} ranks; the plan's basis is for {wanted.basis.rank}")
+    if layer.groups is not None or layer.gate is not None:
+        form = "in per-head form" if layer.groups is not None else "with gates"
+        raise PlanError(
+            f"{layer.name} is {form}, where every rank belongs to its own head or gate, so its basis cannot change: "
+            "fold gates and merge heads first (lorank.lora.fold_gates_, merge_heads_), or plan without a basis"
+        )
+    if not bool(wanted.basis.matrix.isfinite().all() and wanted.basis.inverse.isfinite().all()):
+        raise PlanError(f"{layer.name}: the plan's basis has NaN or infinite entries. Training may have diverged")
+
+
+def check_vectors(layer: AdapterLayer, wanted: LayerPlan) -> None:
+    """Raises PlanError if the first values of new ranks do not fit the layer."""
+    if wanted.vectors is None:
+        return
+    width = layer.d_out if layer.is_embedding else layer.A.shape[1]
+    shape = tuple(wanted.vectors.values.shape)
+    if len(shape) != 2 or shape[1] != width or shape[0] < wanted.add:
+        raise PlanError(
+            f"{layer.name}: the first values of the plan's {wanted.add} new ranks have shape {shape}; expected "
+            f"({wanted.add}, {width})"
+        )
 
 
 Plan = Mapping[str, LayerPlan]

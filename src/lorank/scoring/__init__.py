@@ -2,30 +2,38 @@
 
 from lorank.scoring.ablation import AblationResult, ablation_scores, validation_loss
 from lorank.scoring.ablation_scorer import AblationScorer
+from lorank.scoring.balanced import Balanced, BalancedScorer, balance
 from lorank.scoring.context import Context, State, TrainingInfo
+from lorank.scoring.gramians import GramianPair, measure_gramians
 from lorank.scoring.saliency import saliency_scores
 from lorank.scoring.scorer import Choose, Scorer, Scores
 from lorank.scoring.sensitivity import SensitivityScorer
 from lorank.scoring.successive_screening import screened_scores
 from lorank.scoring.taylor import first_order_scores
-from lorank.scoring.weight_gradient import weight_gradient_singular_values
+from lorank.scoring.weight_gradient import WeightGradient, weight_gradients
 from lorank.scoring.work_sharding import Share
 
 __all__ = [
     "AblationResult",
     "AblationScorer",
+    "Balanced",
+    "BalancedScorer",
     "Choose",
     "Context",
+    "GramianPair",
     "Scorer",
     "Scores",
     "SensitivityScorer",
     "Share",
     "State",
     "TrainingInfo",
+    "WeightGradient",
     "ablation_scores",
+    "balance",
     "first_order_scores",
+    "measure_gramians",
     "saliency_scores",
     "screened_scores",
     "validation_loss",
-    "weight_gradient_singular_values",
+    "weight_gradients",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,8 @@ class Context:
         lr: the learning rate of the adapter's parameter group in this step.
         peak_lr: its peak: what the schedule states, or the highest rate so far if that is higher
             (:mod:`lorank.training.learning_rate`). ≥ lr.
+        train_batches: the first batches of training data, for a method that begins from their gradient; empty if none
+            were given.
         share: this process's share of scoring, if several processes train the model; None: there is one process.
     """
 
@@ -61,6 +63,7 @@ class Context:
     lr: float = 0.0
     peak_lr: float = 0.0
     share: Share | None = None
+    train_batches: Sequence[Mapping[str, Any]] = ()
 
     @property
     def lr_factor(self) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorank.lora.basis import Basis
 from lorank.lora.layer import AdapterLayers
 from lorank.scoring.context import Context, State, TrainingInfo
 
@@ -31,10 +32,13 @@ class Scores:
     Attributes:
         values: one (r,) tensor per layer, higher = keep; (0,) for a layer of rank 0.
         details: how the scores were computed, for the history (loss, evaluations, …), JSON-serialisable.
+        bases: the basis in which a layer's ranks have these scores, for layers that must be turned to it before ranks
+            are pruned (:class:`lorank.lora.LayerPlan`). Other layers have their scores in the present basis.
     """
 
     values: Mapping[str, Tensor]
     details: Mapping[str, Any] = field(default_factory=dict)
+    bases: Mapping[str, Basis] = field(default_factory=dict)
 
 
 class ScoringNeeds:
@@ -53,6 +57,11 @@ class ScoringNeeds:
     @property
     def sees_gradients(self) -> bool:
         """Whether ``before_step`` reads or changes the gradients of A and B. Gradients of gates always exist."""
+        return False
+
+    @property
+    def watches_passes(self) -> bool:
+        """Whether it reads ``layers.gramians``, the second moments of what goes through every rank in training."""
         return False
 
     @property

@@ -18,6 +18,7 @@ from lorank.training.history import RankHistory
 from lorank.training.parallel import inner_model
 from lorank.training.parallel.process_group import is_first_process
 from lorank.training.progress import Report
+from lorank.training.run_state import TrainBatches
 
 
 def attach(
@@ -28,6 +29,7 @@ def attach(
     total_steps: int,
     steps_per_epoch: float | None = None,
     validation_batch: Mapping[str, Any] | None = None,
+    train_batches: TrainBatches = (),
     loss_fn: LossFn | None = None,
     adapter: str | None = None,
     seed: int = 0,
@@ -60,6 +62,8 @@ def attach(
             documentation of each method says what it assumes then).
         validation_batch: the batch on which ranks are scored: the model's arguments, including labels. It should not be
             training data; the ALoRA paper uses 32 samples.
+        train_batches: a few batches of training data as the loop makes them, or a function that returns them, for
+            methods that begin with the gradient (BalancedLoRA): 4 suffice. They are used once, when a new run begins.
         loss_fn: your own loss, ``(model, batch) -> scalar tensor``; None: the model's loss.
         adapter: the name of the adapter; None: the active adapter.
         seed: the seed of all random numbers that lorank draws.
@@ -101,4 +105,5 @@ def attach(
         fused=fused,
         grad_scaler=grad_scaler,
         replace=replace,
+        train_batches=train_batches,
     )

@@ -67,15 +67,17 @@ from lorank.training.integrations.grad_scaling import GradScaling
 from lorank.training.integrations.no_allocation_warning import NoAllocationWarning
 from lorank.training.integrations.nonfinite_checks import NonfiniteChecks, require_finite_weights
 from lorank.training.integrations.optimizer_checks import OptimizerChecks
+from lorank.training.integrations.pass_watching import PassWatching
 from lorank.training.integrations.quantised_base import QuantisedBase
 from lorank.training.integrations.torch_compile import TorchCompile
+from lorank.training.learning_rate import ScaledRate
 from lorank.training.load_hook import LoadHook
 from lorank.training.parallel import find_backend, inner_model
 from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.process_group import ProcessGroup, is_first_process
 from lorank.training.progress import Report, scoring_progress
 from lorank.training.retry import continue_with_ranks_, split_
-from lorank.training.run_state import RunState
+from lorank.training.run_state import RunState, TrainBatches
 from lorank.training.step_hooks import StepHooks
 
 logger = logging.getLogger("lorank")
@@ -105,6 +107,7 @@ class Ranks:
         compiled: bool = False,
         grad_scaler: Any = None,
         replace: bool = False,
+        train_batches: TrainBatches = (),
     ) -> None:
         attached_runs.require_detached(layers, optimizer, replace=replace)
         model = model if model is not None else layers.model
@@ -120,6 +123,7 @@ class Ranks:
                 ProcessCoordinator(self._processes, lockstep=self._backend.lockstep),
                 NonfiniteChecks(),
                 FusedForward(enabled=fused, compiled=compiled),
+                PassWatching(compiled),
                 NoAllocationWarning(),
                 BudgetNotice(),
                 OptimizerChecks(),
@@ -136,9 +140,11 @@ class Ranks:
             info,
             validation_batch,
             loss_fn,
+            train_batches=train_batches,
             trained_model=inner_model(model),
         )
         self._run = run
+        self._rate = ScaledRate(run.optimizer, layers)
         self.history = history if history is not None else RankHistory()
         self._progress = progress
         self._weights_replaced = False  # whether weights were loaded since the last step, without a rank state
@@ -381,8 +387,9 @@ class Ranks:
             check_optimizer_state(run)
             if any(layer.A in optimizer.state or layer.B in optimizer.state for layer in layers.values()):
                 check_state_follows(run)
+            run.load_train_batches()
             if retried is None:
-                resize_(layers, allocator.initial_plan(layers, run.info), optimizer, seed=run.seed)
+                resize_(layers, allocator.initial_plan(run.context()), optimizer, seed=run.seed)
             else:
                 continue_with_ranks_(run, retried)
         # The weights of a finished run are final: the method must not start again.
@@ -394,6 +401,7 @@ class Ranks:
             check_optimizer_state(run)
             try_scoring(run)
             self._integrations.after_resize(run)
+            run.train_batches = ()  # they are not needed again
         else:
             self._restore(saved)
             del optimizer.param_groups[0][STATE_KEY]  # only now: a state that is refused stays in the optimiser
@@ -418,9 +426,11 @@ class Ranks:
         run.record_learning_rate()
         if not run.finished:
             run.allocator.before_step(run.context(), run.memory)
+            self._rate.multiply(run.allocator.lr_factor(run.context()))
 
     def _after_step(self) -> None:
         run = self._run
+        self._rate.restore()
         if self._step_taken:
             if not self._state_tried and not run.finished:
                 check_state_follows(run)

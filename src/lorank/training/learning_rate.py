@@ -8,6 +8,8 @@ peak is the largest of:
 - the rates of the steps so far, for schedules that go above what they state.
 
 So the factor is never above 1. OneCycleLR's ``initial_lr`` is its first rate, a twenty-fifth of its peak by default.
+
+A method may also multiply the adapter's rate in a step (:class:`ScaledRate`).
 """
 
 from __future__ import annotations
@@ -47,3 +49,35 @@ def stated_peak(group: Mapping[str, Any], first_rate: float) -> float:
         first_rate: the rate when the run was attached, for a group without a schedule.
     """
     return float(group.get("max_lr") or group.get("initial_lr") or first_rate)
+
+
+class ScaledRate:
+    """Multiplies the learning rate of the groups that hold the adapter for the time of one step.
+
+    Schedules read and change the optimiser's rate between steps, where it is always the user's.
+
+    Args:
+        optimizer: the optimiser.
+        layers: the LoRA layers.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, layers: AdapterLayers) -> None:
+        self._optimizer, self._layers = optimizer, layers
+        self._before: list[tuple[dict[str, Any], Any]] = []
+
+    def multiply(self, factor: float) -> None:
+        """Multiplies the rates by ``factor``, until :meth:`restore`. Optimisers without a rate are left alone."""
+        self.restore()
+        if factor == 1:
+            return
+        ids = {id(weight) for layer in self._layers.values() for weight in (layer.A, layer.B)}
+        for group in self._optimizer.param_groups:
+            if group.get("lr") is not None and any(id(p) in ids for p in group["params"]):
+                self._before.append((group, group["lr"]))
+                group["lr"] = group["lr"] * factor
+
+    def restore(self) -> None:
+        """Gives every group its own rate again."""
+        for group, lr in self._before:
+            group["lr"] = lr
+        self._before = []

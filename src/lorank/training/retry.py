@@ -45,7 +45,7 @@ def continue_with_ranks_(run: RunState, interrupted: RunBeginning) -> None:
     if interrupted.method != run.allocator.describe():
         resize_(layers, _initial_plan_of_untrained(layers, run.info), run.optimizer, seed=run.seed)
         if run.budget is not None:
-            resize_(layers, run.allocator.initial_plan(layers, run.info), run.optimizer, seed=run.seed)
+            resize_(layers, run.allocator.initial_plan(run.context()), run.optimizer, seed=run.seed)
     logger.warning(
         "the last run of this adapter (%s) stopped before its end. This run is a retry: it has that run's initial "
         "%d ranks and so its budget, and begins with the %d ranks that are there now. If the last run was meant to "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,9 @@ from lorank.lora import AdapterLayers
 from lorank.scoring import Share
 from lorank.scoring.loss import LossFn
 from lorank.training.learning_rate import adapter_group, rate_of, stated_peak
+
+TrainBatches = Sequence[Mapping[str, Any]] | Callable[[], Sequence[Mapping[str, Any]]]
+"""Batches of training data, or a function that returns them."""
 
 
 @dataclass(eq=False)
@@ -30,6 +33,7 @@ class RunState:
         validation_batch: the batch on which ranks are scored, or None.
         loss_fn: the user's own loss ``(model, batch) -> scalar``, or None for the model's loss.
         share: this process's share of scoring; None: all of it.
+        train_batches: the first batches of training data, or a function that returns them; for a new run only.
         trained_model: ``model`` without the wrappers of DDP and DeepSpeed. Ranks are scored by its forward pass. None:
             ``layers.model``.
 
@@ -53,6 +57,7 @@ class RunState:
     validation_batch: Mapping[str, Any] | None = None
     loss_fn: LossFn | None = None
     share: Share | None = None
+    train_batches: TrainBatches = ()
     trained_model: nn.Module = None  # type: ignore[assignment]  # set below
     memory: State = field(default_factory=dict)
     budget: ResolvedBudget | None = None
@@ -88,7 +93,13 @@ class RunState:
             lr=lr,
             peak_lr=max(stated_peak(group, self.first_lr), self.highest_lr, lr),
             share=self.share,
+            train_batches=() if callable(self.train_batches) else self.train_batches,
         )
+
+    def load_train_batches(self) -> None:
+        """Takes the training batches, if the method begins with them. Call it when a new run begins."""
+        if callable(self.train_batches):
+            self.train_batches = list(self.train_batches()) if self.allocator.wants_train_batches else ()
 
     def record_learning_rate(self) -> None:
         """Notes the learning rate of the present step."""

@@ -160,7 +160,8 @@ class ARDLoRA(Allocator):
             )
         return budget
 
-    def initial_plan(self, layers: AdapterLayers, run: TrainingInfo) -> Plan:
+    def initial_plan(self, context: Context) -> Plan:
+        layers, run = context.layers, context.run
         r0, caps = base_ranks(layers, run, self.r0), group_caps(layers)
         return plan_for_groups(layers, stored_ranks(r0, self.tau_start, self.epsilon, self.min_rank, caps))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorank.lora.kernels.lora import input_gradient, scaled_gate
+from lorank.lora.kernels.lora import Record, input_gradient, scaled_gate
 from lorank.lora.kernels.onednn import linear
 from lorank.lora.kernels.sparse_dropout import DroppedInput
 from lorank.lora.kernels.sparse_matmul import csr_indices, is_sparse_faster, product_at_positions, subtract_product_
@@ -36,6 +36,7 @@ def fused_dora(
     *,
     dropped: DroppedInput | None = None,
     overwrite: bool = False,
+    record: Record | None = None,
 ) -> Tensor:
     """The layer's output, (…, d_out). All operands have one dtype.
 
@@ -49,6 +50,7 @@ def fused_dora(
         norm: (d_out,), :func:`row_norms`.
         dropped: x after dropout, or None.
         overwrite: whether ``result``'s memory may be overwritten. No other code may read ``result`` afterwards.
+        record: called in the backward pass with z and ∂loss/∂z; None: not at all.
     """
     values = None if dropped is None else dropped.x
     positions = None if dropped is None else dropped.positions
@@ -74,6 +76,7 @@ def fused_dora(
             keep,
             scaling,
             overwrite,
+            record,
         )
     return output
 
@@ -114,6 +117,7 @@ class _FusedDora(torch.autograd.Function):
         keep: float,
         scaling: float,
         overwrite: bool,
+        record: Record | None,
     ) -> Tensor:
         factor = magnitude / norm  # f, (d_out,)
         # An alias, not a view: see kernels/lora.py.
@@ -153,7 +157,7 @@ class _FusedDora(torch.autograd.Function):
             starts,
             columns,
         )
-        ctx.scaling, ctx.keep = scaling, keep
+        ctx.scaling, ctx.keep, ctx.record = scaling, keep, record
         return out
 
     @staticmethod
@@ -180,6 +184,8 @@ class _FusedDora(torch.autograd.Function):
         if needs_gate:
             d_gate = (z * dz).sum(1) * ctx.scaling  # (r,)
         dz *= row
+        if ctx.record is not None:
+            ctx.record(z, dz)
         if needs_A:
             dA = linear(dz, kept.T)  # (r, d_in)
         if needs_x:
@@ -195,4 +201,4 @@ class _FusedDora(torch.autograd.Function):
                 through.view(-1).scatter_(0, positions, 0)
                 dx = linear(flat, W.T).add_(through)
             dx = dx.view(*dy.shape[:-1], A.shape[1])
-        return None, dx, dA, dB, d_gate, d_magnitude, *[None] * 10
+        return None, dx, dA, dB, d_gate, d_magnitude, *[None] * 11

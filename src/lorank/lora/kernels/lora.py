@@ -18,6 +18,7 @@ Saved for the backward pass are x (after dropout) and z, the same as in PEFT wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from torch.autograd.function import once_differentiable
 
 from lorank.lora.kernels.onednn import linear
 from lorank.lora.kernels.sparse_dropout import DroppedInput
+
+Record = Callable[[Tensor, Tensor], None]
+"""A function that a backward pass calls with z and its gradient, both (r, n). It must not change them."""
 
 
 def fused_lora(
@@ -39,6 +43,7 @@ def fused_lora(
     W: Tensor | None = None,
     dropped: DroppedInput | None = None,
     overwrite: bool = False,
+    record: Record | None = None,
 ) -> Tensor:
     """``result`` + s · B (g ⊙ (A drop(x))).
 
@@ -51,6 +56,7 @@ def fused_lora(
             computed here, and ``result`` is detached from its graph. None: ``result`` keeps its graph.
         dropped: x after dropout, or None.
         overwrite: whether ``result``'s memory may be overwritten. No other code may read ``result`` afterwards.
+        record: called in the backward pass with z and ∂loss/∂z; None: not at all.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -66,7 +72,17 @@ def fused_lora(
         gate = gate.to(device=x.device, dtype=dtype)
     with torch.autocast(kind, enabled=False):  # all operands have one dtype already
         output: Tensor = _Fused.apply(  # type: ignore[no-untyped-call]  # untyped in torch
-            result.to(dtype), x.to(dtype), A.to(dtype), B.to(dtype), gate, W, values, positions, scaling, overwrite
+            result.to(dtype),
+            x.to(dtype),
+            A.to(dtype),
+            B.to(dtype),
+            gate,
+            W,
+            values,
+            positions,
+            scaling,
+            overwrite,
+            record,
         )
     return output
 
@@ -85,6 +101,7 @@ class _Fused(torch.autograd.Function):
         positions: Tensor | None,
         scaling: float,
         overwrite: bool,
+        record: Record | None,
     ) -> Tensor:
         # An alias, not a view: autograd treats it as a new tensor. It shares its version counter with the old tensor,
         # so an operation that saved the old values detects the write.
@@ -94,7 +111,7 @@ class _Fused(torch.autograd.Function):
         scaled = z * scaled_gate(gate, scaling)  # (r, n)
         out.view(-1, out.shape[-1]).addmm_(scaled.T, B.T)  # (n, d_out) += (n, r) (r, d_out)
         ctx.save_for_backward(kept, z, A, B, gate, W, positions)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.record = scaling, record
         return out
 
     @staticmethod
@@ -112,11 +129,13 @@ class _Fused(torch.autograd.Function):
         if needs_gate:
             d_gate = (z * dz).sum(1) * ctx.scaling  # (r,)
         dz *= factor
+        if ctx.record is not None:
+            ctx.record(z, dz)
         if needs_A:
             dA = linear(dz, kept.T)  # (r, d_in)
         if needs_x:
             dx = input_gradient(flat, W, dz, A, positions).view(*dy.shape[:-1], A.shape[1])
-        return dy if needs_result else None, dx, dA, dB, d_gate, None, None, None, None, None
+        return dy if needs_result else None, dx, dA, dB, d_gate, None, None, None, None, None, None
 
 
 def scaled_gate(gate: Tensor | None, scaling: float) -> Tensor | float:

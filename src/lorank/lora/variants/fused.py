@@ -8,7 +8,7 @@ the fused forward is not supported: a gate per sample, ``lora_bias``, a dropout 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
@@ -20,6 +20,9 @@ from lorank.lora.kernels.lora import fused_lora
 from lorank.lora.kernels.onednn import FrozenLinear
 from lorank.lora.kernels.sparse_dropout import Dropout, DroppedInput
 from lorank.lora.variants import dora, merging
+
+if TYPE_CHECKING:
+    from lorank.lora.gramians import LayerGramians
 
 
 class FusedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
@@ -33,6 +36,8 @@ class FusedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
     def __init__(self, dropout: Dropout, replaced: LoraVariant | None = None) -> None:
         self.dropout = dropout
         self.replaced = replaced
+        self.gramians: LayerGramians | None = None
+        """Where the backward pass adds z and its gradient (:mod:`lorank.lora.gramians`)."""
         self._square: tuple[int, int, Tensor] | None = None
 
     # PEFT declares a static method, but calls it on the instance.
@@ -102,14 +107,27 @@ class FusedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         dropped: DroppedInput | None = self.dropout(x, p) if use_sparse_dropout else None
         scaling = module.scaling[adapter]
         overwrite = may_overwrite_output(module)
+        record = self.gramians.add if self.gramians is not None and self.gramians.wants(module) else None
         if self.replaced is None:
-            return fused_lora(result, x, A, B, gate, scaling, W=W, dropped=dropped, overwrite=overwrite)
+            return fused_lora(result, x, A, B, gate, scaling, W=W, dropped=dropped, overwrite=overwrite, record=record)
         assert W is not None
         gate = None if gate is None else gate.to(A)
         norm = row_norms(W, self._row_square(W), A, B, scaling, gate)
         bias = module.get_base_layer().bias
         return fused_dora(
-            result, x, A, B, gate, scaling, magnitude, W, bias, norm, dropped=dropped, overwrite=overwrite
+            result,
+            x,
+            A,
+            B,
+            gate,
+            scaling,
+            magnitude,
+            W,
+            bias,
+            norm,
+            dropped=dropped,
+            overwrite=overwrite,
+            record=record,
         )
 
     def _row_square(self, W: Tensor) -> Tensor:

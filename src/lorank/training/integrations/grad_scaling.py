@@ -52,7 +52,10 @@ class GradScaling(Integration):
         """
         optimizer = run.optimizer
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        gramians = run.layers.gramians
         if found_inf is not None and bool(found_inf):
+            if gramians is not None:
+                gramians.clear()
             raise StepSkipped
         if scale is not None:  # a fused optimiser would unscale after the method has read the gradients
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -61,6 +64,8 @@ class GradScaling(Integration):
             setattr(optimizer, "grad_scale", None)  # noqa: B010  # the scaler's own attribute, unknown to type checkers
         if self._scaler is not None and run.layers.gates is not None:
             run.layers.gates.grad.div_(self._scaler.get_scale())
+        if self._scaler is not None and gramians is not None:
+            gramians.unscale(self._scaler.get_scale())
 
     def after_step(self, run: RunState) -> None:
         self._forward_count = 0

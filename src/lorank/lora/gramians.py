@@ -1,0 +1,207 @@
+"""Second moments of what goes through every rank, summed up in the backward passes of training.
+
+For one module let z = A x, (r,) per token, and ẑ = ∂loss/∂z = s · g ⊙ Bᵀ ∂loss/∂y. Over the tokens that the loss
+depends on (those with ẑ ≠ 0):
+
+    Z = Σ z zᵀ        D = Σ ẑ ẑᵀ        both (r, r)
+
+They are the Gramians of balanced truncation (:mod:`lorank.scoring.balanced`). The fused functions have z and ẑ at hand
+in their backward pass. Elsewhere a hook on ``lora_A`` sees z, and a hook on z its gradient. Padding has ẑ = 0 and does
+not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorank.lora.layer import AdapterLayer
+from lorank.lora.variants.fused import FusedLora
+from lorank.lora.variants.gated import GatedLora
+
+
+class LayerGramians:
+    """The sums of one layer. A copy of it, made with a copy of the model, collects nothing.
+
+    Args:
+        rank: a function that returns the layer's present rank.
+        in_training_mode: whether only forward passes in training mode count.
+
+    Attributes:
+        Z, D: (r, r) in float32 at least, or None before the first backward pass.
+        tokens: the number of tokens in the sums, a tensor (), or None.
+        collecting: whether passes are added.
+    """
+
+    def __init__(self, rank: Callable[[], int], *, in_training_mode: bool = True) -> None:
+        self.rank, self.in_training_mode = rank, in_training_mode
+        self.collecting = True
+        self.Z: Tensor | None = None
+        self.D: Tensor | None = None
+        self.tokens: Tensor | None = None
+
+    def wants(self, module: nn.Module) -> bool:
+        """Whether a forward pass of the layer that begins now is to be added."""
+        return self.collecting and (module.training or not self.in_training_mode)
+
+    @torch.no_grad()
+    def add(self, z: Tensor, dz: Tensor) -> None:
+        """Adds the tokens of one backward pass. z, dz: (r, n), of any floating dtype."""
+        if not z.shape[0] or not self.collecting:
+            return
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        z, dz = z.to(dtype), dz.to(dtype)
+        counted = (dz != 0).any(0)  # (n,)
+        z = z * counted
+        self._add("Z", z @ z.T)
+        self._add("D", dz @ dz.T)
+        self._add("tokens", counted.sum())
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.Z = self.D = self.tokens = None
+
+    def _add(self, name: str, part: Tensor) -> None:
+        total = getattr(self, name)
+        setattr(self, name, part if total is None or total.shape != part.shape else total + part)
+
+    def __deepcopy__(self, memo: object) -> LayerGramians:
+        return _inert()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert, ()
+
+
+def _inert() -> LayerGramians:
+    own = LayerGramians(lambda: 0)
+    own.collecting = False
+    return own
+
+
+class Gramians:
+    """The sums of all layers. They are collected from construction until :meth:`remove`.
+
+    Args:
+        layers: the LoRA layers, by name.
+        in_training_mode: whether only forward passes in training mode count, so that evaluations change nothing.
+
+    Attributes:
+        sums: the sums of each layer.
+    """
+
+    def __init__(self, layers: Mapping[str, AdapterLayer], *, in_training_mode: bool = True) -> None:
+        self._layers = layers
+        self._handles: list[Any] = []
+        self.sums = {
+            name: LayerGramians(partial(_rank_of, layer), in_training_mode=in_training_mode)
+            for name, layer in layers.items()
+        }
+        self.watch()
+
+    @property
+    def collecting(self) -> bool:
+        """Whether backward passes are added. It costs about a per cent of a training step."""
+        return any(own.collecting for own in self.sums.values())
+
+    @collecting.setter
+    def collecting(self, collecting: bool) -> None:
+        for own in self.sums.values():
+            own.collecting = collecting
+
+    def watch(self) -> None:
+        """Watches every layer in its present form. Call it again when layers are fused or unfused."""
+        self._unwatch()
+        for name, layer in self._layers.items():
+            own, fused = self.sums[name], _fused(layer)
+            if fused is not None:
+                fused.gramians = own
+            # Also where the layer is fused, for the calls that fall back to PEFT's formula.
+            if layer.is_embedding:
+                self._handles.append(_EmbeddingWatch(layer.module, own))
+            else:
+                self._handles.append(layer.module.lora_A[layer.adapter].register_forward_hook(_Watch(own)))
+
+    def clear(self) -> None:
+        """Forgets all sums."""
+        for own in self.sums.values():
+            own.clear()
+
+    def unscale(self, factor: float) -> None:
+        """Removes the factor that a gradient scaler has put on the loss."""
+        for own in self.sums.values():
+            if own.D is not None:
+                own.D = own.D / factor**2
+
+    def remove(self) -> None:
+        """Ends collecting, and removes everything from the layers."""
+        self.collecting = False
+        self._unwatch()
+        self.clear()
+
+    def _unwatch(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for layer in self._layers.values():
+            fused = _fused(layer)
+            if fused is not None:
+                fused.gramians = None
+
+
+class _Watch:
+    """A forward hook of ``lora_A``, whose output is z."""
+
+    def __init__(self, own: LayerGramians) -> None:
+        self._own = own
+
+    def __call__(self, module: nn.Module, _: tuple[Any, ...], z: Any) -> None:
+        if self._own.wants(module) and isinstance(z, Tensor) and z.requires_grad:
+            add_gradient_of(z, self._own)
+
+
+class _EmbeddingWatch:
+    """Watches the LoRA of an embedding. PEFT computes its z by a method of the layer, and not by a module."""
+
+    def __init__(self, module: nn.Module, own: LayerGramians) -> None:
+        self._module, self._own = module, own
+        self._embed = module._embed
+        module._embed = self  # type: ignore[assignment]  # on the instance
+
+    def __call__(self, ids: Tensor, weight: Tensor) -> Tensor:
+        z: Tensor = self._embed(ids, weight)  # type: ignore[operator]  # PEFT is untyped
+        if self._own.wants(self._module) and z.requires_grad and z.shape[-1] == self._own.rank():
+            add_gradient_of(z, self._own)
+        return z
+
+    def remove(self) -> None:
+        vars(self._module).pop("_embed", None)
+
+
+def add_gradient_of(z: Tensor, own: LayerGramians) -> None:
+    """Adds z (…, R) and its gradient to the sums when the backward pass reaches it."""
+    value = z.detach()
+
+    def add(dz: Tensor) -> None:
+        rank = own.rank()
+        own.add(_by_rank(value, rank), _by_rank(dz, rank))
+
+    z.register_hook(add)  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+def _by_rank(values: Tensor, rank: int) -> Tensor:
+    """(…, R) as (r, n). With a pool, the R − r last columns belong to dead ranks."""
+    return values.reshape(-1, values.shape[-1])[:, :rank].T
+
+
+def _rank_of(layer: AdapterLayer) -> int:
+    return layer.rank
+
+
+def _fused(layer: AdapterLayer) -> FusedLora | None:
+    variant = layer.module.lora_variant.get(layer.adapter)
+    own = variant.replaced if isinstance(variant, GatedLora) else variant
+    return own if isinstance(own, FusedLora) else None

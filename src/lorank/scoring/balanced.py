@@ -1,0 +1,186 @@
+"""Balanced truncation: what ranks are worth, in the basis in which this question has an answer.
+
+B A = (B M⁻¹)(M A) for every invertible M, so a single row of A and column of B mean nothing by themselves. The Gramians
+Z and D (:mod:`lorank.scoring.gramians`) say which directions the data use, and which ones the loss feels. In the
+Kronecker-factored empirical Fisher metric, a change s · B M A of the module's update costs ½ tr(D M Z Mᵀ). In the basis
+in which Z and D are diagonal together, taking rank i away costs ½ σ_i², where the σ_i² are the eigenvalues of Z D. This
+is balanced truncation (Moore, IEEE Trans. Automatic Control 1981); the σ_i are the Hankel singular values. They are in
+units of the loss, so ranks of all modules compare.
+
+    Z = L Lᵀ        Lᵀ D L = V Λ Vᵀ        T = L V        A ← S T⁻¹ A        B ← B T S⁻¹        Λ = diag(σ²), descending
+
+S rescales the ranks, so that every row of A has the mean norm that the rows had before: a learning rate then means what
+it meant. The model's function does not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorank.errors import ValidationBatchError
+from lorank.lora import AdapterLayer, AdapterLayers
+from lorank.lora.basis import Basis, turn_ranks
+from lorank.scoring.context import Context, State, TrainingInfo
+from lorank.scoring.gramians import GramianPair, measure_gramians
+from lorank.scoring.microbatch import split
+from lorank.scoring.scorer import Choose, Scorer, Scores
+
+SMALLEST = 1e-7
+"""Eigenvalues of Z below this part of the largest count as this part: float32 sums hold no smaller ones."""
+ROWS = 8
+"""Samples per batch where Gramians are measured on the validation batch."""
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """A module in its balanced basis.
+
+    Attributes:
+        worth: σ², (r,) float64, descending: twice the loss that the truncation of each rank is predicted to cost.
+        basis: the basis.
+    """
+
+    worth: Tensor
+    basis: Basis
+
+
+def balance(layer: AdapterLayer, gramians: GramianPair) -> Balanced:
+    """The balanced basis of one module.
+
+    Args:
+        layer: the layer. It is not changed.
+        gramians: its Gramians, (r, r).
+    """
+    rank = layer.rank
+    if not rank:
+        empty = torch.zeros(0, 0, dtype=torch.float64)
+        return Balanced(torch.zeros(0, dtype=torch.float64), Basis(empty, empty))
+    Z, D = gramians.Z, gramians.D
+    values, vectors = torch.linalg.eigh((Z + Z.T) / 2)  # ascending
+    if not float(values[-1]) > 0:  # no token reached this module
+        identity = torch.eye(rank, dtype=torch.float64)
+        return Balanced(torch.zeros(rank, dtype=torch.float64), Basis(identity, identity))
+    root = values.clamp_min(SMALLEST * float(values[-1])).sqrt()  # (r,)
+    L, L_inverse = vectors * root, (vectors / root).T
+    worth, V = torch.linalg.eigh(L.T @ ((D + D.T) / 2) @ L)
+    worth, V = worth.flip(0).clamp_min(0), V.flip(1)
+    T, T_inverse = L @ V, V.T @ L_inverse
+    # an embedding's B, and not its A, starts at random values
+    weight, matrix, axis = (layer.B, T.T, 1) if layer.is_embedding else (layer.A, T_inverse, 0)
+    before = _norms(weight.detach(), axis).mean()
+    after = _norms(turn_ranks(weight.detach().double(), matrix, axis), axis)
+    stretch = torch.where((after > 0) & (before > 0), before / after, torch.ones_like(after)).cpu()  # (r,)
+    if layer.is_embedding:
+        stretch = 1 / stretch
+    return Balanced(worth, Basis(stretch[:, None] * T_inverse, T / stretch))
+
+
+def _norms(weight: Tensor, axis: int) -> Tensor:
+    """The norm of every rank's vector, (r,) float64."""
+    norms: Tensor = torch.linalg.vector_norm(weight.double(), dim=1 - axis)
+    return norms
+
+
+@dataclass(frozen=True)
+class BalancedScorer(Scorer):
+    """Scores every rank of the balanced basis by σ², from Gramians summed up during training.
+
+    Where the training loop's passes cannot be watched (``torch.compile``), Gramians are measured on the validation
+    batch instead.
+    """
+
+    @property
+    def watches_passes(self) -> bool:
+        return True
+
+    def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
+        """Sums of zero."""
+        return _empty(layers)
+
+    def before_step(self, context: Context, state: State) -> None:
+        """Adds the Gramians of the passes since the last step. Sums that are not finite are left out."""
+        gramians = context.layers.gramians
+        if gramians is None:
+            return
+        sums = {name: own for name, own in gramians.sums.items() if own.Z is not None}
+        if all(bool(own.D.isfinite().all() and own.Z.isfinite().all()) for own in sums.values()):  # type: ignore[union-attr]  # all three are set together
+            for name, own in sums.items():
+                state[f"Z.{name}"] += own.Z.to(state[f"Z.{name}"])  # type: ignore[union-attr]
+                state[f"D.{name}"] += own.D.to(state[f"D.{name}"])  # type: ignore[union-attr]
+                state[f"tokens.{name}"] += own.tokens.to(state[f"tokens.{name}"])  # type: ignore[union-attr]
+            state["steps"] += bool(sums)
+        gramians.clear()
+
+    def score(self, context: Context, state: State, choose: Choose) -> Scores:
+        """σ² of every rank, and the basis in which they are the ranks.
+
+        Raises:
+            ValidationBatchError: no pass has been watched, and there is no validation batch.
+        """
+        layers, steps = context.layers, float(state["steps"])
+        pairs = _mean(context, state) if steps else self._measured(context)
+        found = {name: balance(layers[name], pair) for name, pair in pairs.items()}
+        return Scores(
+            {name: one.worth for name, one in found.items()},
+            {"gramians": f"{steps:g} training steps" if steps else "the validation batch"},
+            {name: one.basis for name, one in found.items()},
+        )
+
+    def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
+        """Begins the sums anew: those of the old ranks are of another basis."""
+        state.update(_empty(context.layers))
+        if context.layers.gramians is not None:
+            context.layers.gramians.clear()
+
+    def end(self, context: Context, state: State) -> None:
+        """Stops watching."""
+        for name in list(state):
+            if name != "steps":
+                del state[name]
+        if context.layers.gramians is not None:
+            context.layers.gramians.collecting = False
+
+    def _measured(self, context: Context) -> dict[str, GramianPair]:
+        if context.validation_batch is None:
+            raise ValidationBatchError(
+                "the passes of training could not be watched, so the Gramians must be measured on a batch of data, and "
+                "none was given: use attach(…, validation_batch=batch)"
+            )
+        parts = split(context.validation_batch, ROWS)
+        return measure_gramians(context.model, context.layers, parts, loss_fn=context.loss_fn)
+
+
+def _empty(layers: AdapterLayers) -> State:
+    state: State = {"steps": torch.zeros(())}
+    for name, layer in layers.items():
+        dtype = torch.promote_types(layer.A.dtype, torch.float32)
+        for kind in ("Z", "D"):
+            state[f"{kind}.{name}"] = torch.zeros(layer.rank, layer.rank, dtype=dtype, device=layer.A.device)
+        state[f"tokens.{name}"] = torch.zeros((), dtype=torch.float64)
+    return state
+
+
+def _mean(context: Context, state: State) -> dict[str, GramianPair]:
+    """The Gramians from the sums, equal in all processes.
+
+    The number of labels per batch is not known here. The largest number of tokens that the loss depends on in any
+    module stands for it. It is one factor for all modules, so it changes no order.
+    """
+    layers, steps = context.layers, state["steps"].double()
+    tokens = torch.stack([state[f"tokens.{name}"].double().cpu() for name in layers])  # (modules,)
+    labels = tokens.max() / steps
+    parts = []
+    for index, name in enumerate(layers):
+        parts.append((state[f"Z.{name}"].double().cpu() / tokens[index].clamp_min(1)).flatten())
+        parts.append((state[f"D.{name}"].double().cpu() * labels / steps).flatten())
+    flat = context.mean(torch.cat(parts))
+    found: dict[str, GramianPair] = {}
+    start = 0
+    for name, rank in layers.ranks.items():
+        Z, D = flat[start : start + 2 * rank**2].reshape(2, rank, rank)
+        start += 2 * rank**2
+        found[name] = GramianPair(Z, D)
+    return found
