@@ -88,7 +88,7 @@ def turn_ranks(values: Tensor, matrix: Tensor, axis: int) -> Tensor:
         matrix: (r, r).
     """
     wide = values.detach().double().movedim(axis, 0)  # (r, …)
-    turned = torch.tensordot(matrix.to(wide), wide, dims=1)  # (r, …)
+    turned: Tensor = torch.tensordot(matrix.to(wide), wide, dims=1)  # (r, …)
     return turned.movedim(0, axis).to(values.dtype).contiguous()
 
 
