@@ -122,6 +122,7 @@ def train(
         "examples": {"train": len(task.train), "validation": len(task.validation)},
         "start": started_with,
         "final": ended_with,
+        "widest": _widest(ranks),
         "budget": _named_budget(ranks),
         "allocations": len(records),
         "ranks_moved": sum(map(_moved, records)),
@@ -252,6 +253,14 @@ def _named_budget(callback: RankCallback | None) -> dict[str, Any] | None:
     if callback is None or callback.ranks is None or callback.ranks.budget is None:
         return None
     return callback.ranks.budget.used(callback.ranks.layers.ranks)
+
+
+def _widest(callback: RankCallback | None) -> dict[str, int] | None:
+    """The adapter's size when it was largest; None for full fine-tuning."""
+    if callback is None or callback.ranks is None:
+        return None
+    record = max(callback.ranks.history, key=lambda record: record.parameters)
+    return {"step": record.step, "ranks": record.total_rank, "parameters": record.parameters}
 
 
 def _moved(record: Record) -> int:
