@@ -129,7 +129,7 @@ METHODS: dict[str, Method] = {
     "alora": Method("ALoRA", lambda: lorank.ALoRA(budget="100% of adapter")),
     "sora": Method("SoRA, from twice", lambda: lorank.SoRA(budget=BUDGET), 2 * RANK),
     "adalora": Method("AdaLoRA, from twice", lambda: lorank.AdaLoRA(budget=BUDGET), 2 * RANK),
-    "ard": Method("ARD-LoRA", lambda: lorank.ARDLoRA(budget="100% of adapter")),
+    "ard": Method("ARD-LoRA", lambda: lorank.ARDLoRA(budget="100% of adapter", min_rank=0)),
 }
 
 
@@ -167,7 +167,7 @@ def train(run: Run) -> dict[str, Any]:
         lora_dropout=case.dropout,
         target_modules="all-linear",
     )
-    order = _order(len(task.train), case.batch, run.steps, run.seed)
+    order = order_of(len(task.train), case.batch, run.steps, run.seed)
     held_out = task.validation
     scoring = task.collator(held_out[:32])  # part of the selection examples
     first = [task.collator([task.train[i] for i in rows]) for rows in order[:START_BATCHES]]
@@ -229,7 +229,7 @@ def _accuracy(model: nn.Module, examples: Sequence[Any], task: Task) -> float:
     return right / len(examples)
 
 
-def _order(examples: int, batch: int, steps: int, seed: int) -> list[list[int]]:
+def order_of(examples: int, batch: int, steps: int, seed: int) -> list[list[int]]:
     """The rows of every training batch, in random order, epoch after epoch."""
     draw = torch.Generator().manual_seed(seed + 1_000_003)
     order: list[list[int]] = []
