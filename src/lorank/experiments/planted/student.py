@@ -139,7 +139,7 @@ def _start_batches(problem: Problem) -> list[dict[str, Tensor]]:
     scenario = problem.scenario
     draw = torch.Generator().manual_seed(problem.seed + 2_000_003)
     rows = torch.randperm(scenario.train, generator=draw)[: START_BATCHES * scenario.batch]
-    return [{k: v[part] for k, v in problem.batch("train").items()} for part in rows.split(scenario.batch)]
+    return [{k: v[part] for k, v in problem.batch("train").items()} for part in torch.split(rows, scenario.batch)]
 
 
 def lr_factor(step: int, steps: int) -> float:
