@@ -100,6 +100,8 @@ class BalancedLoRA(Allocator):
 
     def lr_factor(self, context: Context) -> float:
         """(budget / live ranks)^p, at most 1."""
+        if context.step >= self._last(context.run):
+            return 1.0
         used = self.resolve_budget(context.layers, context.run).share(context.layers.ranks)
         return float(max(used, 1.0) ** -self.lr_power)
 
