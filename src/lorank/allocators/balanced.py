@@ -98,6 +98,11 @@ class BalancedLoRA(Allocator):
     def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
         return self._scorer.start(layers, run)
 
+    def try_out(self, context: Context, state: State) -> None:
+        """Measures once on the validation batch, if the passes of training cannot be watched."""
+        if context.layers.gramians is None:
+            self._scorer.score(context, state, lambda scores: ())
+
     def lr_factor(self, context: Context) -> float:
         """(budget / live ranks)^p, at most 1."""
         if context.step >= self._last(context.run):

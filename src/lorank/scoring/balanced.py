@@ -25,8 +25,10 @@ from torch import Tensor
 from lorank.errors import NonFiniteError, ValidationBatchError
 from lorank.lora import AdapterLayer, AdapterLayers
 from lorank.lora.basis import Basis, turn_ranks
+from lorank.scoring.ablation_variants import IncompatibleError
 from lorank.scoring.context import Context, State, TrainingInfo
 from lorank.scoring.gramians import GramianPair, measure_gramians
+from lorank.scoring.loss import prepare_batch
 from lorank.scoring.microbatch import split
 from lorank.scoring.scorer import Choose, Scorer, Scores
 
@@ -171,7 +173,11 @@ class BalancedScorer(Scorer):
                 "the passes of training could not be watched, so the Gramians must be measured on a batch of data, and "
                 "none was given: use attach(…, validation_batch=batch)"
             )
-        parts = split(context.validation_batch, ROWS)
+        batch = prepare_batch(context.model, context.validation_batch, needs_labels=context.loss_fn is None)
+        try:
+            parts = split(batch, ROWS)
+        except IncompatibleError:  # a batch of one's own kind, which only loss_fn knows
+            parts = [batch]
         return measure_gramians(context.model, context.layers, parts, loss_fn=context.loss_fn)
 
 
