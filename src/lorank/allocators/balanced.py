@@ -75,6 +75,10 @@ class BalancedLoRA(Allocator):
         return True
 
     @property
+    def own_backward(self) -> bool:
+        return self.init == "gradient"
+
+    @property
     def wants_train_batches(self) -> bool:
         return self.init == "gradient"
 

@@ -197,7 +197,7 @@ def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, _GradientSum]) -> 
 
         return after_forward
 
-    leaves: list[Tensor] = [part for layer in layers.values() for part in (layer.A, layer.B)]
+    leaves: list[Tensor] = [part for layer in layers.values() for part in layer.stored]  # what the forward pass uses
     wanted = [leaf.requires_grad for leaf in leaves]
     handles = [layer.module.register_forward_hook(watch(sums[name])) for name, layer in layers.items()]
     try:
