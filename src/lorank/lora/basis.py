@@ -26,7 +26,7 @@ class Basis:
 
     Args:
         matrix: M, (r, r) float64 on the CPU.
-        inverse: M⁻¹, (r, r) float64 on the CPU.
+        inverse: M⁻¹, (r, r) float64 on the CPU. :func:`lorank.lora.resize_` refuses another matrix.
     """
 
     matrix: Tensor
