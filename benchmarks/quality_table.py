@@ -17,32 +17,21 @@ from typing import Any
 import numpy as np
 from scipy.stats import ttest_rel
 
-from benchmarks.quality import CASES, METHODS, SEEDS, best_lr
+from benchmarks.quality import CASES, METHODS, finished
 
 Line = Mapping[str, Any]
 LEAST_SEEDS = 3
 
 
-def losses(lines: Sequence[Line], task: str, method: str, steps: int) -> dict[int, Line]:
-    """The runs of the fresh seeds at the chosen learning rate, by seed."""
-    lr = best_lr(lines, task, method, steps)
-    return {
-        line["seed"]: line
-        for line in lines
-        if (line["task"], line["method"], line["steps"], line["lr"]) == (task, method, steps, lr)
-        and line["seed"] in SEEDS
-    }
-
-
 def table(lines: Sequence[Line], task: str, steps: int) -> str:
     """One table in Markdown; empty if LoRA or LoRA of twice the parameters is not complete."""
-    base, double = (losses(lines, task, method, steps) for method in ("lora", "lora2x"))
+    base, double = (finished(lines, task, method, steps) for method in ("lora", "lora2x"))
     if min(len(base), len(double)) < LEAST_SEEDS:
         return ""
     has_accuracy = "accuracy" in next(iter(base.values()))
     columns = ["method", "rate", "parameters", "at most", "seeds", "loss", "− LoRA", "p", "gap closed"]
     rows = [columns + ["accuracy"] * has_accuracy]
-    for method, found in ((method, losses(lines, task, method, steps)) for method in METHODS):
+    for method, found in ((method, finished(lines, task, method, steps)) for method in METHODS):
         if len(found) < LEAST_SEEDS:
             continue
         runs = list(found.values())
@@ -86,15 +75,15 @@ def picture(lines: Sequence[Line], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (task, steps) in zip(axes, panels, strict=True):
-        shown = [m for m in METHODS if len(losses(lines, task, m, steps)) >= LEAST_SEEDS]
+        shown = [m for m in METHODS if len(finished(lines, task, m, steps)) >= LEAST_SEEDS]
         for place, method in enumerate(reversed(shown)):
-            values = [line["report"] for line in losses(lines, task, method, steps).values()]
+            values = [line["report"] for line in finished(lines, task, method, steps).values()]
             colour = {"balanced": "tab:red", "lora": "black", "lora2x": "black"}.get(method, "tab:blue")
             axis.plot(values, [place] * len(values), "o", color=colour, alpha=0.35, markersize=5)
             axis.plot([np.mean(values)], [place], "|", color=colour, markersize=22, markeredgewidth=2.5)
         axis.set_yticks(range(len(shown)), [METHODS[method].title for method in reversed(shown)])
         for method in ("lora", "lora2x"):
-            mean = np.mean([line["report"] for line in losses(lines, task, method, steps).values()])
+            mean = np.mean([line["report"] for line in finished(lines, task, method, steps).values()])
             axis.axvline(mean, color="grey", linewidth=0.8, linestyle=":")
         axis.set_title(f"{task}, {steps} steps", fontsize=10)
         axis.set_xlabel("loss on unseen examples (lower is better)")
