@@ -46,6 +46,7 @@ METHODS = {
     "alora-sensi": lambda: lorank.ALoRASensi(**ROUNDS),
     "alora-dnas": lambda: lorank.ALoRADNAS(**ROUNDS, search_rows=2),
     "balanced": lambda: lorank.BalancedLoRA(wide=2, cuts=4, until=0.7),
+    "balanced-default": lambda: lorank.BalancedLoRA(wide=2, cuts=4, until=0.7, init="default"),
     "adalora": lambda: lorank.AdaLoRA(t_init=2, t_final=3, delta_t=1),
     "sora": lambda: lorank.SoRA(prune_every=1, until=0.8),
     "ard": lambda: lorank.ARDLoRA(**SEARCH, heads="module"),

@@ -27,6 +27,7 @@ TRAINED = {
         ("ZeRO-3, sora", "sora", "zero3"),
         ("ZeRO-1, ard", "ard", "zero1"),
         ("ZeRO-2, balanced", "balanced", "zero2"),
+        ("ZeRO-3, balanced", "balanced-default", "zero3"),
     )
 }
 OTHERS = {
