@@ -18,6 +18,7 @@ from lorank.allocators.rounds import RoundAllocator
 from lorank.allocators.settings import settings
 from lorank.allocators.sora import SoRA
 from lorank.allocators.static import StaticLoRA
+from lorank.allocators.truncation import Stage, truncate_
 
 __all__ = [
     "ALoRA",
@@ -37,6 +38,7 @@ __all__ = [
     "ResolvedBudget",
     "RoundAllocator",
     "SoRA",
+    "Stage",
     "State",
     "StaticLoRA",
     "TrainingInfo",
@@ -51,6 +53,7 @@ __all__ = [
     "resolve_budget",
     "settings",
     "start_adam",
+    "truncate_",
     "uniform_plan",
     "warn_if_nothing_to_prune",
 ]

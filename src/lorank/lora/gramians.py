@@ -171,8 +171,8 @@ class _EmbeddingWatch:
         self._embed = module._embed
         module._embed = self  # type: ignore[assignment]  # on the instance
 
-    def __call__(self, ids: Tensor, weight: Tensor) -> Tensor:
-        z: Tensor = self._embed(ids, weight)  # type: ignore[operator]  # PEFT is untyped
+    def __call__(self, ids: Tensor, weight: Tensor, **transforms: Any) -> Tensor:
+        z: Tensor = self._embed(ids, weight, **transforms)  # type: ignore[operator]  # PEFT is untyped
         if self._own.wants(self._module) and z.requires_grad and z.shape[-1] == self._own.rank():
             add_gradient_of(z, self._own)
         return z
@@ -183,6 +183,8 @@ class _EmbeddingWatch:
 
 def add_gradient_of(z: Tensor, own: LayerGramians) -> None:
     """Adds z (…, R) and its gradient to the sums when the backward pass reaches it."""
+    if not z.shape[-1]:  # a module of rank 0
+        return
     value = z.detach()
 
     def add(dz: Tensor) -> None:

@@ -3,6 +3,7 @@
 from lorank.scoring.ablation import AblationResult, ablation_scores, validation_loss
 from lorank.scoring.ablation_scorer import AblationScorer
 from lorank.scoring.balanced import Balanced, BalancedScorer, balance
+from lorank.scoring.balanced_scores import balanced_scores
 from lorank.scoring.context import Context, State, TrainingInfo
 from lorank.scoring.gramians import GramianPair, measure_gramians
 from lorank.scoring.saliency import saliency_scores
@@ -30,6 +31,7 @@ __all__ = [
     "WeightGradient",
     "ablation_scores",
     "balance",
+    "balanced_scores",
     "first_order_scores",
     "measure_gramians",
     "saliency_scores",
