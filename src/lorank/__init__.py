@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TrainingInfo,
         gradient_start_,
         initial_ranks_,
+        resize_adapter_,
     )
     from lorank.errors import BudgetError, LorankError, PlanError, ScheduleError, ValidationBatchError
     from lorank.lora import (
@@ -80,6 +81,7 @@ _HOMES = {
     "read_history": "training",
     "reindex_ranks": "lora",
     "reserve_": "lora",
+    "resize_adapter_": "allocators",
     "save_adapter": "lora",
     "shard_base_": "training",
 }
@@ -122,6 +124,7 @@ __all__ = [
     "read_history",
     "reindex_ranks",
     "reserve_",
+    "resize_adapter_",
     "save_adapter",
     "shard_base_",
 ]

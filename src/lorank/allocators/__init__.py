@@ -13,6 +13,7 @@ from lorank.allocators.gradient_start import gradient_start_
 from lorank.allocators.initial_ranks import initial_ranks_
 from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
 from lorank.allocators.registry import Registry, find_allocators
+from lorank.allocators.resize_adapter import resize_adapter_, resize_layers_
 from lorank.allocators.resolved_budget import Constraint, ResolvedBudget
 from lorank.allocators.rounds import RoundAllocator
 from lorank.allocators.settings import settings
@@ -50,6 +51,8 @@ __all__ = [
     "initial_ranks_",
     "plan_to_keep",
     "resize_adam_",
+    "resize_adapter_",
+    "resize_layers_",
     "resolve_budget",
     "settings",
     "start_adam",

@@ -9,7 +9,6 @@ read are not changed.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +21,12 @@ from torch import Tensor
 from lorank.allocators import Budget, ResolvedBudget, truncate_
 from lorank.allocators.truncation import STAGES
 from lorank.errors import BudgetError
-from lorank.experiments.adapter_folder import adapter_of_run, check_budget_given, check_pruned_folder
+from lorank.experiments.adapter_folder import (
+    adapter_of_run,
+    budget_of_adapter,
+    check_budget_given,
+    check_pruned_folder,
+)
 from lorank.experiments.adapter_session import LoadedAdapter
 from lorank.experiments.errors import SettingsError
 from lorank.lora import (
@@ -51,7 +55,6 @@ BALANCED_BATCH = 8
 """Samples per pass for Gramians, which do not depend on it."""
 SCORES_BEGIN = b'{\n  "adapter": '
 """The first bytes of a file with scores."""
-_PER_CENT = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*")
 
 
 @dataclass(frozen=True)
@@ -236,10 +239,7 @@ def pruning_budget(loaded: LoadedAdapter, spec: str | None, max_lora_rank: int |
     check_budget_given(spec, max_lora_rank)
     if spec is None:
         return Budget(max_lora_rank=max_lora_rank)
-    share = _PER_CENT.fullmatch(spec)
-    budget = Budget.parse(f"{share[1]}% of adapter" if share else spec)
-    if budget.percent_of_adapter is not None and budget.percent_of_adapter >= 100:
-        raise BudgetError(f"--budget {spec!r}: expected less than 100 per cent of the adapter")
+    budget = budget_of_adapter(spec)
     return budget if max_lora_rank is None else replace(budget, max_lora_rank=max_lora_rank)
 
 

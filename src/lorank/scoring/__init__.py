@@ -11,6 +11,7 @@ from lorank.scoring.scorer import Choose, Scorer, Scores
 from lorank.scoring.sensitivity import SensitivityScorer
 from lorank.scoring.successive_screening import screened_scores
 from lorank.scoring.taylor import first_order_scores
+from lorank.scoring.update_svd import UpdateSvd
 from lorank.scoring.weight_gradient import WeightGradient, weight_gradients
 from lorank.scoring.work_sharding import Share
 
@@ -28,6 +29,7 @@ __all__ = [
     "Share",
     "State",
     "TrainingInfo",
+    "UpdateSvd",
     "WeightGradient",
     "ablation_scores",
     "balance",
