@@ -12,6 +12,7 @@ from lorank.allocators.gate_adam import adam_step_, resize_adam_, start_adam
 from lorank.allocators.gradient_start import gradient_start_
 from lorank.allocators.initial_ranks import initial_ranks_
 from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
+from lorank.allocators.rank_curve import CurvePoint, RankCurve, rank_curve
 from lorank.allocators.registry import Registry, find_allocators
 from lorank.allocators.resize_adapter import resize_adapter_, resize_layers_
 from lorank.allocators.resolved_budget import Constraint, ResolvedBudget
@@ -35,6 +36,8 @@ __all__ = [
     "BudgetSetting",
     "Constraint",
     "Context",
+    "CurvePoint",
+    "RankCurve",
     "Registry",
     "ResolvedBudget",
     "RoundAllocator",
@@ -50,6 +53,7 @@ __all__ = [
     "gradient_start_",
     "initial_ranks_",
     "plan_to_keep",
+    "rank_curve",
     "resize_adam_",
     "resize_adapter_",
     "resize_layers_",

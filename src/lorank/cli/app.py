@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorank._version import __version__
-from lorank.cli import planted, posthoc, resize, sweep
+from lorank.cli import curve, planted, posthoc, resize, sweep
 from lorank.cli.common import console, one_message, quiet_libraries
 from lorank.extras import require
 
@@ -138,6 +138,7 @@ def schema() -> None:
 app.command()(posthoc.score)
 app.command()(posthoc.prune)
 app.command()(resize.resize)
+app.command()(curve.curve)
 app.command()(sweep.sweep)
 app.command()(planted.planted)
 

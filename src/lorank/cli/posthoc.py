@@ -107,7 +107,7 @@ def score(
         if out is not None:
             posthoc.check_scores_file(out)
         loaded = _load(adapter, data, task, model, config, overrides)
-        with _progress() as report:
+        with progress_bar() as report:
             scored = posthoc.score(
                 loaded,
                 by=by,  # type: ignore[arg-type]  # the function checks it
@@ -179,7 +179,7 @@ def prune(
         loaded = _load(adapter, data, task, model, config, overrides)
         wanted = posthoc.pruning_budget(loaded, budget, max_lora_rank)
         resolved = posthoc.check_budget(loaded, wanted)
-        with _progress() as report:
+        with progress_bar() as report:
             scored = posthoc.score(
                 loaded,
                 by=by,  # type: ignore[arg-type]  # the function checks it
@@ -219,13 +219,13 @@ def _load(
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
-    """A progress bar, on a terminal only. It disappears when scoring ends."""
+def progress_bar(what: str = "Scoring ranks") -> Iterator[Any]:
+    """A progress bar, on a terminal only. It disappears at the end."""
     from rich.progress import Progress
 
     errors = console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        job = bar.add_task("Scoring ranks", total=None)
+        job = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(job, completed=done, total=total)
 
 

@@ -142,7 +142,7 @@ def score(
     examples = task.validation[:samples]
     balanced: Mapping[str, Balanced] | None = None
     if by == "balanced":
-        balanced = balanced_scores(loaded.model, loaded.layers, _batches(loaded, samples), progress=progress)
+        balanced = balanced_scores(loaded.model, loaded.layers, gramian_batches(loaded, samples), progress=progress)
         scores = {name: one.worth for name, one in balanced.items()}
         loss = mean_loss(loaded.model, examples, task.collator, batch_size=loaded.batch_size, progress=False)
     elif by != "saliency":
@@ -159,8 +159,8 @@ def score(
     return Scored(scores, by, len(examples), loss, time.perf_counter() - began, balanced)
 
 
-def _batches(loaded: LoadedAdapter, samples: int) -> list[Mapping[str, Any]]:
-    """The examples of scoring in batches for Gramians."""
+def gramian_batches(loaded: LoadedAdapter, samples: int) -> list[Mapping[str, Any]]:
+    """The first `samples` validation examples, in batches for Gramians."""
     examples = loaded.task.validation[:samples]
     parts = [examples[start : start + BALANCED_BATCH] for start in range(0, len(examples), BALANCED_BATCH)]
     return [loaded.task.collator(part) for part in parts]
@@ -207,7 +207,7 @@ def prune(
     loss = loaded.loss(scored.samples)
     predicted = None
     if scored.balanced is not None:
-        batches = _batches(loaded, scored.samples)
+        batches = gramian_batches(loaded, scored.samples)
         done = truncate_(
             loaded.model, layers, batches, resolved, stages=stages, first=scored.balanced, progress=progress
         )

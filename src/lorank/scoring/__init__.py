@@ -6,6 +6,7 @@ from lorank.scoring.balanced import Balanced, BalancedScorer, balance
 from lorank.scoring.balanced_scores import balanced_scores
 from lorank.scoring.context import Context, State, TrainingInfo
 from lorank.scoring.gramians import GramianPair, measure_gramians
+from lorank.scoring.mean_loss import mean_loss
 from lorank.scoring.saliency import saliency_scores
 from lorank.scoring.scorer import Choose, Scorer, Scores
 from lorank.scoring.sensitivity import SensitivityScorer
@@ -35,6 +36,7 @@ __all__ = [
     "balance",
     "balanced_scores",
     "first_order_scores",
+    "mean_loss",
     "measure_gramians",
     "saliency_scores",
     "screened_scores",
