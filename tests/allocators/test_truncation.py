@@ -16,6 +16,7 @@ from lorank.allocators.truncation import stage_budget
 from lorank.errors import BudgetError, PlanError
 from lorank.lora import find_layers
 from lorank.scoring import balanced_scores, measure_gramians
+from lorank.scoring.balanced_scores import PATH
 from tests.models import adapted, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
 BATCHES = [token_batch(rows=3, seed=seed) for seed in (1, 2)]
@@ -50,7 +51,8 @@ def test_one_stage_keeps_what_a_naive_twin_keeps() -> None:
             expected[name] += layers[name].scaling * (B @ torch.outer(right_vector, left_vector) @ A)
         else:
             lost += worth / 2
-    (stage,) = truncate_(model, layers, BATCHES, Budget.parse("50% of adapter").resolve(layers), stages=1)
+    budget = Budget.parse("50% of adapter").resolve(layers)
+    (stage,) = truncate_(model, layers, BATCHES, budget, stages=1, path=(1.0,))
     assert layers.parameters == used
     assert stage.ranks == layers.ranks
     assert len(set(layers.ranks.values())) > 1, "all alike: the choice between modules would not be tested"
@@ -114,7 +116,8 @@ def test_stages_shrink_by_equal_ratios_and_measure_anew() -> None:
     costs = {name: layer.d_in + layer.d_out for name, layer in layers.items()}
     sizes = [sum(rank * costs[name] for name, rank in stage.ranks.items()) for stage in done]
     assert sizes == pytest.approx([start / 2, start / 4, start / 8], rel=0.05)
-    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]  # the first of three stages was measured before
+    passes = 2 * len(BATCHES) * len(PATH)  # the first of three stages was measured before
+    assert calls == [(done, passes) for done in range(1, passes + 1)]
     assert done[0].predicted > 0
 
 

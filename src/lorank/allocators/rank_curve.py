@@ -4,12 +4,12 @@ In the balanced basis, taking rank i away costs about ½ σ_i² (:mod:`lorank.sc
 
     L(budget) ≈ L(present) + ½ Σ σ²  of the ranks that the budget leaves out
 
-where the ranks with the largest σ² per trained number stay. One forward and one backward pass over a few batches give
-the curve for all budgets, and which module needs which rank at each.
+where the ranks with the largest σ² per trained number stay. Two forward and backward passes over a few batches give the
+curve for all budgets, and which module needs which rank at each.
 
 What it predicts is the loss of this adapter after a cut by balanced truncation, without further training. σ² is of
-second order at the present weights, so the prediction holds near them: it is too low for deep cuts. An adapter of the
-smaller size that is trained from the start is better than the cut one; docs/posthoc.md shows all three side by side.
+second order, so it is no more than a direction for deep cuts. An adapter of the smaller size that is trained from the
+start is better than the cut one. docs/posthoc.md shows all three side by side.
 
 The **knee** is the budget beyond which parameters pay less than on the average of the curve: the point farthest below
 the straight line between the curve's ends, over the logarithm of the budget, where every doubling of the parameters is

@@ -3,8 +3,9 @@
 Every module is turned to its balanced basis, in which taking rank i away costs about ½ σ_i² of loss, and the ranks with
 the largest σ_i² per trained number stay (:mod:`lorank.scoring.balanced`).
 
-σ² is a second-order prediction at the present weights. A deep cut leaves its range: when many ranks go at once, the
-gradients that the others receive change. So a cut is done in stages, at equal ratios of size, and Gramians are measured
+σ² is a second-order prediction at the weights where it is measured. A deep cut leads far away from them. Two things
+help, and docs/posthoc.md has what each is worth: Gramians are also measured with half of the update
+(:mod:`lorank.scoring.balanced_scores`), and the cut is done in stages, at equal ratios of size, with Gramians measured
 anew before each:
 
     size after stage i of n  =  present^(1 − i/n) · budget^(i/n)
@@ -22,9 +23,10 @@ from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.errors import BudgetError
 from lorank.lora import AdapterLayers, LayerPlan, resize_
 from lorank.scoring import Balanced, balanced_scores
+from lorank.scoring.balanced_scores import PATH
 from lorank.scoring.loss import LossFn
 
-STAGES = 4
+STAGES = 2
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def truncate_(
     budget: ResolvedBudget,
     *,
     stages: int = STAGES,
+    path: Sequence[float] = PATH,
     first: Mapping[str, Balanced] | None = None,
     loss_fn: LossFn | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -60,6 +63,7 @@ def truncate_(
         batches: one or more batches with ``labels``, read once per stage. Batches of a few rows suffice.
         budget: the budget.
         stages: n, the number of stages. ≥ 1.
+        path: see :func:`lorank.scoring.balanced_scores`.
         first: what :func:`lorank.scoring.balanced_scores` gave for the present adapter, so that the first stage need
             not measure it; or None.
         loss_fn: ``loss_fn(model, batch)`` → a scalar with a graph, in place of ``model(**batch).loss``.
@@ -77,8 +81,7 @@ def truncate_(
         raise BudgetError(f"stages={stages}: expected at least 1")
     start = layers.ranks
     done: list[Stage] = []
-    measured = 0
-    total = len(batches) * (stages - (first is not None))
+    measured, measurements = 0, stages - (first is not None)
     for stage in range(1, stages + 1):
         step = stage_budget(budget, start, stage / stages)
         if step.fits(layers.ranks):  # the steps are smaller than a rank
@@ -86,15 +89,13 @@ def truncate_(
         if first is not None and not done:
             found = first
         else:
-            offset = measured
-            found = balanced_scores(
-                model,
-                layers,
-                batches,
-                loss_fn=loss_fn,
-                progress=None if progress is None else lambda part, _, offset=offset: progress(offset + part, total),
-            )
-            measured += len(batches)
+
+            def report(part: int, of: int, before: int = measured) -> None:
+                if progress is not None:
+                    progress(before * of + part, measurements * of)
+
+            found = balanced_scores(model, layers, batches, path=path, loss_fn=loss_fn, progress=report)
+            measured += 1
         kept = step.keep_best(step.per_cost({name: one.worth for name, one in found.items()}))
         plan = {name: LayerPlan(kept[name], basis=one.basis) for name, one in found.items() if layers[name].rank}
         lost = sum(float(one.worth.sum() - one.worth[list(kept[name])].sum()) for name, one in found.items()) / 2

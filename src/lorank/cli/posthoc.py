@@ -61,7 +61,7 @@ By = Annotated[
     str,
     typer.Option(
         help="The kind of score: balanced (second-order effects on the loss, in the basis in which ranks have a "
-        "worth of their own; one backward pass per eight examples), ablation (AB-LoRA: the loss without each "
+        "worth of their own; two backward passes per eight examples), ablation (AB-LoRA: the loss without each "
         "rank, and with each rank alone), first_order (estimates of ablation from two backward passes, for any number "
         "of ranks), screen (prune only: estimates, then evaluations until the ranks to prune are certain) or saliency "
         "(gradient magnitudes of small batches)."
@@ -147,7 +147,7 @@ def prune(
         int | None,
         typer.Option(
             min=1,
-            help="By balanced, the number of stages of the cut. Scores are measured anew before each. [default: 4]",
+            help="By balanced, the number of stages of the cut. Scores are measured anew before each. [default: 2]",
         ),
     ] = None,
     samples: Samples = 32,

@@ -113,11 +113,11 @@ def score(
 
     Args:
         loaded: the adapter; it is not changed.
-        by: `balanced` (σ² in the balanced basis: twice the loss that taking the rank away is predicted to cost; one
-            backward pass per eight samples), `ablation` (AB-LoRA: the loss without the rank and the loss with the rank
-            alone, one evaluation each), `first_order` (estimates of ablation from two backward passes), `screen` (both:
-            estimates, then evaluations until the ranks to prune are certain) or `saliency` (the gradient of the loss
-            with respect to a gate on the rank: one backward pass per four samples).
+        by: `balanced` (σ² in the balanced basis: twice the loss that taking the rank away is predicted to cost; two
+            backward passes per eight samples), `ablation` (AB-LoRA: the loss without the rank and the loss with the
+            rank alone, one evaluation each), `first_order` (estimates of ablation from two backward passes), `screen`
+            (both: estimates, then evaluations until the ranks to prune are certain) or `saliency` (the gradient of the
+            loss with respect to a gate on the rank: one backward pass per four samples).
         terms: the terms of ablation, or of its estimates, to use: `both`, `without` or `alone`.
         samples: number of examples, ≥ 1.
         budget: the budget that decides which ranks are pruned; needed for `screen`.
