@@ -36,10 +36,12 @@ from lorank.allocators import Budget, ResolvedBudget, truncate_  # noqa: E402
 from lorank.config.sections import ModelSettings  # noqa: E402
 from lorank.experiments.models import load_model  # noqa: E402
 from lorank.lora import AdapterLayers, LayerPlan, find_layers, load_adapter, make_peft_model, resize_, save_adapter  # noqa: E402
+from lorank.report import Line, curve_picture  # noqa: E402
 from lorank.scoring import ablation_scores, first_order_scores, saliency_scores  # noqa: E402
 from lorank.tasks import mean_loss  # noqa: E402
 
 TASKS = ("manual", "e2e")
+TITLES = {"manual": "Python's manual", "e2e": "E2E"}
 STEPS, LR, RANK, WIDE = 200, 1e-2, 8, 16
 SHARES = (50.0, 25.0, 12.5)
 SCORING, EXACT, REPORT = 64, 32, 384
@@ -241,11 +243,37 @@ def curves(results: Results, out: Path, task: str, seed: int) -> None:
         results.get(f"{where} | cut | {rank}", cut)
 
 
+def picture(results: Mapping[str, Any], task: str, seed: int, path: Path) -> Path:
+    """Predicted, cut and trained losses of one task, on the report rows.
+
+    The prediction is the loss of the whole adapter on these rows, and the increase that other rows predict.
+    """
+    where = f"{task} seed {seed}"
+    curve, whole = results[f"{where} | curve of {STEPS} steps"], results[f"{where} | trained | {WIDE}"]
+    size = curve["parameters"]
+    shift = whole - curve["loss"]
+    points = [
+        (point["parameters"], point["loss"] + shift) for point in curve["points"] if point["share"] >= 0.98 / WIDE
+    ]
+    lines = [Line(f"predicted from the rank-{WIDE} run", points)]
+    for way, label in (("cut", "that adapter, cut without training"), ("trained", "a LoRA of this size, trained")):
+        found = [
+            (size * n // WIDE, results[f"{where} | {way} | {n}"])
+            for n in TRAINED
+            if f"{where} | {way} | {n}" in results
+        ]
+        lines.append(Line(label, found if way == "trained" else [*found, (size, whole)]))
+    knee = curve["knee"]
+    title = f"{TITLES[task]}, packaged Llama, {STEPS} steps"
+    return curve_picture(lines, path, knee=(knee["parameters"], knee["loss"] + shift), title=title)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--ways", default=",".join([*BALANCED, "svd", *FIXED]))
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--picture", type=Path, help="draw the rank curve of the first task and seed to this file")
     parser.add_argument("--curves", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=Path("runs/truncation"))
     given = parser.parse_args(arguments)
@@ -259,6 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 cuts(results, given.out, task, seed, given.ways.split(","))
             if given.curves:
                 curves(results, given.out, task, seed)
+    if given.picture is not None:
+        picture(results.values, given.tasks.split(",")[0], int(given.seeds.split(",")[0]), given.picture)
     return results.values
 
 

@@ -107,7 +107,8 @@ def test_truncation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(loss != whole for loss in cut.values())
     curve = found["manual seed 0 | curve of 4 steps"]
     assert curve["at"]["1"] > curve["at"]["2"] == curve["loss"]
-    assert truncation.main(arguments) == found, "what was measured is read again"
+    assert truncation.main([*arguments, "--picture", str(tmp_path / "curve.png")]) == found, "it is read again"
+    assert (tmp_path / "curve.png").is_file()
 
 
 def test_second_derivatives_of_gates() -> None:

@@ -151,7 +151,7 @@ def _table(measured: Measured) -> Table:
     wide = "" if measured.steps is None else f", trained for {measured.steps} steps"
     table = Table(
         title=f"Rank curve of {escape(str(measured.adapter))}{wide}, on {measured.samples} examples of "
-        f"{escape(measured.data)}: predicted loss after a cut, without training"
+        f"{escape(measured.data)}: predicted loss"
     )
     for column in ("budget", "parameters", "ranks", "modules", "highest rank", "loss", "increase", ""):
         table.add_column(column, justify="right")

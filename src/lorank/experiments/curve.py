@@ -155,7 +155,7 @@ def write(measured: Measured, folder: Path) -> None:
     }
     points = [(point.parameters, point.loss) for point in curve.points]
     curve_picture(
-        [Line("predicted after a cut, without training", points)],
+        [Line("predicted: the present loss + ½ Σ σ² of the ranks left out", points)],
         folder / PICTURE,
         knee=(curve.knee.parameters, curve.knee.loss),
         title=f"Rank curve: {measured.data}, {measured.samples} examples",

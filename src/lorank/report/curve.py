@@ -67,7 +67,7 @@ def curve_picture(
         axis.annotate(
             f"knee: {short(knee[0])}",
             knee,
-            xytext=(6, 26),
+            xytext=(-90, -28),
             textcoords="offset points",
             fontsize=9,
             arrowprops={"arrowstyle": "->", "lw": 0.8},
