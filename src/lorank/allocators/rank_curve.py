@@ -7,9 +7,8 @@ In the balanced basis, taking rank i away costs about ½ σ_i² (:mod:`lorank.sc
 where the ranks with the largest σ² per trained number stay. Two forward and backward passes over a few batches give the
 curve for all budgets, and which module needs which rank at each.
 
-What it predicts is the loss of this adapter after a cut by balanced truncation, without further training. σ² is of
-second order, so it is no more than a direction for deep cuts. An adapter of the smaller size that is trained from the
-start is better than the cut one. docs/posthoc.md shows all three side by side.
+It orders budgets, and is no forecast of a cut without training, which loses two to four times as much where that was
+measured. docs/posthoc.md shows the curve beside cut adapters, and beside adapters that were trained at each size.
 
 The **knee** is the budget beyond which parameters pay less than on the average of the curve: the point farthest below
 the straight line between the curve's ends, over the logarithm of the budget, where every doubling of the parameters is

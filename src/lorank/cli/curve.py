@@ -25,7 +25,7 @@ def curve(
         str,
         typer.Argument(
             metavar="ADAPTER|RECIPE",
-            help="The folder of a finished adapter or run; or a recipe, of which a short wide run is made first.",
+            help="The folder of a finished adapter or run; or a recipe, of which a wide run is made first.",
         ),
     ],
     overrides: Annotated[
@@ -54,14 +54,16 @@ def curve(
         int | None, typer.Option(min=2, help="Recipes only: the rank of the wide run. [default: 16]")
     ] = None,
     fraction: Annotated[
-        float | None, typer.Option(help="Recipes only: the part of the recipe's steps. [default: 0.25]")
+        float | None,
+        typer.Option(help="Recipes only: the part of the recipe's steps. A part shows too few ranks. [default: 1]"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the curve, and the run, in --out.")] = False,
 ) -> None:
     """Which rank do I need? Predict the loss for every budget, from one wide adapter and a few batches.
 
-    The prediction is for this adapter, cut by `lorank prune` without training. The knee is where doubling the
-    parameters begins to pay less than on the average of the curve.
+    The prediction is the present loss and half of the worth (σ²) of the ranks that a budget leaves out. It orders
+    budgets; docs/posthoc.md shows it beside adapters that were cut, and that were trained at each size. The knee is
+    where doubling the parameters begins to pay less than on the average of the curve.
 
     Examples:
 
@@ -69,7 +71,7 @@ def curve(
 
     `lorank curve my/adapter --data e2e_nlg --at 50%`
 
-    `lorank curve e2e_lora --rank 16 --fraction 0.25`
+    `lorank curve e2e_lora --rank 16`
     """
     with one_message():
         if out is not None or not _is_adapter(source):
@@ -97,7 +99,7 @@ def curve(
                 overrides or [],
                 out / curves.RUN,
                 rank=16 if rank is None else rank,
-                fraction=0.25 if fraction is None else fraction,
+                fraction=1.0 if fraction is None else fraction,
                 overwrite=overwrite,
                 console=console(stderr=True),
             )
