@@ -7,7 +7,7 @@ In the balanced basis, taking rank i away costs about ½ σ_i² (:mod:`lorank.sc
 where the ranks with the largest σ² per trained number stay. Two forward and backward passes over a few batches give the
 curve for all budgets, and which module needs which rank at each.
 
-It orders budgets, and is no forecast of a cut without training, which loses two to four times as much where that was
+It orders budgets, and is no forecast of a cut without training, which loses two to five times as much where that was
 measured. docs/posthoc.md shows the curve beside cut adapters, and beside adapters that were trained at each size.
 
 The **knee** is the budget beyond which parameters pay less than on the average of the curve: the point farthest below
