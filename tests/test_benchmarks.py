@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import growth, measuring, run, scores, step
+from benchmarks import growth, measuring, run, scores, step, truncation
 from benchmarks.gate_derivatives import hessian_diagonal
 from benchmarks.shapes import SHAPES
 from lorank.lora import find_layers
@@ -84,6 +84,31 @@ def test_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert 0 <= state["ways"]["exact on 2"]["lowest"] <= 1
     assert "| first order on 8 |" in printed
     assert scores.main(["--out", str(tmp_path), "--toy"]) == found, "what was measured is read again"
+
+
+def test_truncation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {
+        "STEPS": 4,
+        "RANK": 2,
+        "WIDE": 2,
+        "TRAINED": (1, 2),
+        "SCORING": 8,
+        "EXACT": 2,
+        "REPORT": 8,
+        "SHARES": (50.0,),
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(truncation, name, value)
+    arguments = ["--tasks", "manual", "--ways", "path2,svd,magnitude,sensitivity", "--out", str(tmp_path)]
+    found = truncation.main(arguments)
+    whole = found["manual seed 0 | whole"]
+    cut = {way: found[f"manual seed 0 | {way} | 50"] for way in ("path2", "svd", "magnitude", "sensitivity")}
+    assert len(set(cut.values())) == 4, "every way keeps other ranks"
+    assert all(loss != whole for loss in cut.values())
+    curve = found["manual seed 0 | curve of 4 steps"]
+    assert curve["at"]["1"] > curve["at"]["2"] == curve["loss"]
+    assert truncation.main([*arguments, "--picture", str(tmp_path / "curve.png")]) == found, "it is read again"
+    assert (tmp_path / "curve.png").is_file()
 
 
 def test_second_derivatives_of_gates() -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         BalancedLoRA,
         Budget,
         Context,
+        RankCurve,
         ResolvedBudget,
         RoundAllocator,
         SoRA,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
         TrainingInfo,
         gradient_start_,
         initial_ranks_,
+        rank_curve,
+        resize_adapter_,
     )
     from lorank.errors import BudgetError, LorankError, PlanError, ScheduleError, ValidationBatchError
     from lorank.lora import (
@@ -61,6 +64,7 @@ _HOMES = {
     "LorankError": "errors",
     "PlanError": "errors",
     "RankCallback": "training",
+    "RankCurve": "allocators",
     "Ranks": "training",
     "ResolvedBudget": "allocators",
     "RoundAllocator": "allocators",
@@ -77,9 +81,11 @@ _HOMES = {
     "initial_ranks_": "allocators",
     "last_checkpoint": "training",
     "plan_for_rank": "lora",
+    "rank_curve": "allocators",
     "read_history": "training",
     "reindex_ranks": "lora",
     "reserve_": "lora",
+    "resize_adapter_": "allocators",
     "save_adapter": "lora",
     "shard_base_": "training",
 }
@@ -102,6 +108,7 @@ __all__ = [
     "LorankError",
     "PlanError",
     "RankCallback",
+    "RankCurve",
     "Ranks",
     "ResolvedBudget",
     "RoundAllocator",
@@ -119,9 +126,11 @@ __all__ = [
     "initial_ranks_",
     "last_checkpoint",
     "plan_for_rank",
+    "rank_curve",
     "read_history",
     "reindex_ranks",
     "reserve_",
+    "resize_adapter_",
     "save_adapter",
     "shard_base_",
 ]

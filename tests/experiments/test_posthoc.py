@@ -18,6 +18,7 @@ from lorank.cli.app import app
 from lorank.experiments.adapter_session import load_finished
 from lorank.experiments.posthoc import prune, score
 from lorank.lora import AdapterLayers, LayerPlan, resize_, save_adapter
+from lorank.scoring import balanced_scores
 from lorank.tasks import mean_loss
 from tests.elsewhere import Case, reload
 
@@ -65,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("by", ["ablation", "first_order", "screen", "saliency"])
+@pytest.mark.parametrize("by", ["balanced", "ablation", "first_order", "screen", "saliency"])
 def test_half_of_an_adapter(adapter: Path, texts: Path, tmp_path: Path, by: str) -> None:
     before = contents(adapter)
     out = tmp_path / "half"
@@ -147,6 +148,45 @@ def test_scores_are_shown_and_written_and_change_nothing(adapter: Path, texts: P
     assert scores["scores"][name][1] == pytest.approx(without - whole, abs=1e-5)
 
 
+def test_balanced_scores_are_of_the_balanced_basis(adapter: Path, texts: Path, tmp_path: Path) -> None:
+    """They descend, say so, and predict the loss of the smallest of them exactly enough."""
+    written = tmp_path / "scores.json"
+    options = ["--data", texts, "--samples", 16, "task.block_size=32"]
+    result = lorank("score", adapter, *options, "--by", "balanced", "--out", written)
+    assert result.exit_code == 0, result.output
+    assert "not of the ranks as they were trained" in result.stdout
+    scores = json.loads(written.read_text())
+    assert (scores["by"], scores["basis"]) == ("balanced", "balanced")
+    opened = load_finished(adapter, data=str(texts), overrides=["task.block_size=32"])
+    for name, values in scores["scores"].items():
+        assert values == sorted(values, reverse=True)
+        line = next(line for line in result.stdout.splitlines() if name in line)
+        assert f"{max(values):.3g}" in line
+        held = next(k for k in range(1, 5) if sum(values[:k]) >= 0.95 * sum(values))
+        assert line.split("│")[-2].strip() == str(held)
+    found = balanced_scores(
+        opened.model,
+        opened.layers,
+        [opened.task.collator(opened.task.validation[start : start + 8]) for start in (0, 8)],
+    )
+    assert scores["scores"] == {name: one.worth.tolist() for name, one in found.items()}
+
+
+def test_a_balanced_cut_says_what_it_predicted(adapter: Path, texts: Path, tmp_path: Path) -> None:
+    options = ["--data", texts, "--samples", 8, "--budget", "30%", "task.block_size=32"]
+    predicted = {}
+    for stages in (None, 1, 2):
+        out = tmp_path / f"{stages}"
+        given = [] if stages is None else ["--stages", stages]
+        result = lorank("prune", adapter, *options, *given, "--out", out)
+        assert result.exit_code == 0, result.output
+        line = next(line for line in result.stdout.splitlines() if "predicted increase" in line)
+        predicted[stages] = float(line.split("│")[-2])
+        assert size(out) <= 0.3 * size(adapter)
+    assert predicted[None] == predicted[2] != predicted[1]  # the help states the default
+    assert predicted[1] > 0
+
+
 def test_the_best_ranks_are_kept_value_for_value(adapter: Path, texts: Path, tmp_path: Path) -> None:
     options = ["--data", texts, "--by", "saliency", "--samples", 4]
     assert lorank("score", adapter, *options, "--out", tmp_path / "scores.json").exit_code == 0
@@ -207,8 +247,9 @@ def test_the_adapter_itself_is_never_overwritten(adapter: Path, texts: Path) -> 
         ([], "give a budget: --budget '50% of adapter'"),
         (
             ["--budget", "50%", "--by", "magic"],
-            "expected one of ablation, first_order, screen, saliency",
+            "expected one of balanced, ablation, first_order, screen, saliency",
         ),
+        (["--budget", "50%", "--by", "saliency", "--stages", "2"], "--by saliency cuts at once: leave --stages out"),
         (["--budget", "50%", "task.blok_size=3"], "did you mean task.block_size"),
         (["--budget", "50%", "--model", "./nowhere"], "'./nowhere' cannot be loaded"),
     ],

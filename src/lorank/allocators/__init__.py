@@ -12,12 +12,15 @@ from lorank.allocators.gate_adam import adam_step_, resize_adam_, start_adam
 from lorank.allocators.gradient_start import START_BATCHES, gradient_start_
 from lorank.allocators.initial_ranks import initial_ranks_
 from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
+from lorank.allocators.rank_curve import CurvePoint, RankCurve, rank_curve
 from lorank.allocators.registry import Registry, find_allocators
+from lorank.allocators.resize_adapter import resize_adapter_, resize_layers_
 from lorank.allocators.resolved_budget import Constraint, ResolvedBudget
 from lorank.allocators.rounds import RoundAllocator
 from lorank.allocators.settings import settings
 from lorank.allocators.sora import SoRA
 from lorank.allocators.static import StaticLoRA
+from lorank.allocators.truncation import Stage, truncate_
 
 __all__ = [
     "START_BATCHES",
@@ -34,10 +37,13 @@ __all__ = [
     "BudgetSetting",
     "Constraint",
     "Context",
+    "CurvePoint",
+    "RankCurve",
     "Registry",
     "ResolvedBudget",
     "RoundAllocator",
     "SoRA",
+    "Stage",
     "State",
     "StaticLoRA",
     "TrainingInfo",
@@ -48,10 +54,14 @@ __all__ = [
     "gradient_start_",
     "initial_ranks_",
     "plan_to_keep",
+    "rank_curve",
     "resize_adam_",
+    "resize_adapter_",
+    "resize_layers_",
     "resolve_budget",
     "settings",
     "start_adam",
+    "truncate_",
     "uniform_plan",
     "warn_if_nothing_to_prune",
 ]

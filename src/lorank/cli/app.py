@@ -1,4 +1,4 @@
-"""The command line: `lorank train`, `lorank demo`, `lorank score`, `lorank prune`, `lorank schema`, and others.
+"""The command line: `lorank train`, `lorank demo`, `lorank prune`, `lorank resize`, `lorank curve`, and others.
 
 Each command imports its slow modules itself, rich's tables included, so that `lorank --help` is fast.
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorank._version import __version__
-from lorank.cli import planted, posthoc, sweep
+from lorank.cli import curve, planted, posthoc, resize, sweep
 from lorank.cli.common import console, one_message, quiet_libraries
 from lorank.extras import require
 
@@ -39,6 +39,8 @@ Train from a recipe, with changes: `lorank train e2e_alora training.lr=3e-4 outp
 Resume an interrupted run: `lorank train e2e_alora --resume`
 
 Halve any trained LoRA adapter: `lorank prune ADAPTER --data e2e_nlg --budget 50% --out smaller`
+
+The same without data: `lorank resize ADAPTER --budget 50% --out smaller`
 """,
 )
 
@@ -135,6 +137,8 @@ def schema() -> None:
 
 app.command()(posthoc.score)
 app.command()(posthoc.prune)
+app.command()(resize.resize)
+app.command()(curve.curve)
 app.command()(sweep.sweep)
 app.command()(planted.planted)
 

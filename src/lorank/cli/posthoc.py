@@ -12,6 +12,7 @@ import typer
 
 from lorank.cli.common import console, one_message, quiet_libraries
 from lorank.experiments.adapter_folder import check_adapter, check_budget_given, check_choice, check_pruned_folder
+from lorank.experiments.errors import SettingsError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from lorank.experiments.adapter_session import LoadedAdapter
     from lorank.experiments.posthoc import Pruned, Scored
 
+KINDS = ("balanced", "ablation", "first_order", "screen", "saliency")
+SHARE = 0.95
+"""By balanced, the table says how many ranks hold this share of a module's worth."""
 LOWEST = 4
 """How many of a module's lowest ranks the table lists."""
 
@@ -56,9 +60,11 @@ Config = Annotated[Path | None, typer.Option(help="A configuration of `lorank tr
 By = Annotated[
     str,
     typer.Option(
-        help="The kind of score: ablation (AB-LoRA: the loss without each rank, and with each rank alone), first_order "
-        "(estimates of ablation from two backward passes, for any number of ranks), screen (prune only: estimates, "
-        "then evaluations until the ranks to prune are certain) or saliency (gradient magnitudes of small batches)."
+        help="The kind of score: balanced (second-order effects on the loss, in the basis in which ranks have a "
+        "worth of their own; two backward passes per eight examples), ablation (AB-LoRA: the loss without each "
+        "rank, and with each rank alone), first_order (estimates of ablation from two backward passes, for any number "
+        "of ranks), screen (prune only: estimates, then evaluations until the ranks to prune are certain) or saliency "
+        "(gradient magnitudes of small batches)."
     ),
 ]
 Terms = Annotated[
@@ -101,7 +107,7 @@ def score(
         if out is not None:
             posthoc.check_scores_file(out)
         loaded = _load(adapter, data, task, model, config, overrides)
-        with _progress() as report:
+        with progress_bar() as report:
             scored = posthoc.score(
                 loaded,
                 by=by,  # type: ignore[arg-type]  # the function checks it
@@ -135,8 +141,15 @@ def prune(
     task: Kind = None,
     model: Model = None,
     config: Config = None,
-    by: By = "ablation",
+    by: By = "balanced",
     terms: Terms = "both",
+    stages: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="By balanced, the number of stages of the cut. Scores are measured anew before each. [default: 2]",
+        ),
+    ] = None,
     samples: Samples = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter in --out.")] = False,
 ) -> None:
@@ -157,6 +170,8 @@ def prune(
         _check(adapter, config, by, terms)
         check_pruned_folder(adapter, out, overwrite=overwrite)
         check_budget_given(budget, max_lora_rank)
+        if stages is not None and by != "balanced":
+            raise SettingsError(f"--stages {stages} is for --by balanced; --by {by} cuts at once: leave --stages out")
         from lorank.experiments import posthoc
 
         posthoc.check_out(adapter, out, overwrite=overwrite)
@@ -164,7 +179,7 @@ def prune(
         loaded = _load(adapter, data, task, model, config, overrides)
         wanted = posthoc.pruning_budget(loaded, budget, max_lora_rank)
         resolved = posthoc.check_budget(loaded, wanted)
-        with _progress() as report:
+        with progress_bar() as report:
             scored = posthoc.score(
                 loaded,
                 by=by,  # type: ignore[arg-type]  # the function checks it
@@ -173,14 +188,15 @@ def prune(
                 budget=resolved,
                 progress=report,
             )
-        pruned = posthoc.prune(loaded, scored, wanted, out, overwrite=overwrite)
+            given = {} if stages is None else {"stages": stages}
+            pruned = posthoc.prune(loaded, scored, wanted, out, overwrite=overwrite, progress=report, **given)
         console().print(_pruned_table(loaded, pruned))
 
 
 def _check(adapter: Path, config: Path | None, by: str, terms: str) -> None:
     """Finds mistakes before the imports that take seconds."""
     check_adapter(adapter)
-    check_choice("--by", by, ("ablation", "first_order", "screen", "saliency"))
+    check_choice("--by", by, KINDS)
     check_choice("--terms", terms, ("both", "without", "alone"))
     if config is not None:
         from lorank.config.recipes import find_file
@@ -203,13 +219,13 @@ def _load(
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
-    """A progress bar, on a terminal only. It disappears when scoring ends."""
+def progress_bar(what: str = "Scoring ranks") -> Iterator[Any]:
+    """A progress bar, on a terminal only. It disappears at the end."""
     from rich.progress import Progress
 
     errors = console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        job = bar.add_task("Scoring ranks", total=None)
+        job = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(job, completed=done, total=total)
 
 
@@ -219,6 +235,7 @@ def _as_json(loaded: LoadedAdapter, scored: Scored) -> dict[str, Any]:
         "model": loaded.config.model.name,
         "data": loaded.config.task.data,
         "by": scored.by,
+        "basis": "balanced" if scored.balanced else "as trained",
         "samples": scored.samples,
         "loss": scored.loss,
         "seconds": scored.seconds,
@@ -230,21 +247,26 @@ def _scores_table(loaded: LoadedAdapter, scored: Scored) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
+    balanced = scored.balanced
     table = Table(
         title=escape(str(loaded.adapter))
         + f": {loaded.layers.total_rank} ranks by {scored.by}, on {scored.samples} examples of "
         f"{escape(loaded.config.task.data)} (loss {scored.loss:.4f}), in {scored.seconds:.1f} s; higher = keep"
+        + ("" if balanced is None else "; σ² in each module's balanced basis, not of the ranks as they were trained")
     )
     table.add_column("module", overflow="fold")
-    for column in ("rank", "min", "mean", "max", "lowest ranks"):
+    for column in ("rank", "min", "mean", "max", "lowest ranks" if balanced is None else f"hold {SHARE:.0%}"):
         table.add_column(column, justify="right")
     for name, values in scored.scores.items():
         if not len(values):
             table.add_row(name, "0", "", "", "", "")
             continue
         numbers = [f"{value:.3g}" for value in (float(values.min()), float(values.mean()), float(values.max()))]
-        lowest = values.argsort(stable=True)[:LOWEST].tolist()
-        table.add_row(name, str(len(values)), *numbers, " ".join(map(str, lowest)))
+        if balanced is None:
+            last = " ".join(map(str, values.argsort(stable=True)[:LOWEST].tolist()))
+        else:  # in descending order, so the lowest are the last
+            last = str(int((values.cumsum(0) < SHARE * values.sum()).sum()) + 1) if float(values.sum()) else "0"
+        table.add_row(name, str(len(values)), *numbers, last)
     return table
 
 
@@ -263,5 +285,7 @@ def _pruned_table(loaded: LoadedAdapter, pruned: Pruned) -> Table:
     share = 100 * pruned.parameters[1] / pruned.parameters[0]
     table.add_row("parameters", f"{pruned.parameters[0]:,} → {pruned.parameters[1]:,} ({share:.1f} %)")
     table.add_row("validation loss", f"{pruned.loss[0]:.4f} → {pruned.loss[1]:.4f} ({pruned.examples} examples)")
+    if pruned.predicted is not None:
+        table.add_row("predicted increase", f"{pruned.predicted:.4g}")
     table.add_row("written to", escape(str(pruned.folder)))
     return table

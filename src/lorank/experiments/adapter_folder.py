@@ -1,17 +1,23 @@
-"""The folders of `lorank score` and `lorank prune`. They are checked before anything slow is imported."""
+"""The folders of commands for finished adapters, and their budgets. They are checked before slow imports."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorank.errors import AdapterError, BudgetError
 from lorank.experiments.errors import SettingsError
 from lorank.experiments.folder_check import CONFIG
 
+if TYPE_CHECKING:
+    from lorank.allocators import Budget
+
 ADAPTER = "adapter"
 """The adapter's folder inside the folder of a run."""
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_PER_CENT = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*")
 
 
 def adapter_of_run(path: Path) -> Path:
@@ -57,3 +63,31 @@ def check_budget_given(budget: str | None, max_lora_rank: int | None) -> None:
     """Raises BudgetError if no budget was given."""
     if budget is None and max_lora_rank is None:
         raise BudgetError("give a budget: --budget '50% of adapter', '0.32% of base', 8, 120 ranks, 2M or 8MB")
+
+
+def budget_of_adapter(spec: str) -> Budget:
+    """A budget from text, in which `50%` means 50 % of the adapter's parameters.
+
+    Raises:
+        BudgetError: it cannot be read, or is not less than the adapter.
+    """
+    from lorank.allocators import Budget
+
+    share = _PER_CENT.fullmatch(spec)
+    budget = Budget.parse(f"{share[1]}% of adapter" if share else spec)
+    if budget.percent_of_adapter is not None and budget.percent_of_adapter >= 100:
+        raise BudgetError(f"--budget {spec!r}: expected less than 100 per cent of the adapter")
+    return budget
+
+
+def check_one_size(rank: int | None, budget: str | None, max_lora_rank: int | None, energy: float | None) -> None:
+    """Raises BudgetError unless exactly one size for `lorank resize` is given, and in its range."""
+    sizes = {"--rank": rank, "--budget": budget if budget is not None else max_lora_rank, "--energy": energy}
+    given = [name for name, value in sizes.items() if value is not None]
+    if len(given) != 1:
+        raise BudgetError(
+            f"give one size: --rank 8 (every module), --budget 50% (the adapter) or --energy 0.95 (the share of every "
+            f"update that stays); given: {' and '.join(given) or 'none'}"
+        )
+    if energy is not None and not 0 < energy <= 1:
+        raise BudgetError(f"--energy {energy:g}: expected a share above 0 and at most 1, such as 0.95")

@@ -1,12 +1,14 @@
 """After training: scores of the ranks of a trained adapter, and a smaller adapter with the best ranks.
 
+Most scores are of the ranks as they were trained. Balanced truncation first turns every module to the basis in which
+what its ranks are worth has an answer (:mod:`lorank.scoring.balanced`), and scores the ranks of that basis.
+
 Any PEFT LoRA adapter works: a folder with adapter_config.json is enough. Nothing is trained, and the files that are
 read are not changed.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,9 +18,15 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lorank.allocators import Budget, ResolvedBudget
+from lorank.allocators import Budget, ResolvedBudget, truncate_
+from lorank.allocators.truncation import STAGES
 from lorank.errors import BudgetError
-from lorank.experiments.adapter_folder import adapter_of_run, check_budget_given, check_pruned_folder
+from lorank.experiments.adapter_folder import (
+    adapter_of_run,
+    budget_of_adapter,
+    check_budget_given,
+    check_pruned_folder,
+)
 from lorank.experiments.adapter_session import LoadedAdapter
 from lorank.experiments.errors import SettingsError
 from lorank.lora import (
@@ -29,16 +37,24 @@ from lorank.lora import (
     resize_,
     save_adapter,
 )
-from lorank.scoring import ablation_scores, first_order_scores, saliency_scores, screened_scores
+from lorank.scoring import (
+    Balanced,
+    ablation_scores,
+    balanced_scores,
+    first_order_scores,
+    saliency_scores,
+    screened_scores,
+)
 from lorank.tasks import mean_loss
 
-By = Literal["ablation", "first_order", "screen", "saliency"]
+By = Literal["balanced", "ablation", "first_order", "screen", "saliency"]
 Terms = Literal["both", "without", "alone"]
 SALIENCY_BATCH = 4
 """Samples per gradient: few, so that gradients of different samples do not cancel."""
+BALANCED_BATCH = 8
+"""Samples per pass for Gramians, which do not depend on it."""
 SCORES_BEGIN = b'{\n  "adapter": '
 """The first bytes of a file with scores."""
-_PER_CENT = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*")
 
 
 @dataclass(frozen=True)
@@ -46,11 +62,13 @@ class Scored:
     """Scores of all ranks.
 
     Args:
-        scores: per module (r,), higher = keep.
+        scores: per module (r,), higher = keep. By `balanced`, they are σ² of the ranks of the balanced basis, which are
+            other ranks than the adapter's own, descending.
         by: the kind of score.
         samples: number of validation examples used.
         loss: mean loss of the unchanged adapter on these examples.
         seconds: wall-clock time.
+        balanced: by `balanced`, the bases; else None.
     """
 
     scores: Mapping[str, Tensor]
@@ -58,6 +76,7 @@ class Scored:
     samples: int
     loss: float
     seconds: float
+    balanced: Mapping[str, Balanced] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,7 @@ class Pruned:
         parameters: parameters in A and B, (before, after).
         loss: mean loss on validation examples that were not used for scoring, (before, after).
         examples: number of these examples.
+        predicted: by `balanced`, the increase of the loss that was predicted, summed over the stages; else None.
     """
 
     folder: Path
@@ -77,6 +97,7 @@ class Pruned:
     parameters: tuple[int, int]
     loss: tuple[float, float]
     examples: int
+    predicted: float | None = None
 
 
 def score(
@@ -92,10 +113,11 @@ def score(
 
     Args:
         loaded: the adapter; it is not changed.
-        by: `ablation` (AB-LoRA: the loss without the rank and the loss with the rank alone, one evaluation each),
-            `first_order` (estimates of ablation from two backward passes), `screen` (both: estimates, then evaluations
-            until the ranks to prune are certain) or `saliency` (the gradient of the loss with respect to a gate on the
-            rank: one backward pass per four samples).
+        by: `balanced` (σ² in the balanced basis: twice the loss that taking the rank away is predicted to cost; two
+            backward passes per eight samples), `ablation` (AB-LoRA: the loss without the rank and the loss with the
+            rank alone, one evaluation each), `first_order` (estimates of ablation from two backward passes), `screen`
+            (both: estimates, then evaluations until the ranks to prune are certain) or `saliency` (the gradient of the
+            loss with respect to a gate on the rank: one backward pass per four samples).
         terms: the terms of ablation, or of its estimates, to use: `both`, `without` or `alone`.
         samples: number of examples, ≥ 1.
         budget: the budget that decides which ranks are pruned; needed for `screen`.
@@ -118,7 +140,12 @@ def score(
         )
     task, began = loaded.task, time.perf_counter()
     examples = task.validation[:samples]
-    if by != "saliency":
+    balanced: Mapping[str, Balanced] | None = None
+    if by == "balanced":
+        balanced = balanced_scores(loaded.model, loaded.layers, gramian_batches(loaded, samples), progress=progress)
+        scores = {name: one.worth for name, one in balanced.items()}
+        loss = mean_loss(loaded.model, examples, task.collator, batch_size=loaded.batch_size, progress=False)
+    elif by != "saliency":
         scorer: Any = ablation_scores if by == "ablation" else first_order_scores
         if by == "screen":
             assert budget is not None  # checked above
@@ -129,7 +156,14 @@ def score(
         parts = [examples[start : start + SALIENCY_BATCH] for start in range(0, len(examples), SALIENCY_BATCH)]
         scores = saliency_scores(loaded.model, loaded.layers, (task.collator(part) for part in parts))
         loss = mean_loss(loaded.model, examples, task.collator, batch_size=loaded.batch_size, progress=False)
-    return Scored(scores, by, len(examples), loss, time.perf_counter() - began)
+    return Scored(scores, by, len(examples), loss, time.perf_counter() - began, balanced)
+
+
+def gramian_batches(loaded: LoadedAdapter, samples: int) -> list[Mapping[str, Any]]:
+    """The first `samples` validation examples, in batches for Gramians."""
+    examples = loaded.task.validation[:samples]
+    parts = [examples[start : start + BALANCED_BATCH] for start in range(0, len(examples), BALANCED_BATCH)]
+    return [loaded.task.collator(part) for part in parts]
 
 
 def _pruned_by(budget: ResolvedBudget, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
@@ -138,15 +172,29 @@ def _pruned_by(budget: ResolvedBudget, scores: Mapping[str, Tensor]) -> list[tup
     return [(name, k) for name, values in scores.items() for k in range(len(values)) if k not in kept[name]]
 
 
-def prune(loaded: LoadedAdapter, scored: Scored, budget: Budget, out: str | Path, *, overwrite: bool = False) -> Pruned:
+def prune(
+    loaded: LoadedAdapter,
+    scored: Scored,
+    budget: Budget,
+    out: str | Path,
+    *,
+    stages: int = STAGES,
+    overwrite: bool = False,
+    progress: Any = None,
+) -> Pruned:
     """Keeps the ranks with the highest scores that fit the budget, and saves them as a plain PEFT adapter.
+
+    Scores by `balanced` are divided by the numbers that a rank has in its module. Then the adapter is cut in stages,
+    and scored anew before each (:mod:`lorank.allocators.truncation`).
 
     Args:
         loaded: the adapter; the model in memory is pruned.
         scored: its scores.
         budget: the budget of the smaller adapter.
         out: the folder for the smaller adapter.
+        stages: by `balanced`, the number of stages, ≥ 1.
         overwrite: replace an adapter in `out`. The original is never replaced, and other files are never touched.
+        progress: by `balanced`, called with (batches done, batches in all); or None.
 
     Raises:
         BudgetError: the adapter already fits the budget, or no adapter can fit it.
@@ -157,7 +205,15 @@ def prune(loaded: LoadedAdapter, scored: Scored, budget: Budget, out: str | Path
     resolved = check_budget(loaded, budget)
     parameters = layers.parameters
     loss = loaded.loss(scored.samples)
-    resize_(layers, {name: LayerPlan(kept) for name, kept in resolved.keep_best(scored.scores).items()})
+    predicted = None
+    if scored.balanced is not None:
+        batches = gramian_batches(loaded, scored.samples)
+        done = truncate_(
+            loaded.model, layers, batches, resolved, stages=stages, first=scored.balanced, progress=progress
+        )
+        predicted = sum(stage.predicted for stage in done)
+    else:
+        resize_(layers, {name: LayerPlan(kept) for name, kept in resolved.keep_best(scored.scores).items()})
     written = loaded.reload(save_adapter(layers, out))  # every figure is measured on the files
     return Pruned(
         folder=written.adapter,
@@ -165,6 +221,7 @@ def prune(loaded: LoadedAdapter, scored: Scored, budget: Budget, out: str | Path
         parameters=(parameters, written.layers.parameters),
         loss=(loss, written.loss(scored.samples)),
         examples=len(loaded.held_apart(scored.samples)),
+        predicted=predicted,
     )
 
 
@@ -182,10 +239,7 @@ def pruning_budget(loaded: LoadedAdapter, spec: str | None, max_lora_rank: int |
     check_budget_given(spec, max_lora_rank)
     if spec is None:
         return Budget(max_lora_rank=max_lora_rank)
-    share = _PER_CENT.fullmatch(spec)
-    budget = Budget.parse(f"{share[1]}% of adapter" if share else spec)
-    if budget.percent_of_adapter is not None and budget.percent_of_adapter >= 100:
-        raise BudgetError(f"--budget {spec!r}: expected less than 100 per cent of the adapter")
+    budget = budget_of_adapter(spec)
     return budget if max_lora_rank is None else replace(budget, max_lora_rank=max_lora_rank)
 
 

@@ -13,6 +13,7 @@ from lorank.lora.io.adapter_folder import is_adapter_file
 from lorank.lora.io.load_adapter import load_adapter, read_adapter_config
 from lorank.lora.io.load_weights import ResizeOnLoadHandle, remove_stated_ranks_, resize_on_load
 from lorank.lora.io.save_adapter import check_save_directory, fold_gates_, make_peft_model, save_adapter
+from lorank.lora.io.standalone import StandaloneAdapter, open_standalone, save_standalone
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_rules import check_optimizer, check_zero_rule, copies_weights
@@ -40,6 +41,7 @@ __all__ = [
     "Plan",
     "RepackingPrevention",
     "ResizeOnLoadHandle",
+    "StandaloneAdapter",
     "base_parameters",
     "check_base_unchanged",
     "check_file_can_shrink",
@@ -58,6 +60,7 @@ __all__ = [
     "load_adapter",
     "make_peft_model",
     "merge_heads_",
+    "open_standalone",
     "padded",
     "plan_for_heads",
     "plan_for_rank",
@@ -71,6 +74,7 @@ __all__ = [
     "resize_on_load",
     "restore_layout_",
     "save_adapter",
+    "save_standalone",
     "split_again_",
     "split_into_heads_",
     "try_optimizer",

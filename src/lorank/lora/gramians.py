@@ -136,6 +136,8 @@ class _EmbeddingWatch:
 
 def add_gradient_of(z: Tensor, own: LayerGramians) -> None:
     """Adds z (…, R) and its gradient to the sums when the backward pass reaches it."""
+    if not z.shape[-1]:  # a module of rank 0
+        return
     value = z.detach()
 
     def add(dz: Tensor) -> None:

@@ -60,3 +60,14 @@ def stated_in_targets(target_modules: str | Collection[str] | None, names: Itera
         return frozenset(name for name in names if f"{_PREFIX}{re.escape(name)}" in entries)
     entries = set(target_modules or ())
     return frozenset(name for name in names if f"{_PREFIX}{name}" in entries)
+
+
+def stated_entries(
+    target_modules: str | Collection[str] | None, former: str | Collection[str] | None
+) -> str | Collection[str] | None:
+    """``target_modules`` and, besides, the statements of rank 0 that ``former`` target modules hold."""
+    entries = former.split("|") if isinstance(former, str) else (former or ())
+    kept = sorted(entry for entry in entries if entry.startswith(_PREFIX))
+    if isinstance(target_modules, str):
+        return "|".join([target_modules, *kept])
+    return {*(target_modules or ()), *(entry.replace("\\", "") for entry in kept)}

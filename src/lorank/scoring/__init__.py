@@ -3,13 +3,16 @@
 from lorank.scoring.ablation import AblationResult, ablation_scores, validation_loss
 from lorank.scoring.ablation_scorer import AblationScorer
 from lorank.scoring.balanced import Balanced, BalancedScorer, balance
+from lorank.scoring.balanced_scores import balanced_scores
 from lorank.scoring.context import Context, State, TrainingInfo
 from lorank.scoring.gramians import GramianPair, measure_gramians
+from lorank.scoring.mean_loss import mean_loss
 from lorank.scoring.saliency import saliency_scores
 from lorank.scoring.scorer import Choose, Scorer, Scores
 from lorank.scoring.sensitivity import SensitivityScorer
 from lorank.scoring.successive_screening import screened_scores
 from lorank.scoring.taylor import first_order_scores
+from lorank.scoring.update_svd import UpdateSvd
 from lorank.scoring.weight_gradient import WeightGradient, weight_gradients
 from lorank.scoring.work_sharding import Share
 
@@ -27,10 +30,13 @@ __all__ = [
     "Share",
     "State",
     "TrainingInfo",
+    "UpdateSvd",
     "WeightGradient",
     "ablation_scores",
     "balance",
+    "balanced_scores",
     "first_order_scores",
+    "mean_loss",
     "measure_gramians",
     "saliency_scores",
     "screened_scores",
