@@ -3,7 +3,7 @@
 Three tasks, rank 2 in every map: Python's reference manual and E2E with the packaged Llama, clinc150 with MiniLM. Every
 method ends with the trained parameters of static LoRA at rank 2 (``lora2x`` has twice as many). A method's learning
 rate is the best of a grid whose values are a factor of two apart, by the loss on the selection part after training with
-a seed of its own. If the best rate is at an end of the grid, the grid is extended. Then five fresh seeds are trained at
+two seeds of its own (one, in runs of 400 steps and more). If the best rate is at an end of the grid, the grid is extended. Then five fresh seeds are trained at
 this rate. Their losses are those on the report part, which no choice has used: other examples of the held-out part.
 
 Every run is one line of ``OUT``, written when it is done. The same command continues where it was interrupted, and
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import math
 import os
 import time
 import warnings
@@ -48,11 +49,11 @@ from lorank.tasks.settings import (  # noqa: E402
 
 RANK = 2
 WARMUP = 0.06
-SELECTION, REPORT = 128, 384
-"""Examples of the held-out part: the first for choosing learning rates, the next for the report."""
 START_BATCHES = 4
 """Training batches of the gradient start."""
-SELECTION_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
+SELECTION_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
+LONG = 400
+"""Runs of at least so many steps choose among lower learning rates, and with one seed."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Case:
 
     Args:
         batch: rows of a training batch.
+        examples: held-out examples: the first so many for choosing learning rates, as many others for the report.
         dropout: the adapter's dropout.
         lrs: the first grid of learning rates, ascending by factors of two.
     """
@@ -68,6 +70,7 @@ class Case:
     model: str
     task: TaskSettings
     batch: int
+    examples: int
     lrs: tuple[float, ...]
     dropout: float = 0.0
 
@@ -75,12 +78,25 @@ class Case:
 CASES = {
     "manual": Case(
         "tiny",
-        LanguageModellingSettings(data="python_reference", block_size=64, max_eval=SELECTION + REPORT),
+        LanguageModellingSettings(data="python_reference", block_size=64),
         8,
+        207,
         (5e-3, 1e-2, 2e-2, 4e-2),
     ),
-    "e2e": Case("tiny", GenerationSettings(data="e2e_nlg", max_length=160, holdout=0.3), 8, (5e-3, 1e-2, 2e-2, 4e-2)),
-    "clinc150": Case("minilm", ClassificationSettings(data="clinc150", max_length=32), 32, (1e-3, 2e-3, 4e-3, 8e-3)),
+    "e2e": Case(
+        "tiny",
+        GenerationSettings(data="e2e_nlg", max_length=160, holdout=0.3),
+        8,
+        400,
+        (5e-3, 1e-2, 2e-2, 4e-2),
+    ),
+    "clinc150": Case(
+        "minilm",
+        ClassificationSettings(data="clinc150", max_length=32),
+        32,
+        1000,
+        (1e-3, 2e-3, 4e-3, 8e-3),
+    ),
 }
 
 
@@ -238,7 +254,7 @@ def train(run: Run, adapters: Path) -> dict[str, Any]:
     adapters.mkdir(parents=True, exist_ok=True)
     save_file({name: layer.A.detach().clone() for name, layer in layers.items()}, adapters / f"{run.name}.safetensors")
     seconds = time.perf_counter() - began
-    selection, report = held_out[:SELECTION], held_out[SELECTION : SELECTION + REPORT]
+    selection, report = held_out[: case.examples], held_out[case.examples : 2 * case.examples]
     line = {
         **vars(run),
         "parameters": layers.parameters,
@@ -321,17 +337,34 @@ def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(line[name] for name in ("task", "method", "steps", "lr", "seed"))
 
 
+def first_grid(task: str, steps: int) -> tuple[float, ...]:
+    """The first learning rates to try. Long runs want lower ones."""
+    return tuple(lr / 2 if steps >= LONG else lr for lr in CASES[task].lrs)
+
+
+def selection_seeds(steps: int) -> tuple[int, ...]:
+    """The seeds for choosing learning rates."""
+    return SELECTION_SEEDS[:1] if steps >= LONG else SELECTION_SEEDS
+
+
+def grid_of(lines: Sequence[Mapping[str, Any]], task: str, method: str, steps: int) -> dict[float, float]:
+    """The mean selection loss of every rate that all selection seeds have tried. A run that diverged counts as ∞."""
+    seeds = selection_seeds(steps)
+    found: dict[float, dict[int, float]] = {}
+    for line in lines:
+        if (line["task"], line["method"], line["steps"]) == (task, method, steps) and line["seed"] in seeds:
+            loss = float(line["selection"])
+            found.setdefault(line["lr"], {})[line["seed"]] = loss if math.isfinite(loss) else math.inf
+    return {lr: sum(losses.values()) / len(seeds) for lr, losses in found.items() if len(losses) == len(seeds)}
+
+
 def best_lr(lines: Sequence[Mapping[str, Any]], task: str, method: str, steps: int) -> float | None:
     """The learning rate with the lowest selection loss; None while the grid is not complete."""
-    grid = {
-        line["lr"]: line["selection"]
-        for line in lines
-        if (line["task"], line["method"], line["steps"], line["seed"]) == (task, method, steps, SELECTION_SEED)
-    }
-    if len(grid) < len(CASES[task].lrs):
+    grid, first = grid_of(lines, task, method, steps), first_grid(task, steps)
+    if not set(first) <= set(grid):
         return None
-    best = min(grid, key=lambda lr: grid[lr] if grid[lr] == grid[lr] else float("inf"))
-    return None if best in (min(grid), max(grid)) and len(grid) < len(CASES[task].lrs) + 3 else best
+    best = min(grid, key=lambda lr: grid[lr])
+    return None if best in (min(grid), max(grid)) and len(grid) < len(first) + 3 else best
 
 
 def finished(lines: Sequence[Mapping[str, Any]], task: str, method: str, steps: int) -> dict[int, Mapping[str, Any]]:
@@ -350,18 +383,13 @@ def wanted(lines: Sequence[Mapping[str, Any]], task: str, method: str, steps: in
     after = METHODS[method].after
     if after is not None and len(finished(lines, task, after, steps)) < len(SEEDS[:seeds]):
         return
-    grid = list(CASES[task].lrs)
-    tried = {
-        line["lr"]: line["selection"]
-        for line in lines
-        if (line["task"], line["method"], line["steps"], line["seed"]) == (task, method, steps, SELECTION_SEED)
-    }
     lr = best_lr(lines, task, method, steps)
     if lr is None:
-        if len(tried) >= len(grid):
-            best = min(tried, key=lambda lr: tried[lr])
-            grid = [best * 2] if best == max(tried) else [best / 2]
-        yield from (Run(task, method, steps, lr, SELECTION_SEED) for lr in grid if lr not in tried)
+        grid, rates = grid_of(lines, task, method, steps), first_grid(task, steps)
+        if set(rates) <= set(grid):  # the best is at an end
+            best = min(grid, key=lambda lr: grid[lr])
+            rates = (best * 2 if best == max(grid) else best / 2,)
+        yield from (Run(task, method, steps, lr, seed) for seed in selection_seeds(steps) for lr in rates)
         return
     for seed in SEEDS[:seeds]:
         yield Run(task, method, steps, lr, seed)
