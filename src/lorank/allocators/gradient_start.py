@@ -135,7 +135,7 @@ def gradient_plan(context: Context, budget: ResolvedBudget | None, *, directions
             keep = min(layer.rank, ranks[name])
             add = ranks[name] - keep
         known = directions and int((gradient.values > 0).sum()) >= add
-        vectors = NewVectors(_vectors(layer, gradient, add)) if known and add else None
+        vectors = NewVectors(vectors_along(layer, gradient, add)) if known and add else None
         plan[name] = LayerPlan(tuple(range(min(keep, ranks[name]))), add, vectors=vectors)
     return plan
 
@@ -174,7 +174,7 @@ def _ranks(
     return {name: len(chosen) for name, chosen in budget.keep_best(scores).items()}
 
 
-def _vectors(layer: AdapterLayer, gradient: WeightGradient, count: int) -> Tensor:
+def vectors_along(layer: AdapterLayer, gradient: WeightGradient, count: int) -> Tensor:
     """The first values of new ranks, (count, d): of the norm of PEFT's own rows."""
     vectors = (gradient.left if layer.is_embedding else gradient.right)[:, :count].T  # (count, d)
     weight = layer.B.T if layer.is_embedding else layer.A  # (r, d)

@@ -8,6 +8,8 @@ so an error leaves the optimiser as it was.
 - A scalar (Adam's step) is unchanged.
 - A factored second moment of Adafactor (torch's or transformers' layout) is indexed on the rank axis, if it has one.
 - Two moments in one tensor (AdEMAMix) are indexed together.
+- With ``second_moments="mean"``, squares of gradients or steps begin at the mean over the kept ranks instead
+  (:data:`SecondMoments`).
 - If the layer is turned to another basis, entries with a rank axis first turn by their rule. Those that cannot turn,
   and those of an unknown optimiser, begin anew, which is logged once.
 - bitsandbytes' 8-bit moments are dequantised, indexed and requantised block by block; so are torchao's 8-bit, 4-bit and
@@ -19,7 +21,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,6 +32,12 @@ from lorank.lora.optimizer_rules import ADVICE, WEIGHT, ZERO, Entry, Rule, Turns
 from lorank.lora.rank_index import reindex_ranks
 
 logger = logging.getLogger("lorank")
+SecondMoments: TypeAlias = Literal["zero", "mean"]
+"""Where the second moments of new ranks begin: as in a new optimiser, or at the mean over the parameter's kept ranks.
+
+An optimiser has one count of steps per parameter. Late in a run, a second moment of zero says that a weight has never
+had a gradient, so Adam's first update of a new rank is up to (1 − β₁)/√(1 − β₂) = 3.2 times the learning rate.
+"""
 _UNKNOWN = Entry(ZERO, Turns.BEGINS_ANEW)
 """An entry of an optimiser without a rule, which was tried with zeros (:mod:`lorank.lora.optimizer_trial`)."""
 
@@ -87,6 +95,7 @@ class _Resize:
         rule: the optimiser's rule; None: the optimiser is unknown, and was tried with zeros.
         kind: the name of the optimiser's class.
         turn: how the parameter turns to another basis before its ranks change; None: not at all.
+        second_moments: where the second moments of new ranks begin.
     """
 
     name: str
@@ -97,6 +106,7 @@ class _Resize:
     rule: Rule | None
     kind: str
     turn: Turn | None = None
+    second_moments: SecondMoments = "zero"
 
     def entry(self, key: str, values: Tensor) -> Tensor:
         """An entry of the parameter's shape, after the change."""
@@ -105,6 +115,8 @@ class _Resize:
         new = (self.origins < 0).nonzero().squeeze(1).to(resized.device)
         if self.turn is not None and self._of(key).turns is Turns.BEGINS_ANEW:
             new = torch.arange(len(self.origins), device=resized.device)
+        if self._begins_at_mean(key):
+            return resized
         if start == WEIGHT:
             fresh = self.data.to(resized).index_select(self.axis, new)
             resized.index_copy_(self.axis, new, fresh)
@@ -113,10 +125,19 @@ class _Resize:
         return resized
 
     def moved(self, key: str, values: Tensor, axis: int) -> Tensor:
-        """An entry with a rank axis, turned and reindexed; zero at new ranks."""
+        """An entry with a rank axis, turned and reindexed; at new ranks zero, or the mean over the kept ones."""
         if self.turn is not None:
             values = self._turned(key, values, axis)
-        return reindex_ranks(values, self.origins, axis)
+        moved = reindex_ranks(values, self.origins, axis)
+        return _with_means(moved, self.origins, axis) if self._begins_at_mean(key) else moved
+
+    def _begins_at_mean(self, key: str) -> bool:
+        """Whether new ranks begin at a mean: for squares, if a rank with a history is kept. Its mean is then known."""
+        return (
+            self.second_moments == "mean"
+            and self._of(key).turns in (Turns.AS_SQUARE, Turns.AS_MAXIMUM, Turns.AS_STEP_SQUARE)
+            and bool((self.origins >= 0).any())
+        )
 
     def _of(self, key: str) -> Entry:
         if self.rule is not None and key not in self.rule:
@@ -147,6 +168,14 @@ class _Resize:
         return torch.zeros_like(values)
 
 
+def _with_means(values: Tensor, origins: Tensor, axis: int) -> Tensor:
+    """``values`` with the mean over the kept ranks at the new ones."""
+    origins = origins.to(values.device)
+    kept, new = (origins >= 0).nonzero().squeeze(1), (origins < 0).nonzero().squeeze(1)
+    mean = values.index_select(axis, kept).double().mean(axis, keepdim=True).to(values.dtype)
+    return values.index_copy(axis, new, mean.expand_as(values.index_select(axis, new)))
+
+
 _logged: set[tuple[str, str]] = set()
 """The optimisers' entries for which the log has a line already."""
 
@@ -167,6 +196,7 @@ def plan_state_update(
     origins: Tensor,
     data: Tensor,
     turn: Turn | None = None,
+    second_moments: SecondMoments = "zero",
 ) -> Callable[[], None]:
     """Computes the state of ``parameter`` after a resize, and returns a function that assigns it.
 
@@ -176,6 +206,8 @@ def plan_state_update(
         origins: (ranks after,) int64, the old index of each rank, or −1 for a new rank.
         data: the values of ``parameter`` after the resize.
         turn: how the parameter turns to another basis before its ranks change; None: not at all.
+        second_moments: where the second moments of new ranks begin. Without a rule for the optimiser, which entries are
+            squares is unknown, and they begin at zero.
 
     Raises:
         OptimizerStateError: there is no rule for an entry, or it cannot be resized. Nothing has changed.
@@ -185,7 +217,9 @@ def plan_state_update(
         return lambda: None
     _check_entries(state, name, parameter.shape)
     group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-    resize = _Resize(name, axis, origins, data, group, find_rule(optimizer), type(optimizer).__name__, turn)
+    resize = _Resize(
+        name, axis, origins, data, group, find_rule(optimizer), type(optimizer).__name__, turn, second_moments
+    )
     try:
         updates = _resized_entries(state, resize, parameter.shape)
     except Exception as error:

@@ -5,12 +5,13 @@ from lorank.scoring.ablation_scorer import AblationScorer
 from lorank.scoring.balanced import Balanced, BalancedScorer, balance
 from lorank.scoring.context import Context, State, TrainingInfo
 from lorank.scoring.gramians import GramianPair, measure_gramians
+from lorank.scoring.rotated import RotatedScorer
 from lorank.scoring.saliency import saliency_scores
 from lorank.scoring.scorer import Choose, Scorer, Scores
 from lorank.scoring.sensitivity import SensitivityScorer
 from lorank.scoring.successive_screening import screened_scores
 from lorank.scoring.taylor import first_order_scores
-from lorank.scoring.weight_gradient import WeightGradient, weight_gradients
+from lorank.scoring.weight_gradient import WeightGradient, residual_gradients, weight_gradients
 from lorank.scoring.work_sharding import Share
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Choose",
     "Context",
     "GramianPair",
+    "RotatedScorer",
     "Scorer",
     "Scores",
     "SensitivityScorer",
@@ -32,6 +34,7 @@ __all__ = [
     "balance",
     "first_order_scores",
     "measure_gramians",
+    "residual_gradients",
     "saliency_scores",
     "screened_scores",
     "validation_loss",
