@@ -130,8 +130,11 @@ ADVICE = "Use AdamW, SGD, Adafactor, 8-bit AdamW or schedule-free AdamW"
 
 
 def find_rule(optimizer: torch.optim.Optimizer) -> Rule | None:
-    """The rule for the optimiser's class; None for an unknown class, also for a subclass of a known one."""
-    kind = type(optimizer)
+    """The rule for the optimiser's class; None for an unknown class, also for a subclass of a known one.
+
+    An optimiser may show the state of another one, which its attribute ``shows_state_of`` then holds.
+    """
+    kind = type(getattr(optimizer, "shows_state_of", optimizer))
     if kind.__name__ in _RULES["schedulefree"]:  # often copied into a project of one's own
         return _RULES["schedulefree"][kind.__name__]
     return _RULES.get(kind.__module__.split(".")[0], {}).get(kind.__name__)

@@ -133,6 +133,13 @@ class _Resize:
 
     def _begins_at_mean(self, key: str) -> bool:
         """Whether new ranks begin at a mean: for squares, if a rank with a history is kept. Its mean is then known."""
+        if self.second_moments == "mean" and self.rule is None and (self.kind, "second_moments") not in _logged:
+            _logged.add((self.kind, "second_moments"))
+            logger.warning(
+                "%s: lorank does not know which entries of its state are second moments, so those of new ranks begin at "
+                "zero and not at the mean. AdamW and Adafactor are known",
+                self.kind,
+            )
         return (
             self.second_moments == "mean"
             and self._of(key).turns in (Turns.AS_SQUARE, Turns.AS_MAXIMUM, Turns.AS_STEP_SQUARE)

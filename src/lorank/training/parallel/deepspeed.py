@@ -143,6 +143,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """The torch optimiser inside ZeRO's."""
         return unwrap_optimizer(self._zero.optimizer)
 
+    @property
+    def shows_state_of(self) -> torch.optim.Optimizer:
+        """The optimiser whose rules hold for the state of this one (:func:`lorank.lora.optimizer_rules.find_rule`)."""
+        return self.inner
+
     def take_over(self) -> None:
         """Makes the engine call this optimiser's ``step``, and save this optimiser's rank state in its checkpoints."""
         self._zero.step, self._zero.load_state_dict = self.step, self._load_and_run_hooks  # on the instance
