@@ -27,6 +27,7 @@ class Method:
 
 STEPS = 12
 ROUNDS = {"k1": 3, "k2": 3, "rounds": 3, "unit": "steps", "per_round": 5}
+BALANCED: dict[str, Any] = {"wide": 2, "until": 0.6, "init": "default"}
 QUICK = {"alpha_lr": 0.05, "l1": 0.05, "resize_every": 2, "hold": 1}
 
 _CHOSEN: dict[str, Method] = {
@@ -39,6 +40,7 @@ _CHOSEN: dict[str, Method] = {
     "alora-dnas": Method(lambda budget=None: allocators.ALoRADNAS(**ROUNDS, budget=budget, search_rows=2)),
     "adalora": Method(lambda budget=None: allocators.AdaLoRA(budget=budget, t_init=2, t_final=4, delta_t=2)),
     "sora": Method(lambda budget=None: allocators.SoRA(budget=budget, prune_every=2)),
+    "balanced": Method(lambda budget=None: allocators.BalancedLoRA(budget=budget, **BALANCED)),
     "ard": Method(lambda budget=None: allocators.ARDLoRA(**QUICK, budget=budget, heads="module")),
     "ard-heads": Method(lambda budget=None: allocators.ARDLoRA(**QUICK, budget=budget, min_rank=0), heads=True),
 }

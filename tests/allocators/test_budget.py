@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import lorank
-from lorank.allocators import ALoRA, Budget, StaticLoRA, TrainingInfo
+from lorank.allocators import ALoRA, Budget, Context, StaticLoRA, TrainingInfo
 from lorank.allocators.reallocation import prune_and_reallocate
 from lorank.config.settings import make_config, to_yaml
 from lorank.errors import BudgetError, ScheduleError

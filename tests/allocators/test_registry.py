@@ -63,7 +63,16 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_own_methods_are_there_by_the_names_of_recipes() -> None:
     classes = find_allocators().classes
-    assert list(classes)[: len(OWN)] == ["static", "alora", "alora_dnas", "alora_sensi", "ard", "adalora", "sora"]
+    assert list(classes)[: len(OWN)] == [
+        "static",
+        "balanced",
+        "alora",
+        "alora_dnas",
+        "alora_sensi",
+        "ard",
+        "adalora",
+        "sora",
+    ]
     assert classes["alora_dnas"] is lorank.ALoRADNAS
 
 

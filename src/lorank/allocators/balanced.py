@@ -98,8 +98,15 @@ class BalancedLoRA(Allocator):
     def start(self, layers: AdapterLayers, run: TrainingInfo) -> State:
         return self._scorer.start(layers, run)
 
+    def try_out(self, context: Context, state: State) -> None:
+        """Measures once on the validation batch, if the passes of training cannot be watched."""
+        if context.layers.gramians is None:
+            self._scorer.score(context, state, lambda scores: ())
+
     def lr_factor(self, context: Context) -> float:
         """(budget / live ranks)^p, at most 1."""
+        if context.step >= self._last(context.run):
+            return 1.0
         used = self.resolve_budget(context.layers, context.run).share(context.layers.ranks)
         return float(max(used, 1.0) ** -self.lr_power)
 

@@ -117,7 +117,7 @@ class Budget:
         Args:
             layers: all LoRA layers of the adapter.
             made: per module, the rank that the adapter was made with (``run.initial_ranks``), for
-                ``percent_of_adapter``; None: the present ranks.
+                ``percent_of_adapter``, and for ``max_lora_rank`` as the only limit; None: the present ranks.
 
         Raises:
             BudgetError: the budget is less than the modules need, or more than they can hold.
@@ -148,8 +148,10 @@ class Budget:
             constraints.append(Constraint("bytes", saved, self.bytes))
         cap = math.inf if self.max_lora_rank is None else self.max_lora_rank
         caps = {name: int(min(layer.max_rank, cap)) for name, layer in layers.items()}
-        if not constraints:  # only a cap: the present number of ranks, or as many as the modules can hold
-            constraints.append(Constraint("ranks", each, min(layers.total_rank, sum(caps.values()))))
+        if not constraints:  # only a cap: as many ranks as the adapter was made with, or as the modules can hold
+            in_heads = any(layer.groups is not None for layer in layers.values())
+            present = sum(made.values()) if made and not in_heads else layers.total_rank
+            constraints.append(Constraint("ranks", each, min(present, sum(caps.values()))))
         minima = {name: getattr(layer, "min_rank", 0) for name, layer in layers.items()}
         resolved = ResolvedBudget(tuple(constraints), caps, minima)
         _check(resolved)

@@ -103,8 +103,8 @@ def gradient_start_(
 def gradient_plan(context: Context, budget: ResolvedBudget | None, *, directions: bool = True) -> Plan:
     """The plan of a gradient start.
 
-    Layers that have an update (A and B are not zero) keep their ranks, which receive further ones; there G is the
-    gradient that the present adapter leaves.
+    Layers that have an update (A and B are not zero) keep all their ranks, and may receive further ones; there G is
+    the gradient that the present adapter leaves.
 
     Args:
         context: has the model, its layers and the training batches.
@@ -134,9 +134,11 @@ def gradient_plan(context: Context, budget: ResolvedBudget | None, *, directions
         if not directions and not keep:  # the rows that are there are as good as new ones
             keep = min(layer.rank, ranks[name])
             add = ranks[name] - keep
-        known = directions and int((gradient.values > 0).sum()) >= add
+        if add and keep + add > layer.max_rank:  # made with more ranks than there are directions
+            continue
+        known = directions and bool(gradient.values[:1] > 0) and len(gradient.values) >= add
         vectors = NewVectors(vectors_along(layer, gradient, add)) if known and add else None
-        plan[name] = LayerPlan(tuple(range(min(keep, ranks[name]))), add, vectors=vectors)
+        plan[name] = LayerPlan(tuple(range(keep)), add, vectors=vectors)
     return plan
 
 
@@ -171,7 +173,7 @@ def _ranks(
     worth = budget.per_cost(worth)
     # ranks that are there come first
     scores = {name: torch.cat([torch.full((kept[name],), math.inf).double(), worth[name]]) for name in layers}
-    return {name: len(chosen) for name, chosen in budget.keep_best(scores).items()}
+    return {name: max(kept[name], len(chosen)) for name, chosen in budget.keep_best(scores).items()}
 
 
 def vectors_along(layer: AdapterLayer, gradient: WeightGradient, count: int) -> Tensor:

@@ -26,7 +26,7 @@ class Basis:
 
     Args:
         matrix: M, (r, r) float64 on the CPU.
-        inverse: M⁻¹, (r, r) float64 on the CPU.
+        inverse: M⁻¹, (r, r) float64 on the CPU. :func:`lorank.lora.resize_` refuses another matrix.
     """
 
     matrix: Tensor
@@ -88,7 +88,7 @@ def turn_ranks(values: Tensor, matrix: Tensor, axis: int) -> Tensor:
         matrix: (r, r).
     """
     wide = values.detach().double().movedim(axis, 0)  # (r, …)
-    turned = torch.tensordot(matrix.to(wide), wide, dims=1)  # (r, …)
+    turned: Tensor = torch.tensordot(matrix.to(wide), wide, dims=1)  # (r, …)
     return turned.movedim(0, axis).to(values.dtype).contiguous()
 
 

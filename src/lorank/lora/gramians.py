@@ -1,7 +1,7 @@
 """Second moments of what goes through every rank, summed up in the backward passes of training.
 
 For one module let z = A x, (r,) per token, and ẑ = ∂loss/∂z = s · g ⊙ Bᵀ ∂loss/∂y. Over the tokens that the loss
-depends on (those with ẑ ≠ 0):
+depends on (those whose ẑ is not zero up to rounding):
 
     Z = Σ z zᵀ        D = Σ ẑ ẑᵀ        both (r, r)
 
@@ -12,74 +12,16 @@ not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lorank.lora.gramian_sums import LayerGramians
 from lorank.lora.layer import AdapterLayer
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.gated import GatedLora
-
-
-class LayerGramians:
-    """The sums of one layer. A copy of it, made with a copy of the model, collects nothing.
-
-    Args:
-        rank: a function that returns the layer's present rank.
-        in_training_mode: whether only forward passes in training mode count.
-
-    Attributes:
-        Z, D: (r, r) in float32 at least, or None before the first backward pass.
-        tokens: the number of tokens in the sums, a tensor (), or None.
-        collecting: whether passes are added.
-    """
-
-    def __init__(self, rank: Callable[[], int], *, in_training_mode: bool = True) -> None:
-        self.rank, self.in_training_mode = rank, in_training_mode
-        self.collecting = True
-        self.Z: Tensor | None = None
-        self.D: Tensor | None = None
-        self.tokens: Tensor | None = None
-
-    def wants(self, module: nn.Module) -> bool:
-        """Whether a forward pass of the layer that begins now is to be added."""
-        return self.collecting and (module.training or not self.in_training_mode)
-
-    @torch.no_grad()
-    def add(self, z: Tensor, dz: Tensor) -> None:
-        """Adds the tokens of one backward pass. z, dz: (r, n), of any floating dtype."""
-        if not z.shape[0] or not self.collecting:
-            return
-        dtype = torch.promote_types(z.dtype, torch.float32)
-        z, dz = z.to(dtype), dz.to(dtype)
-        counted = (dz != 0).any(0)  # (n,)
-        z = z * counted
-        self._add("Z", z @ z.T)
-        self._add("D", dz @ dz.T)
-        self._add("tokens", counted.sum())
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        self.Z = self.D = self.tokens = None
-
-    def _add(self, name: str, part: Tensor) -> None:
-        total = getattr(self, name)
-        setattr(self, name, part if total is None or total.shape != part.shape else total + part)
-
-    def __deepcopy__(self, memo: object) -> LayerGramians:
-        return _inert()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _inert, ()
-
-
-def _inert() -> LayerGramians:
-    own = LayerGramians(lambda: 0)
-    own.collecting = False
-    return own
 
 
 class Gramians:
@@ -118,7 +60,7 @@ class Gramians:
         for name, layer in self._layers.items():
             own, fused = self.sums[name], _fused(layer)
             if fused is not None:
-                fused.gramians = own
+                self._handles.append(_FusedWatch(fused, own))
             # Also where the layer is fused, for the calls that fall back to PEFT's formula.
             if layer.is_embedding:
                 self._handles.append(_EmbeddingWatch(layer.module, own))
@@ -131,7 +73,7 @@ class Gramians:
             own.clear()
 
     def unscale(self, factor: float) -> None:
-        """Removes the factor that a gradient scaler has put on the loss."""
+        """Removes the factor that a gradient scaler has put on the loss. > 0."""
         for own in self.sums.values():
             if own.D is not None:
                 own.D = own.D / factor**2
@@ -146,10 +88,17 @@ class Gramians:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for layer in self._layers.values():
-            fused = _fused(layer)
-            if fused is not None:
-                fused.gramians = None
+
+
+class _FusedWatch:
+    """Makes a fused forward collect for ``own``. Afterwards it collects for what it did before, as a run does."""
+
+    def __init__(self, fused: FusedLora, own: LayerGramians) -> None:
+        self._fused, self._before = fused, fused.gramians
+        fused.gramians = own
+
+    def remove(self) -> None:
+        self._fused.gramians = self._before
 
 
 class _Watch:
@@ -168,17 +117,21 @@ class _EmbeddingWatch:
 
     def __init__(self, module: nn.Module, own: LayerGramians) -> None:
         self._module, self._own = module, own
+        self._before = vars(module).get("_embed")  # another watch, or a user's own
         self._embed = module._embed
         module._embed = self  # type: ignore[assignment]  # on the instance
 
-    def __call__(self, ids: Tensor, weight: Tensor) -> Tensor:
-        z: Tensor = self._embed(ids, weight)  # type: ignore[operator]  # PEFT is untyped
+    def __call__(self, ids: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        z: Tensor = self._embed(ids, weight, **options)  # type: ignore[operator]  # PEFT is untyped
         if self._own.wants(self._module) and z.requires_grad and z.shape[-1] == self._own.rank():
             add_gradient_of(z, self._own)
         return z
 
     def remove(self) -> None:
-        vars(self._module).pop("_embed", None)
+        if self._before is None:
+            vars(self._module).pop("_embed", None)
+        else:
+            self._module._embed = self._before  # on the instance
 
 
 def add_gradient_of(z: Tensor, own: LayerGramians) -> None:
@@ -194,7 +147,7 @@ def add_gradient_of(z: Tensor, own: LayerGramians) -> None:
 
 def _by_rank(values: Tensor, rank: int) -> Tensor:
     """(…, R) as (r, n). With a pool, the R − r last columns belong to dead ranks."""
-    return values.reshape(-1, values.shape[-1])[:, :rank].T
+    return values.reshape(values.shape[:-1].numel(), values.shape[-1])[:, :rank].T
 
 
 def _rank_of(layer: AdapterLayer) -> int:

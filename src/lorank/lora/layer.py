@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorank.errors import AdapterError
 from lorank.lora.gates import LearnedGates
+from lorank.lora.gramian_sums import CollectedGramians
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.pool import Pool, pool_of
 from lorank.lora.scaling import alpha_for, scaling_of
@@ -26,9 +27,6 @@ from lorank.lora.variants.dora import is_dora
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.gated import GatedLora, update_plain_lora_hooks
 from lorank.lora.variants.per_head import HeadLora
-
-if TYPE_CHECKING:
-    from lorank.lora.gramians import Gramians
 
 TARGET_FIELDS = ("target_modules", "layers_to_transform", "layers_pattern")
 """The fields of a ``LoraConfig`` that say which modules have a LoRA."""
@@ -252,7 +250,7 @@ class AdapterLayers(Mapping[str, AdapterLayer]):
         tables = [vars(module).get(field) for module in model.modules() for field in ("peft_config", "_peft_config")]
         self._configs = [table for table in tables if isinstance(table, dict) and table.get(adapter) is config]
         self.gates: LearnedGates | None = None
-        self.gramians: Gramians | None = None
+        self.gramians: CollectedGramians | None = None
         self._layers = dict(layers)
         # The user's settings. They are restored when no module has rank 0.
         self.targets = {name: getattr(config, name) for name in TARGET_FIELDS}

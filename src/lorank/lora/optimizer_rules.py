@@ -48,10 +48,13 @@ class Entry(NamedTuple):
     Args:
         start: its value at a new rank: ZERO, WEIGHT, or the key of the parameter group that has the value.
         turns: how it turns with the basis.
+        centre: for squares, the entry with the mean that the optimiser subtracts from them. Then their difference, the
+            variance, turns as squares do, and so stays positive.
     """
 
     start: str
     turns: Turns
+    centre: str | None = None
 
 
 Rule = Mapping[str, Entry]
@@ -77,7 +80,11 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         "NAdam": _ADAM,
         "RAdam": _ADAM,
         # its momentum adds up steps, gradients that are divided by their size already
-        "RMSprop": {"square_avg": _SECOND, "momentum_buffer": Entry(ZERO, Turns.AS_WEIGHT), "grad_avg": _FIRST},
+        "RMSprop": {
+            "square_avg": Entry(ZERO, Turns.AS_SQUARE, centre="grad_avg"),
+            "momentum_buffer": Entry(ZERO, Turns.AS_WEIGHT),
+            "grad_avg": _FIRST,
+        },
         "Rprop": {"prev": Entry(ZERO, Turns.BEGINS_ANEW), "step_size": Entry("lr", Turns.BEGINS_ANEW)},
         "SGD": {"momentum_buffer": _FIRST},
     },
@@ -132,9 +139,9 @@ ADVICE = "Use AdamW, SGD, Adafactor, 8-bit AdamW or schedule-free AdamW"
 def find_rule(optimizer: torch.optim.Optimizer) -> Rule | None:
     """The rule for the optimiser's class; None for an unknown class, also for a subclass of a known one.
 
-    An optimiser may show the state of another one, which its attribute ``shows_state_of`` then holds.
+    An optimiser that only stands for another one, whose state it shows, has that one in its attribute ``stands_for``.
     """
-    kind = type(getattr(optimizer, "shows_state_of", optimizer))
+    kind = type(getattr(optimizer, "stands_for", optimizer))
     if kind.__name__ in _RULES["schedulefree"]:  # often copied into a project of one's own
         return _RULES["schedulefree"][kind.__name__]
     return _RULES.get(kind.__module__.split(".")[0], {}).get(kind.__name__)

@@ -11,7 +11,8 @@ so an error leaves the optimiser as it was.
 - With ``second_moments="mean"``, squares of gradients or steps begin at the mean over the kept ranks instead
   (:data:`SecondMoments`).
 - If the layer is turned to another basis, entries with a rank axis first turn by their rule. Those that cannot turn,
-  and those of an unknown optimiser, begin anew, which is logged once.
+  and those of an unknown optimiser, begin anew, which is logged once. A factored moment without a rank axis is a mean
+  over ranks, and changes by as much as the mean of the other factor.
 - bitsandbytes' 8-bit moments are dequantised, indexed and requantised block by block; so are torchao's 8-bit, 4-bit and
   fp8 moments. A moment that becomes too small for torchao's blocks becomes a plain tensor, as in a new optimiser.
 """
@@ -94,6 +95,7 @@ class _Resize:
         group: the parameter group.
         rule: the optimiser's rule; None: the optimiser is unknown, and was tried with zeros.
         kind: the name of the optimiser's class.
+        state: the parameter's state before the change.
         turn: how the parameter turns to another basis before its ranks change; None: not at all.
         second_moments: where the second moments of new ranks begin.
     """
@@ -105,6 +107,7 @@ class _Resize:
     group: Mapping[str, Any]
     rule: Rule | None
     kind: str
+    state: Mapping[str, Any]
     turn: Turn | None = None
     second_moments: SecondMoments = "zero"
 
@@ -136,8 +139,8 @@ class _Resize:
         if self.second_moments == "mean" and self.rule is None and (self.kind, "second_moments") not in _logged:
             _logged.add((self.kind, "second_moments"))
             logger.warning(
-                "%s: lorank does not know which entries of its state are second moments, so those of new ranks begin at "
-                "zero and not at the mean. AdamW and Adafactor are known",
+                "%s: lorank does not know which entries of its state are second moments, so those of new ranks begin "
+                "at zero and not at the mean. AdamW and Adafactor are known",
                 self.kind,
             )
         return (
@@ -153,9 +156,14 @@ class _Resize:
 
     def _turned(self, key: str, values: Tensor, axis: int) -> Tensor:
         assert self.turn is not None
-        turns = self._of(key).turns
+        turns, centre = self._of(key).turns, self._of(key).centre
+        mean = None if centre is None else self.state.get(centre)
         if turns is Turns.AS_GRADIENT:
             return turn_ranks(values, self.turn.gradient, axis)
+        if turns is Turns.AS_SQUARE and mean is not None:
+            variance = (values.double() - mean.double().square()).clamp_min(0)
+            turned_mean = turn_ranks(mean.double(), self.turn.gradient, axis)
+            return (turn_ranks(variance, self.turn.square, axis) + turned_mean.square()).to(values.dtype)
         if turns is Turns.AS_SQUARE:
             return turn_ranks(values, self.turn.square, axis)
         if turns is Turns.AS_MAXIMUM:
@@ -224,9 +232,8 @@ def plan_state_update(
         return lambda: None
     _check_entries(state, name, parameter.shape)
     group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-    resize = _Resize(
-        name, axis, origins, data, group, find_rule(optimizer), type(optimizer).__name__, turn, second_moments
-    )
+    rule, kind = find_rule(optimizer), type(optimizer).__name__
+    resize = _Resize(name, axis, origins, data, group, rule, kind, state, turn, second_moments)
     try:
         updates = _resized_entries(state, resize, parameter.shape)
     except Exception as error:
@@ -277,12 +284,32 @@ def _resized_entries(state: Mapping[str, Any], resize: _Resize, shape: torch.Siz
             if averaged_axis != resize.axis:
                 rank_axis = resize.axis if is_kept or resize.axis < averaged_axis else resize.axis - 1
                 updates[key] = resize.moved(key, value, rank_axis)
+            elif resize.turn is not None:
+                updates[key] = value * _change_of_mean(state, resize, averaged_axis, is_kept).to(value)
         elif _is_stacked(key, value, shape):
             updates[key] = resize.moved(key, value, resize.axis + 1)
         elif value.shape == shape:
             is_torchao = type(value).__module__.startswith("torchao.optim")
             updates[key] = _resized_torchao(key, value, resize) if is_torchao else resize.entry(key, value)
     return updates
+
+
+def _change_of_mean(state: Mapping[str, Any], resize: _Resize, axis: int, is_kept: bool) -> Tensor:
+    """By what a turn multiplies a factored moment's mean over ranks: as the factor that has ranks says, a tensor ().
+
+    Args:
+        axis: the rank axis, over which the moment is a mean.
+        is_kept: see FACTORED.
+    """
+    assert resize.turn is not None
+    other = next(
+        state[key]
+        for key, (averaged, kept) in FACTORED.items()
+        if key in state and averaged % 2 != axis and kept == is_kept
+    )
+    ranks = (other if is_kept else other.unsqueeze(1 - axis)).double()  # (r, 1) or (1, r)
+    before, after = ranks.mean(), turn_ranks(ranks, resize.turn.square, axis).mean()
+    return torch.where(before > 0, after / before, torch.ones_like(before))
 
 
 def _is_stacked(key: str, value: Tensor, shape: torch.Size) -> bool:

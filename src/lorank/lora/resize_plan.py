@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lorank.errors import PlanError
@@ -92,20 +93,37 @@ def plan_for_heads(ranks: Sequence[int], wanted: Sequence[int]) -> LayerPlan:
     return LayerPlan(tuple(keep), len(places), tuple(places), tuple(wanted))
 
 
+INVERSE_TOLERANCE = 1e-9
+"""How far M M⁻¹ may be from the identity, relative to the products that are summed up."""
+
+
 def check_basis(layer: AdapterLayer, wanted: LayerPlan) -> None:
     """Raises PlanError if a layer cannot be turned to the plan's basis."""
     if wanted.basis is None:
         return
-    if wanted.basis.rank != layer.rank:
-        raise PlanError(f"{layer.name} has {layer.rank} ranks; the plan's basis is for {wanted.basis.rank}")
+    matrix, inverse = wanted.basis.matrix, wanted.basis.inverse
+    if matrix.shape != (layer.rank, layer.rank) or inverse.shape != matrix.shape:
+        shapes = f"{tuple(matrix.shape)} and {tuple(inverse.shape)}"
+        raise PlanError(
+            f"{layer.name} has {layer.rank} ranks; the plan's basis has matrices of shapes {shapes}, expected "
+            f"({layer.rank}, {layer.rank})"
+        )
     if layer.groups is not None or layer.gate is not None:
         form = "in per-head form" if layer.groups is not None else "with gates"
         raise PlanError(
             f"{layer.name} is {form}, where every rank belongs to its own head or gate, so its basis cannot change: "
             "fold gates and merge heads first (lorank.lora.fold_gates_, merge_heads_), or plan without a basis"
         )
-    if not bool(wanted.basis.matrix.isfinite().all() and wanted.basis.inverse.isfinite().all()):
+    if not bool(matrix.isfinite().all() and inverse.isfinite().all()):
         raise PlanError(f"{layer.name}: the plan's basis has NaN or infinite entries. Training may have diverged")
+    sizes = matrix.double().abs() @ inverse.double().abs()  # what rounding is relative to
+    error = (matrix.double() @ inverse.double() - torch.eye(layer.rank, dtype=torch.float64)).abs()
+    if bool((error > INVERSE_TOLERANCE * (1 + sizes)).any()):
+        raise PlanError(
+            f"{layer.name}: the plan's basis has an inverse that is not the inverse of its matrix (their product is "
+            f"{float(error.max()):.1g} from the identity), so the layer's function would change. Give "
+            "Basis(M, torch.linalg.inv(M)) in float64"
+        )
 
 
 def check_vectors(layer: AdapterLayer, wanted: LayerPlan) -> None:
@@ -119,6 +137,8 @@ def check_vectors(layer: AdapterLayer, wanted: LayerPlan) -> None:
             f"{layer.name}: the first values of the plan's {wanted.add} new ranks have shape {shape}; expected "
             f"({wanted.add}, {width})"
         )
+    if not bool(wanted.vectors.values.isfinite().all()):
+        raise PlanError(f"{layer.name}: the first values of the plan's new ranks have NaN or infinite entries")
 
 
 Plan = Mapping[str, LayerPlan]

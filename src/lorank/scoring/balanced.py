@@ -15,16 +15,20 @@ it meant. The model's function does not change.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lorank.errors import ValidationBatchError
+from lorank.errors import NonFiniteError, ValidationBatchError
 from lorank.lora import AdapterLayer, AdapterLayers
 from lorank.lora.basis import Basis, turn_ranks
+from lorank.scoring.ablation_variants import IncompatibleError
 from lorank.scoring.context import Context, State, TrainingInfo
 from lorank.scoring.gramians import GramianPair, measure_gramians
+from lorank.scoring.loss import prepare_batch
 from lorank.scoring.microbatch import split
 from lorank.scoring.scorer import Choose, Scorer, Scores
 
@@ -32,6 +36,8 @@ SMALLEST = 1e-7
 """Eigenvalues of Z below this part of the largest count as this part: float32 sums hold no smaller ones."""
 ROWS = 8
 """Samples per batch where Gramians are measured on the validation batch."""
+KINDS = ("Z", "D", "tokens")
+"""The sums of a layer (:class:`lorank.lora.LayerGramians`)."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,20 @@ def balance(layer: AdapterLayer, gramians: GramianPair) -> Balanced:
     Args:
         layer: the layer. It is not changed.
         gramians: its Gramians, (r, r).
+
+    Raises:
+        NonFiniteError: they hold NaN or infinity.
     """
     rank = layer.rank
     if not rank:
         empty = torch.zeros(0, 0, dtype=torch.float64)
         return Balanced(torch.zeros(0, dtype=torch.float64), Basis(empty, empty))
     Z, D = gramians.Z, gramians.D
+    if not bool(Z.isfinite().all() and D.isfinite().all()):
+        raise NonFiniteError(
+            f"the Gramians of {layer.name} hold NaN or infinity: its weights or the gradients of the loss are not "
+            "finite. Look at the batches and the loss on them; no rank was moved"
+        )
     values, vectors = torch.linalg.eigh((Z + Z.T) / 2)  # ascending
     if not float(values[-1]) > 0:  # no token reached this module
         identity = torch.eye(rank, dtype=torch.float64)
@@ -101,18 +115,28 @@ class BalancedScorer(Scorer):
         return _empty(layers)
 
     def before_step(self, context: Context, state: State) -> None:
-        """Adds the Gramians of the passes since the last step. Sums that are not finite are left out."""
+        """Adds the Gramians of the passes since the last step, their mean over the processes.
+
+        Left out are steps with sums that are not finite, and steps in which no gradient reached any rank (B = 0).
+        """
         gramians = context.layers.gramians
         if gramians is None:
             return
-        sums = {name: own for name, own in gramians.sums.items() if own.Z is not None}
-        if all(bool(own.D.isfinite().all() and own.Z.isfinite().all()) for own in sums.values()):  # type: ignore[union-attr]  # all three are set together
-            for name, own in sums.items():
-                state[f"Z.{name}"] += own.Z.to(state[f"Z.{name}"])  # type: ignore[union-attr]
-                state[f"D.{name}"] += own.D.to(state[f"D.{name}"])  # type: ignore[union-attr]
-                state[f"tokens.{name}"] += own.tokens.to(state[f"tokens.{name}"])  # type: ignore[union-attr]
-            state["steps"] += bool(sums)
+        parts = {
+            f"{kind}.{name}": _part(getattr(own, kind), state[f"{kind}.{name}"])
+            for name, own in gramians.sums.items()
+            for kind in KINDS
+        }
         gramians.clear()
+        if context.share is not None:  # now and not before a cut, because a checkpoint has one process's state
+            parts = _mean_over_processes(context, parts)
+        if not _largest(parts.values()).isfinite():
+            return
+        if not _largest(parts[f"tokens.{name}"] for name in gramians.sums) > 0:
+            return
+        for key, part in parts.items():
+            state[key] += part
+        state["steps"] += 1
 
     def score(self, context: Context, state: State, choose: Choose) -> Scores:
         """σ² of every rank, and the basis in which they are the ranks.
@@ -149,7 +173,11 @@ class BalancedScorer(Scorer):
                 "the passes of training could not be watched, so the Gramians must be measured on a batch of data, and "
                 "none was given: use attach(…, validation_batch=batch)"
             )
-        parts = split(context.validation_batch, ROWS)
+        batch = prepare_batch(context.model, context.validation_batch, needs_labels=context.loss_fn is None)
+        try:
+            parts = split(batch, ROWS)
+        except IncompatibleError:  # a batch of one's own kind, which only loss_fn knows
+            parts = [batch]
         return measure_gramians(context.model, context.layers, parts, loss_fn=context.loss_fn)
 
 
@@ -157,30 +185,39 @@ def _empty(layers: AdapterLayers) -> State:
     state: State = {"steps": torch.zeros(())}
     for name, layer in layers.items():
         dtype = torch.promote_types(layer.A.dtype, torch.float32)
-        for kind in ("Z", "D"):
-            state[f"{kind}.{name}"] = torch.zeros(layer.rank, layer.rank, dtype=dtype, device=layer.A.device)
-        state[f"tokens.{name}"] = torch.zeros((), dtype=torch.float64)
+        for kind in KINDS:
+            shape = () if kind == "tokens" else (layer.rank, layer.rank)
+            state[f"{kind}.{name}"] = torch.zeros(shape, dtype=dtype, device=layer.A.device)
     return state
 
 
+def _part(own: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if own is None else own.to(like)
+
+
+def _mean_over_processes(context: Context, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    flat = context.mean(torch.cat([part.flatten().double().cpu() for part in parts.values()]))
+    means = torch.split(flat, [part.numel() for part in parts.values()])
+    return {key: mean.reshape(part.shape).to(part) for (key, part), mean in zip(parts.items(), means, strict=True)}
+
+
+def _largest(tensors: Iterable[Tensor]) -> Tensor:
+    """The largest absolute entry of all tensors; NaN if there is one."""
+    return torch.nn.utils.get_total_norm([one for one in tensors if one.numel()], norm_type=math.inf)
+
+
 def _mean(context: Context, state: State) -> dict[str, GramianPair]:
-    """The Gramians from the sums, equal in all processes.
+    """The Gramians from the sums.
 
     The number of labels per batch is not known here. The largest number of tokens that the loss depends on in any
     module stands for it. It is one factor for all modules, so it changes no order.
     """
-    layers, steps = context.layers, state["steps"].double()
+    layers, steps = context.layers, state["steps"].double().cpu()
     tokens = torch.stack([state[f"tokens.{name}"].double().cpu() for name in layers])  # (modules,)
     labels = tokens.max() / steps
-    parts = []
-    for index, name in enumerate(layers):
-        parts.append((state[f"Z.{name}"].double().cpu() / tokens[index].clamp_min(1)).flatten())
-        parts.append((state[f"D.{name}"].double().cpu() * labels / steps).flatten())
-    flat = context.mean(torch.cat(parts))
     found: dict[str, GramianPair] = {}
-    start = 0
-    for name, rank in layers.ranks.items():
-        Z, D = flat[start : start + 2 * rank**2].reshape(2, rank, rank)
-        start += 2 * rank**2
-        found[name] = GramianPair(Z, D)
+    for index, name in enumerate(layers):
+        Z, D = (state[f"{kind}.{name}"].double().cpu() for kind in ("Z", "D"))
+        count = tokens[index] if tokens[index] > 0 else 1.0
+        found[name] = GramianPair(Z / count, D * labels / steps)
     return found

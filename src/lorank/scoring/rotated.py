@@ -82,12 +82,13 @@ class RotatedScorer(Scorer):
 @contextmanager
 def turned(layers: AdapterLayers, bases: Mapping[str, Basis]) -> Iterator[None]:
     """The layers in other bases of their ranks. Afterwards A and B have their former values, bit for bit."""
-    before = [(weight, weight.detach().clone()) for name in bases for weight in (layers[name].A, layers[name].B)]
+    stored = [(weight, basis, axis) for name, basis in bases.items() for axis, weight in enumerate(layers[name].stored)]
+    before = [(weight, weight.detach().clone()) for weight, _, _ in stored]
     try:
         with torch.no_grad():
-            for name, basis in bases.items():
-                for axis, weight in enumerate((layers[name].A, layers[name].B)):
-                    weight.copy_(turn_ranks(weight, basis.turn(axis).weight, axis))
+            for weight, basis, axis in stored:
+                live = weight.narrow(axis, 0, basis.rank)  # with a pool, the dead ranks come after them
+                live.copy_(turn_ranks(live, basis.turn(axis).weight, axis))
         yield
     finally:
         with torch.no_grad():

@@ -46,8 +46,8 @@ class WeightGradient:
 
     Attributes:
         values: σ, (k,) float64, descending.
-        left: (d_out, k) float64, orthonormal columns.
-        right: (d_in, k) float64, orthonormal columns.
+        left: (d_out, k) float64, orthonormal columns, also where values are zero.
+        right: (d_in, k) float64, orthonormal columns, also where values are zero.
     """
 
     values: Tensor
@@ -79,8 +79,8 @@ def weight_gradients(
         mean: the mean of a tensor (n,) over all processes, :meth:`lorank.scoring.Context.mean`; None: there is one.
 
     Returns:
-        Per layer the k largest singular values and their vectors, on the CPU. All are zero for a layer that the loss
-        does not depend on.
+        Per layer the k largest singular values and their vectors, on the CPU. For a layer that the loss does not
+        depend on, the values are zero, and the vectors any orthonormal ones.
 
     Raises:
         ValidationBatchError: there is no batch; or a batch has no labels, no loss, or a loss that is NaN or infinite.
@@ -277,8 +277,8 @@ class _GradientSum:
         """The largest part of the mean over batches."""
         block, k = self.block, self.count
         if self.total is None:
-            zeros = torch.zeros(max(block.d_in, block.d_out), k, dtype=torch.float64)
-            return WeightGradient(zeros[:k, 0], zeros[: block.d_out], zeros[: block.d_in])
+            left, right = (torch.eye(width, k, dtype=torch.float64) for width in (block.d_out, block.d_in))
+            return WeightGradient(torch.zeros(k, dtype=torch.float64), left, right)
         G = self.total.double().cpu()
         if block.reached is not None:
             G = block.outside(block.outside(G.T, 1).T, 0) if self.q is None else block.outside(G.T, 1).T
@@ -312,7 +312,8 @@ def _largest(G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest singular values of G, (d_out, d_in) float64, and their left and right vectors as columns.
 
     From the eigenvectors of the smaller of G Gᵀ and Gᵀ G, which takes a third of the time of a singular value
-    decomposition. Values below 1e-8 of the largest lose digits; as updates they are worth nothing.
+    decomposition. Values below 1e-8 of the largest lose digits; as updates they are worth nothing. Their vectors are
+    orthogonal to the others all the same, because they come from a QR decomposition.
     """
     if G.shape[0] < G.shape[1]:
         right, values, left = _largest(G.T, k)
@@ -320,7 +321,8 @@ def _largest(G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(G.T @ G)  # ascending
     right = vectors.flip(1)[:, :k]  # (d_in, k)
     values = squares.flip(0)[:k].clamp_min(0).sqrt()
-    return G @ right / values.clamp_min(torch.finfo(G.dtype).tiny), values, right
+    left, triangle = torch.linalg.qr(G @ right)  # (d_out, k); the triangle is diagonal up to rounding: ± values
+    return left * torch.where(triangle.diagonal() < 0, -1.0, 1.0), values, right
 
 
 @contextmanager
@@ -340,7 +342,7 @@ def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, Sequence[_Gradient
 
         return after_forward
 
-    leaves: list[Tensor] = [part for layer in layers.values() for part in (layer.A, layer.B)]
+    leaves: list[Tensor] = [part for layer in layers.values() for part in layer.stored]  # what the forward pass uses
     wanted = [leaf.requires_grad for leaf in leaves]
     handles = [layers[name].module.register_forward_hook(watch(own)) for name, own in sums.items()]
     try:

@@ -46,6 +46,7 @@ class Loop:
             self.optimizer,
             allocator,
             validation_batch=model.batch(VALIDATION),
+            train_batches=lambda: [model.batch(number) for number in range(2)],
             total_steps=steps,
             seed=7,
         )

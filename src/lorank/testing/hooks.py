@@ -23,6 +23,7 @@ HOOKS = (
     "start",
     "try_out",
     "before_step",
+    "lr_factor",
     "after_step",
     "due",
     "allocate",

@@ -242,6 +242,7 @@ class Ranks:
         if not self._attached:
             return
         self._attached = False
+        self._rate.restore()
         attached_runs.remove(self)
         if self._state_unused:  # the next run of this optimiser goes on from the checkpoint
             self._run.optimizer.param_groups[0][STATE_KEY] = self.state_dict()
@@ -411,6 +412,7 @@ class Ranks:
     # The hooks of the optimiser, in the order in which they run.
 
     def _begin_step(self) -> None:
+        self._rate.restore()  # if the step before failed
         require_trainable(self._run)
         if STATE_KEY in self._run.optimizer.param_groups[0]:  # the optimiser's load_state_dict ran no hooks
             self._apply_loaded_state()

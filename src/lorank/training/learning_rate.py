@@ -54,7 +54,8 @@ def stated_peak(group: Mapping[str, Any], first_rate: float) -> float:
 class ScaledRate:
     """Multiplies the learning rate of the groups that hold the adapter for the time of one step.
 
-    Schedules read and change the optimiser's rate between steps, where it is always the user's.
+    Schedules read and change the optimiser's rate between steps, where it is always the user's. A step that fails may
+    leave its rate, until the next one begins or the run ends; a rate that was set in between is then left alone.
 
     Args:
         optimizer: the optimiser.
@@ -63,7 +64,7 @@ class ScaledRate:
 
     def __init__(self, optimizer: torch.optim.Optimizer, layers: AdapterLayers) -> None:
         self._optimizer, self._layers = optimizer, layers
-        self._before: list[tuple[dict[str, Any], Any]] = []
+        self._before: list[tuple[dict[str, Any], Any, Any]] = []  # group, rate before and in the step
 
     def multiply(self, factor: float) -> None:
         """Multiplies the rates by ``factor``, until :meth:`restore`. Optimisers without a rate are left alone."""
@@ -73,11 +74,12 @@ class ScaledRate:
         ids = {id(weight) for layer in self._layers.values() for weight in (layer.A, layer.B)}
         for group in self._optimizer.param_groups:
             if group.get("lr") is not None and any(id(p) in ids for p in group["params"]):
-                self._before.append((group, group["lr"]))
-                group["lr"] = group["lr"] * factor
+                before, group["lr"] = group["lr"], group["lr"] * factor
+                self._before.append((group, before, group["lr"]))
 
     def restore(self) -> None:
         """Gives every group its own rate again."""
-        for group, lr in self._before:
-            group["lr"] = lr
+        for group, before, scaled in self._before:
+            if group["lr"] is scaled:
+                group["lr"] = before
         self._before = []

@@ -8,21 +8,19 @@ the fused forward is not supported: a gate per sample, ``lora_bias``, a dropout 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorank.lora.gramian_sums import LayerGramians
 from lorank.lora.kernels.dora import fused_dora, row_norms
 from lorank.lora.kernels.lora import fused_lora
 from lorank.lora.kernels.onednn import FrozenLinear
 from lorank.lora.kernels.sparse_dropout import Dropout, DroppedInput
 from lorank.lora.variants import dora, merging
-
-if TYPE_CHECKING:
-    from lorank.lora.gramians import LayerGramians
 
 
 class FusedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped

@@ -2,8 +2,12 @@
 
 float16 training scales the loss, so that small gradients do not become zero. It skips steps whose gradients overflow.
 ``torch.amp.GradScaler`` divides the gradients of the optimiser's parameters by the scale before the step. There are two
-exceptions. Learned gates are in no optimiser, so their gradients stay scaled. Fused optimisers receive the scale and
-an overflow flag, and apply both themselves, so their ``step`` may leave the weights unchanged.
+exceptions. Learned gates are in no optimiser, so their gradients stay scaled, and so do the Gramians of backward passes
+(:mod:`lorank.lora.gramians`). Fused optimisers receive the scale and an overflow flag, and apply both themselves, so
+their ``step`` may leave the weights unchanged.
+
+What gates and Gramians hold of backward passes is thrown away with the gradients, also where the loop resets these
+without a step, as after an overflow.
 """
 
 from __future__ import annotations
@@ -64,8 +68,8 @@ class GradScaling(Integration):
             setattr(optimizer, "grad_scale", None)  # noqa: B010  # the scaler's own attribute, unknown to type checkers
         if self._scaler is not None and run.layers.gates is not None:
             run.layers.gates.grad.div_(self._scaler.get_scale())
-        if self._scaler is not None and gramians is not None:
-            gramians.unscale(self._scaler.get_scale())
+        if gramians is not None and (self._scaler is not None or scale is not None):
+            gramians.unscale(float(scale) if self._scaler is None else self._scaler.get_scale())
 
     def after_step(self, run: RunState) -> None:
         self._forward_count = 0
@@ -75,28 +79,33 @@ class GradScaling(Integration):
             self._handle.remove()
 
     def _before_forward(self, model: nn.Module, _: Any) -> None:
-        """Resets the gradients of the gates if the loop has reset its gradients without a step."""
-        gates = self._layers.gates
-        if gates is None or not (model.training and torch.is_grad_enabled()):
+        """Resets the gradients of the gates, and the Gramians, if the loop has reset its gradients without a step."""
+        gates, gramians = self._layers.gates, self._layers.gramians
+        if gramians is not None and not gramians.collecting:
+            gramians = None
+        if (gates is None and gramians is None) or not (model.training and torch.is_grad_enabled()):
             return
         if any(layer.pool is not None for layer in self._layers.values()):
             return  # DeepSpeed keeps its own gradients, and never resets them without a step
-        device = gates.values.device.type
+        device = next(iter(self._layers.values())).A.device.type if gates is None else gates.values.device.type
         fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         if fp16 and self._scaler is None and not self._warned:
             self._warned = True
             logger.warning(
                 "the model trains in float16 autocast, and lorank was given no gradient scaler. If there is a scaler, "
-                "its scale stays in the gradients of the learned gates: use attach(…, grad_scaler=scaler)"
+                "its scale stays in what the method reads of gradients: use attach(…, grad_scaler=scaler)"
             )
         self._forward_count += 1
         if self._forward_count > 1 and self._gradients_were_reset(gates):
-            gates.clear_grad()
+            if gates is not None:
+                gates.clear_grad()
+            if gramians is not None:
+                gramians.clear()
 
-    def _gradients_were_reset(self, gates: LearnedGates) -> bool:
+    def _gradients_were_reset(self, gates: LearnedGates | None) -> bool:
         """Whether the loop has set the gradients of A and B to None or to zero since they were computed."""
         grads = [p.grad for layer in self._layers.values() for p in (layer.A, layer.B) if p.grad is not None]
         if any(bool(grad.any()) for grad in grads):
             return False
         # If all gates are zero (as at the start of AdaLoRA), the gradients of A and B are zero without a reset.
-        return not grads or bool(gates.values.any()) or not bool(gates.grad.isfinite().all())
+        return not grads or gates is None or bool(gates.values.any()) or not bool(gates.grad.isfinite().all())

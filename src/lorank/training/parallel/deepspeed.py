@@ -144,8 +144,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return unwrap_optimizer(self._zero.optimizer)
 
     @property
-    def shows_state_of(self) -> torch.optim.Optimizer:
-        """The optimiser whose rules hold for the state of this one (:func:`lorank.lora.optimizer_rules.find_rule`)."""
+    def stands_for(self) -> torch.optim.Optimizer:
+        """The optimiser whose moments are this one's state (:func:`lorank.lora.optimizer_rules.find_rule`)."""
         return self.inner
 
     def take_over(self) -> None:
