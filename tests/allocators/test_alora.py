@@ -203,7 +203,6 @@ def test_balanced_scores_are_those_of_the_passes_since_the_last_round() -> None:
     """The first round's scores, against Gramians of the same passes in the same order, by stored z and gradients."""
     model = adapted(tiny_llama(), lora_dropout=0.0)
     twin = copy.deepcopy(model)
-    first = []
     ranks = attach(
         model, adamw(model), ALoRA(**ROUNDS, scores="balanced"), validation_batch=token_batch(), total_steps=9
     )
@@ -220,10 +219,14 @@ def test_balanced_scores_are_those_of_the_passes_since_the_last_round() -> None:
             own.step()
             own.zero_grad()
     first = ranks.history.allocations[0].scores
-    tokens = max(sum(int((part.grad != 0).any(-1).sum()) for part in parts) for parts in z.values())
+    # the last position has no label: in the last block its gradient is zero, or rounding
+    counted = {
+        name: [part.grad.abs().amax(-1) > 1e-5 * part.grad.abs().max() for part in parts] for name, parts in z.items()
+    }
+    tokens = max(sum(int(own.sum()) for own in some) for some in counted.values())
     for name, parts in z.items():
-        values = torch.cat([part.detach().flatten(0, 1)[(part.grad != 0).any(-1).flatten()] for part in parts]).double()
-        slopes = torch.cat([part.grad.flatten(0, 1)[(part.grad != 0).any(-1).flatten()] for part in parts]).double()
+        values = torch.cat([part.detach()[own] for part, own in zip(parts, counted[name], strict=True)]).double()
+        slopes = torch.cat([part.grad[own] for part, own in zip(parts, counted[name], strict=True)]).double()
         Z, D = values.T @ values / len(values), slopes.T @ slopes * (tokens / 2) / 2
         expected = torch.linalg.eigvals(Z @ D).real.sort(descending=True).values
         torch.testing.assert_close(torch.tensor(first[name]).double(), expected, rtol=2e-3, atol=1e-9)
