@@ -67,6 +67,7 @@ class TestSchedule:
         ({"second_moments": "one"}, "expected one of zero, mean"),
         ({"scores": "balanced", "terms": "alone"}, "terms belongs to the scores by ablation"),
         ({"scores": "balanced", "engine": "reference"}, "engine belongs to the scores by ablation"),
+        ({"scores": "balanced", "samples": 64}, "samples belongs to the scores by ablation"),
         ({"scores": "balanced", "rotate": True}, "balanced scores are in their own basis already"),
         ({"per_parameter": True}, r"Give terms='without' or 'alone', or scores='balanced'"),
         ({"samples": 0}, r"samples=0\): expected a whole number of at least 1, or None"),
@@ -156,6 +157,14 @@ def test_how_many_samples_a_method_asks_for() -> None:
     assert ALoRA(scores="screen").validation_samples == 32
     assert ALoRA().validation_samples == ALoRA(scores="first_order").validation_samples == 128
     assert ALoRA(scores="exact", samples=5).validation_samples == 5
+
+
+def test_samples_of_the_users_choice_also_give_the_gradient() -> None:
+    gradient = {"scores": "balanced", "new_ranks": "gradient"}
+    assert ALoRA(**gradient, samples=40).validation_samples == 40
+    assert ALoRA(**gradient).validation_samples == 128
+    assert ALoRA(scores="exact", new_ranks="gradient").validation_samples == 128
+    assert ALoRA(scores="exact", rotate=True).validation_samples == 32
 
 
 ROUNDS = {"k1": 2, "k2": 2, "rounds": 2, "unit": "steps"}

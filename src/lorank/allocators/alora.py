@@ -83,7 +83,10 @@ class ALoRA(RoundAllocator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scores == "balanced":
-            for name, value, default in (("terms", self.terms, "both"), ("engine", self.engine, "exact")):
+            own: list[tuple[str, object, object]] = [("terms", self.terms, "both"), ("engine", self.engine, "exact")]
+            if self.new_ranks == "random":  # else these samples give the gradient
+                own.append(("samples", self.samples, None))
+            for name, value, default in own:
                 if value != default:
                     raise ScheduleError(
                         f"ALoRA(scores='balanced', {name}={value!r}): {name} belongs to the scores by ablation; leave "
@@ -100,6 +103,10 @@ class ALoRA(RoundAllocator):
                 "far from 0 also for a rank that adds nothing, so it cannot be divided by what the rank costs. Give "
                 "terms='without' or 'alone', or scores='balanced'"
             )
+
+    @property
+    def validation_samples(self) -> int:
+        return super().validation_samples if self.samples is None else self.samples
 
     @property
     def scorer(self) -> Scorer:
