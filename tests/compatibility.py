@@ -12,6 +12,7 @@ from dataclasses import dataclass
 ROWS = {
     "static": "LoRA, rsLoRA",
     "dora": "DoRA, with ALoRA",
+    "balanced": "BalancedLoRA",
     "alora-first-order": "ALoRA",
     "alora": "ALoRA, exact scores",
     "alora-sensi": "ALoRA-Sensi",
@@ -69,8 +70,8 @@ def _quantised(base: str) -> Callable[[str], Cell]:
 _TOGETHER = "test_two_processes_have_the_same_and_what_one_would_have"
 _FILES = {"ddp": f"{TRAINING}/parallel/test_ddp.py", "fsdp2": f"{TRAINING}/parallel/test_fsdp.py"}
 _IN_TESTS = {
-    "ddp": {"alora", "alora-first-order", "alora-dnas", "adalora", "sora", "ard"},
-    "fsdp2": {"alora", "alora-first-order", "adalora"},
+    "ddp": {"alora", "alora-first-order", "alora-dnas", "adalora", "sora", "ard", "balanced"},
+    "fsdp2": {"alora", "alora-first-order", "adalora", "balanced"},
 }
 _OTHER_NAMES = {"ard-heads": "ard per head", "dora": "DoRA"}
 
@@ -96,8 +97,9 @@ def _zero3(method: str) -> Cell:
     file = f"{TRAINING}/parallel/test_deepspeed.py"
     if method in refused:
         return Cell("refused", f"{file}::test_unsupported_runs_are_refused[{refused[method]}]")
-    if method in ("alora", "sora"):
-        return Cell("yes", f"{file}::test_ranks_and_losses_are_those_of_one_process[ZeRO-3, {method}]")
+    if method in ("alora", "sora", "balanced"):
+        says = 'with init="default"' if method == "balanced" else "yes"
+        return Cell(says, f"{file}::test_ranks_and_losses_are_those_of_one_process[ZeRO-3, {method}]")
     return Cell("yes", f"docs/distributed.md: | zero3 | 2 | {method} |")
 
 
@@ -108,6 +110,10 @@ def _compiled(method: str) -> Cell:
     if method == "alora":
         name = "test_every_change_of_ranks_compiles_once_however_many_there_are[wrapped]"
         return Cell("yes", f"{file}::{name}")
+    if method == "balanced":
+        return Cell(
+            "scored on a validation batch", "tests/allocators/test_balanced.py::TestCompiled::test_it_measures_there"
+        )
     if method == "alora-sensi":
         return Cell("as ALoRA", f"{file}::test_methods_compile[alora-first-order]")
     return Cell("yes", f"{file}::test_methods_compile[{method}]")

@@ -335,6 +335,28 @@ class TestResume:
     def test_in_other_forms(self, lora: dict[str, Any]) -> None:
         same_run(QUICK, 4, **lora)
 
+    @pytest.mark.parametrize("later", [5, 9, SHORT])
+    def test_going_back_in_the_same_process(self, later: int) -> None:
+        """To step 4, in the middle of a window, from a later step; the passes since then do not count."""
+        model, optimizer, ranks = attach(QUICK)
+        train(model, optimizer, ranks, 4)
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        ends = []
+        train(model, optimizer, ranks)
+        ends.append(copy.deepcopy(dict(model.state_dict())))
+        if later < SHORT:  # a run that has not ended
+            model, optimizer, ranks = attach(QUICK)
+            train(model, optimizer, ranks, later)
+            model(**token_batch(seed=77)).loss.backward()
+            optimizer.zero_grad()
+        optimizer.load_state_dict(saved[1])
+        model.load_state_dict(saved[0])
+        assert ranks.step == 4
+        train(model, optimizer, ranks)
+        ends.append(dict(model.state_dict()))
+        assert ends[0].keys() == ends[1].keys()
+        assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
     def test_a_resumed_run_needs_no_training_batches(self) -> None:
         model, optimizer, ranks = attach(BalancedLoRA(2))
         train(model, optimizer, ranks, 2)
@@ -401,6 +423,20 @@ class TestEnds:
         model.train()
         train(model, optimizer, ranks)
         assert_used(ranks.budget, ranks)
+
+
+@pytest.mark.parametrize("total", [2, 20])
+def test_a_cut_without_a_gradient_to_judge_by_is_told(total: int, caplog: pytest.LogCaptureFixture) -> None:
+    """In a run of two steps the first one has B = 0. With a validation batch ranks are scored on it."""
+    model, optimizer, ranks = attach(BalancedLoRA(2, init="default"), total)
+    train(model, optimizer, ranks)
+    said = [record.details["gramians"] for record in ranks.history.allocations]
+    assert (said[0] == "none") == (total == 2)
+    assert ("every module keeps its first ranks" in caplog.text) == (total == 2)
+    assert max(ranks.layers.ranks.values()) - min(ranks.layers.ranks.values()) <= 1 or total > 2
+    model, optimizer, ranks = attach(BalancedLoRA(2, init="default"), total, validation_batch=token_batch(seed=99))
+    train(model, optimizer, ranks)
+    assert "none" not in [record.details["gramians"] for record in ranks.history.allocations]
 
 
 class TestCompiled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import lorank
 from lorank.errors import ValidationBatchError
 from lorank.lora import find_layers, fuse_
 from lorank.scoring import measure_gramians
@@ -39,6 +40,17 @@ def test_two_batches_of_one_size_are_their_union() -> None:
         one = measure_gramians(model, layers, [whole])[name]
         torch.testing.assert_close(pair.Z, one.Z, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(pair.D, one.D, rtol=1e-9, atol=1e-12)
+
+
+def test_reserved_ranks_change_nothing() -> None:
+    """With a pool the model computes with padded copies of A and B."""
+    plain, roomy = (adapted(tiny_llama()).double() for _ in range(2))
+    lorank.reserve_(roomy, 7)
+    expected = measure_gramians(plain, find_layers(plain), [token_batch()])
+    for name, pair in measure_gramians(roomy, find_layers(roomy), [token_batch()]).items():
+        assert float(pair.D.abs().max()) > 0
+        torch.testing.assert_close(pair.Z, expected[name].Z, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(pair.D, expected[name].D, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
+import lorank
 from lorank.errors import ValidationBatchError
 from lorank.lora import AdapterLayers, find_layers
 from lorank.scoring import WeightGradient, weight_gradient, weight_gradients
@@ -93,6 +94,17 @@ def test_the_range_finder_comes_close_and_never_above(kind: str, monkeypatch: py
         best, left = torch.linalg.norm(values[4:]), torch.linalg.norm(G - whole(one))
         assert left <= 1.5 * best + 1e-5 * values[0]
         assert float(torch.linalg.norm(G @ one.right)) >= 0.9 * float(torch.linalg.norm(values[:4]))
+
+
+def test_reserved_ranks_change_nothing() -> None:
+    """With a pool the model computes with padded copies of A and B."""
+    plain, roomy = (adapted(tiny_llama()).double() for _ in range(2))
+    lorank.reserve_(roomy, 7)
+    expected = weight_gradients(plain, find_layers(plain), [token_batch()], 4)
+    found = weight_gradients(roomy, find_layers(roomy), [token_batch()], 4)
+    for name, one in expected.items():
+        assert float(one.values[0]) > 0
+        torch.testing.assert_close(found[name].values, one.values, rtol=1e-5, atol=0)
 
 
 def test_it_leaves_no_trace() -> None:

@@ -19,7 +19,7 @@ from tests.methods import METHODS, STEPS
 from tests.models import adapted, tiny_llama, token_batch
 from tests.training.loops import QUICK, adamw, run_loop
 
-RESIZING = ["alora", "alora-sensi", "alora-dnas", "adalora", "sora", "ard", "ard-heads"]
+RESIZING = ["balanced", "alora", "alora-sensi", "alora-dnas", "adalora", "sora", "ard", "ard-heads"]
 
 
 def trained(method: str, change: Callable[[lorank.Ranks], None], **lora: Any) -> lorank.Ranks:

@@ -36,7 +36,7 @@ def test_no_steps() -> None:
     ("given", "message"),
     [
         ("alora", r"the method is 'alora', expected an allocator: give lorank\.ALoRA\(\), with its settings"),
-        ("lora", r"the method is 'lora', .* give one of lorank\.StaticLoRA\(\), lorank\.ALoRA\(\), "),
+        ("lora", r"the method is 'lora', .* give one of lorank\.StaticLoRA\(\), lorank\.BalancedLoRA\(\), "),
         (lorank.SoRA, r"the method is the class SoRA, .* make it with its settings: SoRA\(\)"),
         (None, r"the method is a NoneType, .* give one of"),
     ],

@@ -242,7 +242,7 @@ def everything_on(model: torch.nn.Module) -> list[tuple[str, ...]]:
     ]
 
 
-@pytest.mark.parametrize("method", ["alora", "adalora", "sora", "ard-heads"])
+@pytest.mark.parametrize("method", ["alora", "adalora", "sora", "ard-heads", "balanced"])
 def test_after_a_run_only_modules_at_rank_0_carry_anything(method: str) -> None:
     model = adapted(tiny_llama(), random_B=False, **METHODS[method].lora).train()
     before = everything_on(model)

@@ -58,7 +58,7 @@ def trainer_of(folder: Path, trained: nn.Module, method: str, **options: Any) ->
     return Trainer(trained, settings, train_dataset=rows(8, seed=0), callbacks=[callback])
 
 
-@pytest.mark.parametrize("method", ["sora", "adalora", "alora", "ard-heads"])
+@pytest.mark.parametrize("method", ["sora", "adalora", "alora", "ard-heads", "balanced"])
 def test_a_trainers_run_of_a_larger_model_is_saved_and_resumed_bitwise(method: str, tmp_path: Path) -> None:
     model = Headed()
     trainer_of(tmp_path, model, method).train()

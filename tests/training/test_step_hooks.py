@@ -75,7 +75,7 @@ def assert_same(run: Run, expected: Run) -> None:
 
 
 @pytest.mark.parametrize("form", WITH_CLOSURE)
-@pytest.mark.parametrize("method", ["adalora", "alora-sensi", "sora", "ard", "ard-heads", "alora-dnas"])
+@pytest.mark.parametrize("method", ["adalora", "alora-sensi", "sora", "ard", "ard-heads", "alora-dnas", "balanced"])
 def test_a_closure_changes_nothing(method: str, form: str) -> None:
     """Losses, ranks, weights, moments and the method's state are bitwise equal."""
     run, expected = Run(method), Run(method)

@@ -22,6 +22,7 @@ comes late has few steps left. So this method chooses among directions that were
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -36,6 +37,8 @@ from lorank.allocators.settings import settings
 from lorank.errors import ScheduleError, ValidationBatchError
 from lorank.lora import AdapterLayers, LayerPlan, Plan, plan_for_rank
 from lorank.scoring import BalancedScorer
+
+logger = logging.getLogger("lorank")
 
 WINDOW = 0.5
 """Gramians are averaged over this last part of the steps before each cut: weights still move fast before it."""
@@ -73,6 +76,10 @@ class BalancedLoRA(Allocator):
     @property
     def watches_passes(self) -> bool:
         return True
+
+    @property
+    def own_backward(self) -> bool:
+        return self.init == "gradient"
 
     @property
     def wants_train_batches(self) -> bool:
@@ -169,8 +176,15 @@ class BalancedLoRA(Allocator):
         if not float(state["steps"]) and context.validation_batch is None:  # it stops before any pass was watched
             order = {name: -torch.arange(rank).double() for name, rank in layers.ranks.items()}
             kept = budget.keep_best(order)
+            logger.warning(
+                "step %d: BalancedLoRA has seen no gradient of any rank since the last cut, or none that was finite, "
+                "so every module keeps its first ranks. In a short run this is so at the first step",
+                context.step,
+            )
             return Allocation(
-                {name: LayerPlan(some) for name, some in kept.items() if len(some) < layers[name].rank}, order
+                {name: LayerPlan(some) for name, some in kept.items() if len(some) < layers[name].rank},
+                order,
+                {"gramians": "none"},
             )
         found = self._scorer.score(context, state, lambda scores: ())
         kept = budget.keep_best(budget.per_cost(found.values))

@@ -69,7 +69,7 @@ def measure_gramians(
     parts = list(batches)
     if not parts:
         raise ValidationBatchError("there is no batch to measure Gramians on: give at least one")
-    leaves = [part for layer in layers.values() for part in (layer.A, layer.B)]
+    leaves = [part for layer in layers.values() for part in layer.stored]  # what the forward pass uses
     wanted = [leaf.requires_grad for leaf in leaves]
     zeros = {name: torch.zeros(rank, rank, dtype=torch.float64) for name, rank in layers.ranks.items()}
     Z, D, tokens = dict(zeros), dict(zeros), dict.fromkeys(layers, 0)

@@ -334,6 +334,10 @@ class Ranks:
         restore_progress_(run, state)
         run.learns_gates = run.layers.gates is not None
         self._weights_replaced = False
+        self._rate.restore()
+        if run.layers.gramians is not None:  # passes of the run as it was before do not count
+            run.layers.gramians.clear()
+            run.layers.gramians.collecting = not run.finished
         self._integrations.after_resize(run)
 
     def _remember_beginning(self) -> None:

@@ -71,11 +71,17 @@ class ScaledRate:
         self.restore()
         if factor == 1:
             return
-        ids = {id(weight) for layer in self._layers.values() for weight in (layer.A, layer.B)}
-        for group in self._optimizer.param_groups:
-            if group.get("lr") is not None and any(id(p) in ids for p in group["params"]):
+        for group in self._groups():
+            if group.get("lr") is not None:
                 before, group["lr"] = group["lr"], group["lr"] * factor
                 self._before.append((group, before, group["lr"]))
+
+    def _groups(self) -> list[dict[str, Any]]:
+        own: list[dict[str, Any]] | None = getattr(self._optimizer, "rate_groups", None)
+        if own is not None:  # it stands for another optimiser, which makes the steps
+            return own
+        ids = {id(weight) for layer in self._layers.values() for weight in (layer.A, layer.B)}
+        return [group for group in self._optimizer.param_groups if any(id(p) in ids for p in group["params"])]
 
     def restore(self) -> None:
         """Gives every group its own rate again."""

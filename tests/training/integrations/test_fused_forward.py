@@ -70,8 +70,11 @@ def test_a_fused_run_equals_the_plain_run(name: str, dora: bool) -> None:
     """float64, whole tensors: losses, weights, moments, gates, over every reallocation."""
     (ours, our), (theirs, their) = (run(METHODS[name], fused=fused, use_dora=dora) for fused in (True, False))
     assert [record.ranks for record in ours.history] == [record.ranks for record in theirs.history]
+    looser = (
+        100 if name == "balanced" else 1
+    )  # a basis of eigenvectors depends on the last bits more than a choice does
     for a, b in zip(our, their, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(a, b, rtol=looser * 1e-7, atol=looser * 1e-9)
     assert not fused_layers(ours.layers)
 
 

@@ -55,7 +55,9 @@ class Loop:
         while self.ranks.step < STEPS:
             self.backward(i)
             if i in OVERFLOWS:
-                next(p for p in self.model.parameters() if p.grad is not None).grad.view(-1)[0] = torch.inf
+                next(p for p in self.model.parameters() if p.grad is not None and p.numel()).grad.view(-1)[0] = (
+                    torch.inf
+                )
                 if self.ranks.layers.gates is not None:
                     self.ranks.layers.gates.grad[0] = torch.inf
             if self.scaler is None:

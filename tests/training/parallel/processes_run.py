@@ -53,6 +53,8 @@ METHODS = {
     "alora-options": lambda: lorank.ALoRA(**ROUNDS, **OPTIONS),
     "alora-sensi": lambda: lorank.ALoRASensi(**ROUNDS),
     "alora-dnas": lambda: lorank.ALoRADNAS(**ROUNDS, search_rows=2),
+    "balanced": lambda: lorank.BalancedLoRA(wide=2, cuts=4, until=0.7),
+    "balanced-default": lambda: lorank.BalancedLoRA(wide=2, cuts=4, until=0.7, init="default"),
     "adalora": lambda: lorank.AdaLoRA(t_init=2, t_final=3, delta_t=1),
     "sora": lambda: lorank.SoRA(prune_every=1, until=0.8),
     "ard": lambda: lorank.ARDLoRA(**SEARCH, heads="module"),
@@ -167,6 +169,7 @@ def _train(case: Case, folder: Path, index: int, count: int, seen: Seen) -> None
         validation_batch=token_batch(
             4, seed=case.changes.get("batch_seed", 99) + index * case.changes.get("uneven", 0)
         ),
+        train_batches=lambda: [own_rows(token_batch(ROWS, seed=seed), index, count) for seed in (50, 51)],
         total_steps=STEPS,
         seed=7 + index * case.changes.get("seed", 0),
     )
@@ -219,7 +222,7 @@ def _step(case: Case, step: int, model: Any, optimizer: Any, index: int, count: 
     total = torch.zeros((), dtype=torch.float64)
     for micro in range(case.accumulate):
         batch = token_batch(ROWS, seed=100 * step + micro)
-        own = {key: value[index::count] for key, value in batch.items()}
+        own = own_rows(batch, index, count)
         last = micro == case.accumulate - 1
         if case.zero:
             loss = model(**own).loss
@@ -241,6 +244,11 @@ def _step(case: Case, step: int, model: Any, optimizer: Any, index: int, count: 
     if count > 1:
         dist.all_reduce(total)
     return float(total) / count
+
+
+def own_rows(batch: dict[str, Tensor], index: int, count: int) -> dict[str, Tensor]:
+    """This process's part of a global batch."""
+    return {key: value[index::count] for key, value in batch.items()}
 
 
 def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:

@@ -43,6 +43,7 @@ def test_so_do_four_processes(folder: Path, alone: Callable[..., Seen]) -> None:
 
 def test_a_run_of_two_processes_goes_on_in_two_bitwise(seen: dict[str, list[Seen]]) -> None:
     check_resumed_bitwise(seen["half"][0], seen["rest"], seen["alora"][0])
+    check_resumed_bitwise(seen["half, balanced"][0], seen["rest, balanced"], seen["balanced"][0])
 
 
 def test_a_run_of_one_process_goes_on_in_two(seen: dict[str, list[Seen]], alone: Callable[..., Seen]) -> None:

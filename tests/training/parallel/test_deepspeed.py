@@ -26,6 +26,8 @@ TRAINED = {
         ("ZeRO-2, adalora", "adalora", "zero2"),
         ("ZeRO-3, sora", "sora", "zero3"),
         ("ZeRO-1, ard", "ard", "zero1"),
+        ("ZeRO-2, balanced", "balanced", "zero2"),
+        ("ZeRO-3, balanced", "balanced-default", "zero3"),
     )
 }
 OTHERS = {
@@ -35,6 +37,7 @@ OTHERS = {
 REFUSED = {
     "ranks per head": (case_of("ard-heads", "zero2"), "heads='module'"),
     "backward passes under ZeRO-3": (case_of("alora-dnas", "zero3"), "use ZeRO-2"),
+    "a gradient start under ZeRO-3": (case_of("balanced", "zero3"), "BalancedLoRA with init='default'"),
     "estimates under ZeRO-3": (case_of("alora-first-order", "zero3"), "scores='exact'"),
     "no room": (replace(case_of("alora", "zero2"), changes={"room": None}), "lorank.reserve_(model, max_rank=…)"),
 }

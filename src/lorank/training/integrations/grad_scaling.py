@@ -68,8 +68,10 @@ class GradScaling(Integration):
             setattr(optimizer, "grad_scale", None)  # noqa: B010  # the scaler's own attribute, unknown to type checkers
         if self._scaler is not None and run.layers.gates is not None:
             run.layers.gates.grad.div_(self._scaler.get_scale())
-        if gramians is not None and (self._scaler is not None or scale is not None):
-            gramians.unscale(float(scale) if self._scaler is None else self._scaler.get_scale())
+        if gramians is not None and self._scaler is not None:
+            gramians.unscale(self._scaler.get_scale())
+        elif gramians is not None and scale is not None:
+            gramians.unscale(float(scale))
 
     def after_step(self, run: RunState) -> None:
         self._forward_count = 0

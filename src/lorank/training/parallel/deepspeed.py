@@ -58,13 +58,15 @@ class ZeroBackend(Backend):
         if self.lockstep and run.allocator.own_backward:
             raise LorankError(
                 f"{type(run.allocator).__name__} runs its own backward passes, for which ZeRO-3 does not gather the "
-                "parameters: use ZeRO-2, or scores from forward passes (ALoRA with scores='exact')"
+                "parameters: use ZeRO-2, or a method without (ALoRA with scores='exact', BalancedLoRA with "
+                "init='default')"
             )
         if run.allocator.moves_ranks:
             check_zero_rule(self.optimizer.inner)
         self.optimizer.take_over()
 
     def before_step(self, run: RunState) -> None:
+        self.optimizer.read_rates()
         if run.allocator.sees_gradients and not run.finished:
             self.optimizer.fetch()
             self.optimizer.fetch_gradients()
@@ -148,6 +150,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """The optimiser whose moments are this one's state (:func:`lorank.lora.optimizer_rules.find_rule`)."""
         return self.inner
 
+    @property
+    def rate_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups whose learning rate moves the adapter: those of the optimiser inside ZeRO's."""
+        return [self._adapter_group()]
+
+    def read_rates(self) -> None:
+        """Copies the learning rate of the optimiser inside ZeRO's, and what its schedule states."""
+        self.param_groups[0].update(self._learning_rates())
+
     def take_over(self) -> None:
         """Makes the engine call this optimiser's ``step``, and save this optimiser's rank state in its checkpoints."""
         self._zero.step, self._zero.load_state_dict = self.step, self._load_and_run_hooks  # on the instance
@@ -167,7 +178,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Fetched gradients are stored first, because a method may have changed them.
         """
-        self.param_groups[0].update(self._learning_rates())
         self.store_gradients()
         return self._zero_step() if closure is None else self._zero_step(closure)
 
