@@ -29,7 +29,8 @@ def _alora(title: str, **settings: object) -> Method:
 
 
 def _ard(title: str, **settings: object) -> Method:
-    return Method(title, lambda: lorank.ARDLoRA(budget=FULL, **settings))  # type: ignore[arg-type]
+    # 162 heads and modules with a rank each would be more than the budget
+    return Method(title, lambda: lorank.ARDLoRA(budget=FULL, min_rank=0, **settings))  # type: ignore[arg-type]
 
 
 OPTIONS: dict[str, tuple[str, Method]] = {
@@ -54,7 +55,7 @@ OPTIONS: dict[str, tuple[str, Method]] = {
             **MEAN,
         ),
     ),
-    "ard": ("ard", METHODS["ard"]),
+    "ard": ("ard", _ard("ARD-LoRA, `min_rank=0`")),
     "ard_gradient": ("ard", _ard('`new_ranks="gradient"`', **GRADIENT)),
     "ard_mean": ("ard", _ard('`second_moments="mean"`', **MEAN)),
     "ard_both": ("ard", _ard("both", **GRADIENT, **MEAN)),
