@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test lint format clean
 help:
-	@echo "make demo    adapt a tiny Llama to Python's reference manual, static LoRA against ALoRA (4 minutes, offline)"
+	@echo "make demo    adapt a tiny Llama to Python's reference manual, LoRA, ALoRA and BalancedLoRA (2 minutes, offline)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  let ruff format and mend what it can"

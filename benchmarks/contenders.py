@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import lorank
 from benchmarks.shapes import Shape
 from lorank.lora import AdapterLayer, HeadGroups, head_groups
+from lorank.scoring import BalancedScorer
 
 RANK = 8
 LONG = 100_000
@@ -103,6 +104,7 @@ class Contender:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)  # the Trainer's default
         self.ranks: lorank.Ranks | None = None
+        self.start_seconds = 0.0
         self._after, self._steps = after, 0
 
     @property
@@ -183,6 +185,7 @@ class Maker:
             allocator,
             total_steps=total_steps,
             validation_batch=self.batch if allocator.needs_validation_batch else None,
+            train_batches=[self.batch],
             progress=False,
         )
         return contender
@@ -210,6 +213,21 @@ def _parameters_per_rank(layer: AdapterLayer, groups: HeadGroups | None) -> int:
     return groups.count * (groups.size + (layer.d_in if groups.kind == "rows" else layer.d_out))
 
 
+@dataclass(frozen=True)
+class Watched(lorank.StaticLoRA):
+    """Static LoRA that adds up Gramians in every step, as BalancedLoRA does before its cuts."""
+
+    @property
+    def watches_passes(self) -> bool:
+        return True
+
+    def start(self, layers: lorank.AdapterLayers, run: lorank.TrainingInfo) -> dict[str, Tensor]:
+        return BalancedScorer().start(layers, run)
+
+    def before_step(self, context: lorank.Context, state: dict[str, Tensor]) -> None:
+        BalancedScorer().before_step(context, state)
+
+
 def contenders(base: Base, dropout: float) -> dict[str, Contender]:
     """The contenders by name, one per row of the table."""
     make = Maker(base, dropout)
@@ -219,6 +237,7 @@ def contenders(base: Base, dropout: float) -> dict[str, Contender]:
         "PEFT DoRA": Contender(make.peft(use_dora=True), make.batch),
         "PEFT AdaLoRA": make.peft_adalora(),
         "static": make.attached(lorank.StaticLoRA()),
+        "… with Gramians": make.attached(Watched()),
         "ALoRA": make.attached(lorank.ALoRA(unit="epochs")),
         "ARD-LoRA": make.ard(),
         "AdaLoRA": make.attached(lorank.AdaLoRA(t_init=0, t_final=1, delta_t=10)),

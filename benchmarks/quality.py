@@ -21,7 +21,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 warnings.simplefilter("ignore")
 
 import torch  # noqa: E402  # after the warnings of the libraries that it imports
+from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import set_seed  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
@@ -36,7 +37,7 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 import lorank  # noqa: E402
 from lorank.config.sections import ModelSettings  # noqa: E402
 from lorank.experiments.models import load_model, load_tokenizer  # noqa: E402
-from lorank.lora import find_layers, make_peft_model  # noqa: E402
+from lorank.lora import LayerPlan, NewVectors, find_layers, make_peft_model, resize_  # noqa: E402
 from lorank.tasks import Task, build_task, mean_loss  # noqa: E402
 from lorank.tasks.settings import (  # noqa: E402
     ClassificationSettings,
@@ -92,6 +93,9 @@ class Method:
         allocator: makes the allocator.
         rank: the rank of the adapter when it is made.
         prepare: changes a fresh adapter before the optimiser is made: (model, batches of training data, seed).
+        after: a method whose final A (with its ranks) of the same task, length and seed begins this one: with its rows
+            as directions, or with the ranks alone.
+        directions: see ``after``.
         batches: whether the allocator itself reads the training batches.
     """
 
@@ -100,7 +104,8 @@ class Method:
     rank: int = RANK
     prepare: Callable[[nn.Module, list[Any], int], None] | None = None
     batches: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    after: str | None = None
+    directions: bool = False
 
 
 BUDGET = f"{100 / 2:g}% of adapter"
@@ -126,10 +131,14 @@ METHODS: dict[str, Method] = {
     "balanced": Method("BalancedLoRA", lorank.BalancedLoRA, batches=True),
     "balanced2": Method("BalancedLoRA, wide=2", lambda: lorank.BalancedLoRA(wide=2), batches=True),
     "balanced1": Method("BalancedLoRA, wide=1", lambda: lorank.BalancedLoRA(wide=1), batches=True),
+    "final_ranks": Method("BalancedLoRA's final ranks, random A", lorank.StaticLoRA, after="balanced"),
+    "final_directions": Method(
+        "BalancedLoRA's final ranks and directions", lorank.StaticLoRA, after="balanced", directions=True
+    ),
     "alora": Method("ALoRA", lambda: lorank.ALoRA(budget="100% of adapter")),
     "sora": Method("SoRA, from twice", lambda: lorank.SoRA(budget=BUDGET), 2 * RANK),
     "adalora": Method("AdaLoRA, from twice", lambda: lorank.AdaLoRA(budget=BUDGET), 2 * RANK),
-    "ard": Method("ARD-LoRA", lambda: lorank.ARDLoRA(budget="100% of adapter")),
+    "ard": Method("ARD-LoRA", lambda: lorank.ARDLoRA(budget="100% of adapter", min_rank=0)),
 }
 
 
@@ -147,6 +156,10 @@ class Run:
     def key(self) -> tuple[Any, ...]:
         return (self.task, self.method, self.steps, self.lr, self.seed)
 
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, self.key))
+
 
 @cache
 def task_of(name: str) -> Task:
@@ -154,8 +167,25 @@ def task_of(name: str) -> Task:
     return build_task(settings, load_tokenizer(ModelSettings(name=CASES[name].model)))
 
 
-def train(run: Run) -> dict[str, Any]:
-    """Trains one model, and returns its line of results."""
+def begin_as_(model: nn.Module, A: Mapping[str, torch.Tensor], *, directions: bool, seed: int) -> None:
+    """Gives a fresh adapter the ranks of another one, and perhaps its directions, each of the norm of PEFT's rows."""
+    layers = find_layers(model)
+    norm = float(torch.cat([layer.A.detach().norm(dim=1) for layer in layers.values()]).mean())
+    rows = {name: nn.functional.normalize(values, dim=1) * norm for name, values in A.items()}
+    plan = {
+        name: LayerPlan((), len(values), vectors=NewVectors(values) if directions else None)
+        for name, values in rows.items()
+    }
+    resize_(layers, plan, seed=seed)
+
+
+def train(run: Run, adapters: Path) -> dict[str, Any]:
+    """Trains one model, and returns its line of results.
+
+    Args:
+        run: the run.
+        adapters: a folder for the final A of every run, which some methods begin with.
+    """
     case, method, task = CASES[run.task], METHODS[run.method], task_of(run.task)
     set_seed(run.seed)
     base = load_model(ModelSettings(name=case.model), task)
@@ -167,13 +197,17 @@ def train(run: Run) -> dict[str, Any]:
         lora_dropout=case.dropout,
         target_modules="all-linear",
     )
-    order = _order(len(task.train), case.batch, run.steps, run.seed)
+    order = order_of(len(task.train), case.batch, run.steps, run.seed)
     held_out = task.validation
     scoring = task.collator(held_out[:32])  # part of the selection examples
     first = [task.collator([task.train[i] for i in rows]) for rows in order[:START_BATCHES]]
     began = time.perf_counter()
     if method.prepare is not None:
         method.prepare(model, first, run.seed)
+    if method.after is not None:
+        lr = best_lr(Results(adapters.with_suffix(".jsonl")).read(), run.task, method.after, run.steps)
+        before = adapters / f"{Run(run.task, method.after, run.steps, lr or 0.0, run.seed).name}.safetensors"
+        begin_as_(model, load_file(before), directions=method.directions, seed=run.seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=run.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, run.steps))
     ranks = lorank.attach(
@@ -201,6 +235,8 @@ def train(run: Run) -> dict[str, Any]:
         if step >= run.steps - 50:
             total += float(loss.detach()) / 50
     ranks.detach()
+    adapters.mkdir(parents=True, exist_ok=True)
+    save_file({name: layer.A.detach().clone() for name, layer in layers.items()}, adapters / f"{run.name}.safetensors")
     seconds = time.perf_counter() - began
     selection, report = held_out[:SELECTION], held_out[SELECTION : SELECTION + REPORT]
     line = {
@@ -229,7 +265,7 @@ def _accuracy(model: nn.Module, examples: Sequence[Any], task: Task) -> float:
     return right / len(examples)
 
 
-def _order(examples: int, batch: int, steps: int, seed: int) -> list[list[int]]:
+def order_of(examples: int, batch: int, steps: int, seed: int) -> list[list[int]]:
     """The rows of every training batch, in random order, epoch after epoch."""
     draw = torch.Generator().manual_seed(seed + 1_000_003)
     order: list[list[int]] = []
@@ -260,7 +296,7 @@ class Results:
     def claim(self, run: Run) -> bool:
         """Whether this process may do the run: it is not done, and no living process does it."""
         self._claims.mkdir(exist_ok=True)
-        name = self._claims / "-".join(map(str, run.key))
+        name = self._claims / run.name
         with (self._claims / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if run.key in {_key(line) for line in self.read()}:
@@ -278,7 +314,7 @@ class Results:
         with self.path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(json.dumps(line) + "\n")
-        (self._claims / "-".join(map(str, run.key))).unlink(missing_ok=True)
+        (self._claims / run.name).unlink(missing_ok=True)
 
 
 def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -298,8 +334,22 @@ def best_lr(lines: Sequence[Mapping[str, Any]], task: str, method: str, steps: i
     return None if best in (min(grid), max(grid)) and len(grid) < len(CASES[task].lrs) + 3 else best
 
 
+def finished(lines: Sequence[Mapping[str, Any]], task: str, method: str, steps: int) -> dict[int, Mapping[str, Any]]:
+    """The runs of the fresh seeds at the chosen learning rate, by seed."""
+    lr = best_lr(lines, task, method, steps)
+    return {
+        line["seed"]: line
+        for line in lines
+        if (line["task"], line["method"], line["steps"], line["lr"]) == (task, method, steps, lr)
+        and line["seed"] in SEEDS
+    }
+
+
 def wanted(lines: Sequence[Mapping[str, Any]], task: str, method: str, steps: int, seeds: int) -> Iterator[Run]:
     """The runs that are still to do, as far as they are known."""
+    after = METHODS[method].after
+    if after is not None and len(finished(lines, task, after, steps)) < len(SEEDS[:seeds]):
+        return
     grid = list(CASES[task].lrs)
     tried = {
         line["lr"]: line["selection"]
@@ -339,7 +389,7 @@ def main() -> None:
         run = next((run for run in todo if results.claim(run)), None)
         if run is None:
             return
-        line = train(run)
+        line = train(run, given.out.with_suffix(".adapters"))
         results.add(run, line)
         print(
             f"{run.task} {run.method} {run.steps} lr {run.lr:g} seed {run.seed}: selection {line['selection']:.4f} "

@@ -5,7 +5,9 @@
     ALoRA, exact         the paper's schedule: K1 one epoch, K2 a quarter, 8 rounds, ten epochs in total; the paper's
                          scores on 32 samples
     ALoRA                the same schedule; the default scores, two backward passes over 128 samples
-    AdaLoRA              lorank's AdaLoRA, starts with 1.5 times the ranks and ends with the same ranks as the others
+    AdaLoRA, SoRA        lorank's, start with 1.5 times the ranks and end with the same ranks as the others
+    static               lorank's plain LoRA
+    BalancedLoRA         starts with four times the ranks, and ends with as many parameters as plain LoRA
 
 The model is the packaged tiny Llama (3 M parameters, all linear maps except the head adapted, dropout 0.05) or a shape
 of benchmarks/shapes.py with random weights. Batches are random tokens, and every position has a label. All runs take
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +35,7 @@ import lorank  # noqa: E402
 from benchmarks.contenders import Base, Batch, Contender, Maker  # noqa: E402
 from benchmarks.measuring import peak_mib, seconds_of  # noqa: E402
 from benchmarks.shapes import LLAMA_MAPS, SHAPES, Shape  # noqa: E402
+from lorank.allocators import START_BATCHES  # noqa: E402
 from lorank.experiments.models import resolve  # noqa: E402
 
 EPOCHS = 10
@@ -45,16 +49,23 @@ class Result:
     Attributes:
         plain: seconds of each step without an allocation.
         allocating: seconds of each step with an allocation.
-        peak: peak memory of a step, MiB.
+        start: seconds of ``lorank.attach``.
+        peak: peak memory of the second step, MiB.
     """
 
     plain: list[float] = field(default_factory=list)
     allocating: list[float] = field(default_factory=list)
+    start: float = 0.0
     peak: float = 0.0
 
     @property
     def total(self) -> float:
-        return sum(self.plain) + sum(self.allocating)
+        return self.start + sum(self.plain) + sum(self.allocating)
+
+    @property
+    def method(self) -> float:
+        """The part of the run's time that is not steps: the start, and the allocations without their steps."""
+        return (self.start + len(self.allocating) * (self.round or 0.0)) / self.total
 
     @property
     def step(self) -> float:
@@ -82,6 +93,7 @@ def validation(make: Maker, rows: int) -> Batch:
 def runs(make: Maker, steps: int) -> dict[str, Contender]:
     def attached(allocator: lorank.Allocator, rank: int) -> Contender:
         contender = Contender(make.peft(fresh=True, r=rank, lora_alpha=rank), make.batch)
+        began = time.perf_counter()
         contender.ranks = lorank.attach(
             contender.model,
             contender.optimizer,
@@ -89,8 +101,10 @@ def runs(make: Maker, steps: int) -> dict[str, Contender]:
             total_steps=steps,
             steps_per_epoch=steps / EPOCHS,
             validation_batch=validation(make, allocator.validation_samples),
+            train_batches=batches(make, START_BATCHES),
             progress=False,
         )
+        contender.start_seconds = time.perf_counter() - began
         return contender
 
     more, every = make.rank * 3 // 2, max(1, steps // 100)
@@ -109,6 +123,9 @@ def runs(make: Maker, steps: int) -> dict[str, Contender]:
     return {
         "PEFT LoRA": Contender(make.peft(fresh=True), make.batch),
         "PEFT AdaLoRA": Contender(model, make.batch, model.base_model.update_and_allocate),
+        "static": attached(lorank.StaticLoRA(), make.rank),
+        "BalancedLoRA": attached(lorank.BalancedLoRA(), make.rank),
+        "SoRA": attached(lorank.SoRA(budget=make.rank), more),
         "ALoRA, exact": attached(lorank.ALoRA(scores="exact"), make.rank),
         "ALoRA": attached(lorank.ALoRA(unit="epochs"), make.rank),
         "AdaLoRA": attached(lorank.AdaLoRA(delta_t=every, budget=make.rank), more),
@@ -118,7 +135,7 @@ def runs(make: Maker, steps: int) -> dict[str, Contender]:
 def train(make: Maker, steps: int) -> dict[str, Result]:
     contenders = runs(make, steps)
     data, device = batches(make, 16), make.base.device
-    results = {name: Result() for name in contenders}
+    results = {name: Result(start=contender.start_seconds) for name, contender in contenders.items()}
     names = list(contenders)
     for step in range(steps):
         first = step % len(names)
@@ -152,15 +169,17 @@ def _forward_and_back(contender: Contender) -> Callable[[], None]:
 
 def table(results: dict[str, Result]) -> list[str]:
     lines = [
-        "| run | seconds | / PEFT LoRA | step, ms | / PEFT LoRA | rounds | each, in its steps | peak of a step, MiB |"
+        "| run | seconds | / PEFT LoRA | step, ms | / PEFT LoRA | rounds | each, in its steps "
+        "| start and rounds, of the run "
+        "| peak of a step, MiB |"
     ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     reference = results["PEFT LoRA"]
     for name, one in results.items():
         rounds = ["", ""] if one.round is None else [str(len(one.allocating)), f"{one.round / one.step:.1f}"]
         lines.append(
             f"| {name} | {one.total:.0f} | {one.total / reference.total:.3f} | {1000 * one.step:.1f} "
-            f"| {one.step / reference.step:.3f} | {' | '.join(rounds)} | {one.peak:.1f} |"
+            f"| {one.step / reference.step:.3f} | {' | '.join(rounds)} | {100 * one.method:.1f} % | {one.peak:.1f} |"
         )
     for name, one in results.items():
         if name.startswith("ALoRA") and one.round is not None and one.step < reference.step:

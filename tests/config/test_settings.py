@@ -142,8 +142,7 @@ def test_all_errors_come_at_once_with_the_nearest_known_key() -> None:
         (
             {"allocator": {"name": "alroa"}},
             "allocator.name: 'alroa' is not one of static, balanced, alora, alora_dnas, alora_sensi, ard, adalora, "
-            "sora, full; "
-            "did you mean alora?",
+            "sora, full; did you mean alora?",
         ),
         ({"allocator": {}}, "allocator.name: is missing, expected one of static, balanced, alora"),
         (

@@ -357,3 +357,105 @@ def test_trls_sft_trainer_allocates(tmp_path: Path) -> None:
     assert all(record.details["scored_by"] == "first_order" for record in allocations)
     reloaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "checkpoint-5")
     assert lorank.find_layers(reloaded).ranks == {k: r for k, r in allocations[-1].ranks.items() if r}
+
+
+class TestBalanced:
+    """A gradient start needs batches of training data. The callback draws them."""
+
+    def train(
+        self, folder: Path, allocator: lorank.Allocator, data=None, **options
+    ) -> tuple[lorank.Ranks, list[float]]:
+        torch.manual_seed(3)
+        callback = lorank.RankCallback(allocator, **options)
+        trainer = Trainer(
+            model=adapted(tiny_llama(), r=2),
+            args=TrainingArguments(
+                str(folder),
+                max_steps=12,
+                per_device_train_batch_size=4,
+                logging_steps=1,
+                save_steps=2,
+                report_to=[],
+                use_cpu=True,
+            ),
+            train_dataset=rows(24, seed=0) if data is None else data,
+            callbacks=[callback],
+        )
+        trainer.train()
+        return callback.ranks, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    def test_one_line_begins_wide_and_ends_within_the_budget(self, tmp_path: Path) -> None:
+        ranks, losses = self.train(tmp_path, lorank.BalancedLoRA())
+        sizes = [record.parameters for record in ranks.history]
+        assert [record.step for record in ranks.history] == [0, 1, 2, 4]
+        made = 2 * sum(d_in + d_out for d_in, d_out in ranks.history[0].shapes.values())
+        assert sizes[0] > 3 * made  # four times, as far as whole ranks fit
+        assert sizes == sorted(sizes, reverse=True)
+        assert 0.9 * made < sizes[-1] <= made
+        assert all(torch.isfinite(torch.tensor(losses)))
+
+    def test_the_data_and_their_order_are_those_of_any_run(self, tmp_path: Path) -> None:
+        seen: list[list[int]] = []
+
+        class Watched(list):
+            def __getitem__(self, index: int):
+                seen[-1].append(index)
+                return super().__getitem__(index)
+
+        for allocator in (lorank.StaticLoRA(), lorank.BalancedLoRA()):
+            seen.append([])
+            self.train(tmp_path / type(allocator).__name__, allocator, Watched(rows(24, seed=0)))
+        static, balanced = seen
+        drawn = balanced[: len(balanced) - len(static)]
+        assert len(drawn) == len(set(drawn)) == 4 * 4  # four batches of four rows
+        assert balanced[len(drawn) :] == static
+
+    def test_a_resumed_run_draws_none_and_continues_bitwise(self, tmp_path: Path) -> None:
+        whole, losses = self.train(tmp_path / "whole", lorank.BalancedLoRA())
+
+        def refuse():
+            raise AssertionError("a resumed run needs no batches")
+
+        torch.manual_seed(3)
+        callback = lorank.RankCallback(lorank.BalancedLoRA(), train_batches=refuse)
+        trainer = Trainer(
+            model=adapted(tiny_llama(), r=2),
+            args=TrainingArguments(
+                str(tmp_path / "again"),
+                max_steps=12,
+                per_device_train_batch_size=4,
+                logging_steps=1,
+                save_strategy="no",
+                report_to=[],
+                use_cpu=True,
+            ),
+            train_dataset=rows(24, seed=0),
+            callbacks=[callback],
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))  # one cut is to come
+        assert [line["loss"] for line in trainer.state.log_history if "loss" in line] == losses
+        for name, layer in callback.ranks.layers.items():
+            assert torch.equal(layer.A, whole.layers[name].A)
+            assert torch.equal(layer.B, whole.layers[name].B)
+
+    def test_batches_of_the_user(self, tmp_path: Path) -> None:
+        calls = []
+
+        def batches():
+            calls.append(1)
+            return [token_batch(seed=seed) for seed in range(2)]
+
+        first, _ = self.train(tmp_path / "a", lorank.BalancedLoRA(), train_batches=batches)
+        second, _ = self.train(tmp_path / "b", lorank.BalancedLoRA(), train_batches=batches())
+        assert len(calls) == 2
+        assert first.history[0].ranks == second.history[0].ranks
+
+    def test_a_stream_is_refused_with_the_remedy(self, tmp_path: Path) -> None:
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                return iter(rows(24, seed=0))
+
+        with pytest.raises(ValidationBatchError, match=r"is a Stream, whose rows cannot be drawn\. .*train_batches=\["):
+            self.train(tmp_path, lorank.BalancedLoRA(), Stream())
+        ranks, _ = self.train(tmp_path, lorank.BalancedLoRA(init="default"), Stream())
+        assert ranks.finished

@@ -9,7 +9,7 @@ from lorank.allocators.balanced import BalancedLoRA
 from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import Budget, BudgetLike, BudgetSetting, as_budget, resolve_budget, uniform_plan
 from lorank.allocators.gate_adam import adam_step_, resize_adam_, start_adam
-from lorank.allocators.gradient_start import gradient_start_
+from lorank.allocators.gradient_start import START_BATCHES, gradient_start_
 from lorank.allocators.initial_ranks import initial_ranks_
 from lorank.allocators.pruning_budget import final_budget, plan_to_keep, warn_if_nothing_to_prune
 from lorank.allocators.registry import Registry, find_allocators
@@ -20,6 +20,7 @@ from lorank.allocators.sora import SoRA
 from lorank.allocators.static import StaticLoRA
 
 __all__ = [
+    "START_BATCHES",
     "ALoRA",
     "ALoRADNAS",
     "ALoRASensi",

@@ -39,11 +39,23 @@ class LoraSettings(Settings):
     """Scale by alpha/√r (rank-stabilised LoRA, arXiv 2312.03732)."""
     use_dora: bool = False
     """Also learn a magnitude per output row (DoRA, arXiv 2402.09353); works with any allocator."""
-    initial_ranks: Literal["uniform", "gradient", "eva"] = "uniform"
-    """How ranks are distributed over the modules at the start, within the budget: evenly, by the largest gradients of
-    the frozen weights, or by EVA (arXiv 2410.07170), which also chooses A's directions."""
+    init: Literal["default", "gradient"] = "default"
+    """The directions that A begins with: random, as PEFT makes them, or those in which B learns most by the gradient of
+    the frozen weights. With gradient, initial_ranks is gradient too unless it is set."""
+    initial_ranks: Literal["uniform", "gradient", "eva"] | None = None
+    """How ranks are distributed over the modules at the start, within the budget: evenly (the default), by the largest
+    gradients of the frozen weights, or by EVA (arXiv 2410.07170), which also chooses A's directions."""
     initial_batches: int = Field(default=8, ge=1)
     """Number of training batches that gradient and eva use."""
+
+    @model_validator(mode="after")
+    def _one_choice_of_directions(self) -> Self:
+        if self.init == "gradient" and self.initial_ranks == "eva":
+            raise ValueError(
+                "init is gradient and initial_ranks is eva, and both choose A's directions: set initial_ranks to "
+                "gradient or uniform, or init to default"
+            )
+        return self
 
 
 class TrainingSettings(Settings):

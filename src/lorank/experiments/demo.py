@@ -1,8 +1,8 @@
-"""`lorank demo`: the tiny Llama learns Python's reference manual, once with static LoRA and once with ALoRA.
+"""`lorank demo`: the tiny Llama learns Python's reference manual, by LoRA, ALoRA and BalancedLoRA of equal size.
 
 The demo needs no download. The package contains the model, pretrained on old books. Every Python contains the text,
-``pydoc_data.topics``. So the change of domain is real. Both runs have the same budget, data, steps and learning
-rate.
+``pydoc_data.topics``. So the change of domain is real. All runs have the same data, steps and learning rate, and three
+of them the same number of trained parameters; the fourth is LoRA with twice as many, to compare with.
 """
 
 from __future__ import annotations
@@ -16,45 +16,40 @@ from rich.console import Console
 from rich.table import Table
 
 from lorank.config.settings import RunConfig, make_config
-from lorank.experiments.folder import CONFIG, check_results
+from lorank.experiments.folder import ADAPTER, CONFIG, HISTORY, check_results
 from lorank.experiments.run import RunResult, train
 from lorank.report import rank_heatmap
 from lorank.training import read_history
 
+RANK = 4
 SETTINGS: Mapping[str, Any] = {
     "model": {"name": "tiny"},
-    "lora": {"r": 4, "alpha": 8},
     "task": {"name": "language_modelling", "data": "python_reference", "block_size": 64, "max_eval": 128},
-    "allocator_samples": 8,  # the paper uses 32; a quarter of that keeps the demo short
     # lr: the best of four learning rates for static LoRA on the validation part (docs/demo.md)
-    "training": {"epochs": 1, "max_steps": 120, "batch_size": 8, "lr": 1e-2, "eval_steps": 40},
+    "training": {"epochs": 1, "max_steps": 120, "batch_size": 8, "lr": 1e-2, "eval_steps": 60},
 }
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "static": {"name": "static"},
-    "alora": {
-        "name": "alora",
-        "scores": "exact",
-        "unit": "steps",
-        "k1": 30,
-        "k2": 30,
-        "rounds": 3,
-        "budget": "100% of adapter",
-    },
+    "alora": {"name": "alora", "budget": "100% of adapter"},
+    "balanced": {"name": "balanced"},
+    "double": {"name": "static"},
 }
+RANKS = {"double": 2 * RANK}
+"""The ranks of the adapters that do not begin with ``RANK``."""
 PICTURE = "ranks.png"
-TITLES = {"static": "LoRA, static", "alora": "ALoRA"}
+TITLES = {"static": "LoRA", "alora": "ALoRA", "balanced": "BalancedLoRA", "double": "LoRA, twice the size"}
 
 
 def main(output: str | Path = "lorank-demo", *, seed: int = 0, console: Console | None = None) -> dict[str, RunResult]:
-    """Runs both methods. Writes the same files as `lorank train` for each method, and a picture of the ranks.
+    """Runs all methods. Writes the same files as `lorank train` for each, and a picture of the ranks.
 
     Args:
         output: the folder; results of an earlier demo in it are replaced.
-        seed: the seed of both runs.
+        seed: the seed of all runs.
         console: prints the table; None: standard output.
 
     Returns:
-        The result of each method, by its name: `static` and `alora`.
+        The result of each run, by its name: `static`, `alora`, `balanced` and `double`.
 
     Raises:
         RunFolderError: a method's folder holds something that is not a run, or the picture would replace a file that
@@ -69,26 +64,28 @@ def main(output: str | Path = "lorank-demo", *, seed: int = 0, console: Console 
     for number, method in enumerate(METHODS, 1):
         console.print(f"[bold]{number} of {len(METHODS)}: {TITLES[method]}[/]")
         results[method] = train(demo_config(method, output, seed), overwrite=(output / method).exists())
-    history = read_history(results["alora"].folder / "rank_history.jsonl")
+    ends = {
+        TITLES[name]: read_history(results[name].folder / HISTORY)[-1].ranks for name in METHODS if name not in RANKS
+    }
     picture = rank_heatmap(
-        {"before": history[0].ranks, "after": history[-1].ranks},
-        output / PICTURE,
-        title=f"ALoRA on Python's reference manual, {len(history) - 1} allocations",
+        ends, output / PICTURE, title="Where the ranks are after training, on Python's reference manual"
     )
     console.print(comparison(results))
-    alora = results["alora"].folder
+    balanced = results["balanced"].folder
     console.print(f"picture of the ranks {picture}", highlight=False, markup=False)
-    console.print(f"history of ranks     {alora / 'rank_history.jsonl'}", highlight=False, markup=False)
+    console.print(f"history of ranks     {balanced / HISTORY}", highlight=False, markup=False)
     console.print(
-        f"the adapter          {alora / 'adapter'}   (plain PEFT: PeftModel.from_pretrained)", highlight=False
+        f"the adapter          {balanced / ADAPTER}   (plain PEFT: PeftModel.from_pretrained)", highlight=False
     )
     console.print(f"{time.perf_counter() - began:.0f} seconds in total", highlight=False)
     return results
 
 
 def demo_config(method: str, output: Path, seed: int) -> RunConfig:
-    """The configuration of one of the two runs."""
+    """The configuration of one of the runs."""
+    rank = RANKS.get(method, RANK)
     values = {**SETTINGS, "allocator": METHODS[method], "output_dir": str(output / method)}
+    values["lora"] = {"r": rank, "alpha": 2 * rank}
     values["training"] = {**values["training"], "seed": seed}
     return make_config(values, source="demo")
 
@@ -100,10 +97,11 @@ def comparison(results: Mapping[str, RunResult]) -> Table:
     for method in results:
         table.add_column(TITLES[method], justify="right")
     metrics = [result.metrics for result in results.values()]
-    table.add_row("total rank", *(f"{m['final']['ranks']} in {m['final']['modules']} modules" for m in metrics))
-    table.add_row("trainable parameters", *(f"{m['final']['trainable_parameters']:,}" for m in metrics))
-    table.add_row("validation loss before", *(f"{m['validation']['loss_before']:.4f}" for m in metrics))
-    table.add_row("validation loss after", *(f"{m['validation']['loss_after']:.4f}" for m in metrics))
+    table.add_row("trained parameters", *(f"{m['final']['trainable_parameters']:,}" for m in metrics))
+    table.add_row("… when most were trained", *(f"{m['widest']['parameters']:,}" for m in metrics))
+    table.add_row("ranks", *(str(m["final"]["ranks"]) for m in metrics))
+    table.add_row("validation loss before", *(f"{m['validation']['loss_before']:.3f}" for m in metrics))
+    table.add_row("validation loss after", *(f"{m['validation']['loss_after']:.3f}" for m in metrics))
     table.add_row("seconds training", *(f"{m['seconds']['training']:.1f}" for m in metrics))
-    table.add_row("… of which scoring", *(f"{m['seconds']['scoring']:.1f}" for m in metrics))
+    table.add_row("… of which moving ranks", *(f"{m['seconds']['scoring']:.1f}" for m in metrics))
     return table

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback
 
 from lorank._version import __version__
-from lorank.allocators import Context, TrainingInfo, initial_ranks_
+from lorank.allocators import Context, TrainingInfo, gradient_start_, initial_ranks_
 from lorank.config.sections import TrainingSettings
 from lorank.config.settings import FullSettings, RunConfig
 from lorank.errors import LorankError
@@ -122,6 +122,7 @@ def train(
         "examples": {"train": len(task.train), "validation": len(task.validation)},
         "start": started_with,
         "final": ended_with,
+        "widest": _widest(ranks),
         "budget": _named_budget(ranks),
         "allocations": len(records),
         "ranks_moved": sum(map(_moved, records)),
@@ -190,33 +191,52 @@ def _adapted(config: RunConfig, task: Task) -> nn.Module:
 
 
 def _spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:
-    """Sets initial ranks from data, if the configuration asks for it. A resumed run computes the same ranks again."""
-    if config.lora.initial_ranks == "uniform" or isinstance(config.allocator, FullSettings):
+    """Sets initial ranks and directions from data, if the configuration asks for it.
+
+    A resumed run computes the same ones again.
+    """
+    lora = config.lora
+    spread = lora.initial_ranks or ("gradient" if lora.init == "gradient" else "uniform")
+    if (lora.init == "default" and spread == "uniform") or isinstance(config.allocator, FullSettings):
         return
     settings, began = config.training, time.perf_counter()
     examples = task.train[: config.lora.initial_batches * settings.batch_size]
     parts = [examples[start : start + settings.batch_size] for start in range(0, len(examples), settings.batch_size)]
     # If the allocator starts at its budget, that budget is distributed. If it starts above its budget and prunes, the
     # adapter's own ranks are distributed.
+    asked = f"lora.initial_ranks is {spread!r}" + (" and lora.init 'gradient'" if lora.init == "gradient" else "")
     allocator, run, layers = config.allocator.build(), TrainingInfo(total_steps=1), find_layers(model)
     if allocator.heads_of(layers):
         raise SettingsError(
-            f"lora.initial_ranks is {config.lora.initial_ranks!r}, but the allocator {config.allocator.name!r} starts "
-            "with ranks of its own for every head, which would undo them: set lora.initial_ranks to uniform"
+            f"{asked}, but the allocator {config.allocator.name!r} starts with ranks of its own for every head, which "
+            "would undo them: set lora.initial_ranks to uniform and lora.init to default"
+        )
+    if allocator.wants_train_batches:
+        raise SettingsError(
+            f"{asked}, but the allocator {config.allocator.name!r} itself takes ranks and directions from the "
+            "gradient: leave both out"
         )
     budget, plan = allocator.resolve_budget(layers, run), allocator.initial_plan(Context(0, run, model, layers))
     start = {name: plan[name].rank if name in plan else layer.rank for name, layer in layers.items()}
     at_budget = budget is not None and start == budget.uniform()
-    ranks = initial_ranks_(
-        model,
-        [task.collator(part) for part in parts],
-        method=config.lora.initial_ranks,
-        budget=getattr(allocator, "budget", None) if at_budget else None,
-        seed=settings.seed,
-    )
+    batches = [task.collator(part) for part in parts]
+    chosen = getattr(allocator, "budget", None) if at_budget else None
+    if lora.init == "gradient":
+        keep = spread == "uniform"
+        ranks = gradient_start_(
+            model,
+            batches,
+            ranks="keep" if keep else "gradient",
+            budget=None if keep else chosen,
+            seed=settings.seed,
+        )
+    else:
+        method: Literal["gradient", "eva"] = "eva" if spread == "eva" else "gradient"
+        ranks = initial_ranks_(model, batches, method=method, budget=chosen, seed=settings.seed)
     logger.info(
-        "initial ranks by %s on %d batches in %.1f s: %d to %d in %d modules",
-        config.lora.initial_ranks,
+        "initial ranks by %s%s on %d batches in %.1f s: %d to %d in %d modules",
+        spread,
+        ", directions by gradient" if lora.init == "gradient" else "",
         len(parts),
         time.perf_counter() - began,
         min(ranks.values()),
@@ -233,6 +253,14 @@ def _named_budget(callback: RankCallback | None) -> dict[str, Any] | None:
     if callback is None or callback.ranks is None or callback.ranks.budget is None:
         return None
     return callback.ranks.budget.used(callback.ranks.layers.ranks)
+
+
+def _widest(callback: RankCallback | None) -> dict[str, int] | None:
+    """The adapter's size when it was largest; None for full fine-tuning."""
+    if callback is None or callback.ranks is None:
+        return None
+    record = max(callback.ranks.history, key=lambda record: record.parameters)
+    return {"step": record.step, "ranks": record.total_rank, "parameters": record.parameters}
 
 
 def _moved(record: Record) -> int:

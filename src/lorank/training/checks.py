@@ -28,7 +28,7 @@ from lorank.training.parallel.fsdp import SHARD_BASE_ADVICE
 from lorank.training.run_state import RunState
 
 logger = logging.getLogger("lorank")
-OTHER_METHODS = "a method that needs no such batch: ALoRASensi, AdaLoRA, SoRA or ARDLoRA"
+OTHER_METHODS = "a method that needs no such batch: ALoRASensi, AdaLoRA, SoRA, ARDLoRA or BalancedLoRA(init='default')"
 """For trainers without a loss on given samples, such as reinforcement learning."""
 
 

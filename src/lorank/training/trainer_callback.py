@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorank.allocators import Allocator, TrainingInfo
+from lorank.allocators import START_BATCHES, Allocator, TrainingInfo
 from lorank.errors import LorankError, ResumeError, ValidationBatchError
 from lorank.lora import (
     AdapterLayers,
@@ -31,6 +34,7 @@ from lorank.training.history import RankHistory
 from lorank.training.parallel.deepspeed import param_groups_of
 from lorank.training.parallel.process_group import is_first_process
 from lorank.training.progress import Report
+from lorank.training.run_state import TrainBatches
 
 logger = logging.getLogger("lorank")
 
@@ -56,6 +60,9 @@ class RankCallback(TrainerCallback):
             a data set, from which the Trainer's own collator makes a batch; or a function that returns either and is
             called when training begins (``lambda: trainer.eval_dataset``). None: the first rows of the *training* set,
             with a warning in the log, if the method needs a batch.
+        train_batches: the batches of training data for methods that begin with the gradient (BalancedLoRA), or a
+            function that returns them. None: four batches of rows of the training set, drawn with ``seed``, as the
+            Trainer's own collator makes them.
         samples: the number of rows to use if rows are given. ≥ 1. None: the number that the allocator prefers, 32 by
             default.
         loss_fn: your own loss, ``(model, batch) -> scalar tensor``; None: the model's loss.
@@ -82,6 +89,7 @@ class RankCallback(TrainerCallback):
         allocator: Allocator,
         *,
         validation_batch: ValidationData | None = None,
+        train_batches: TrainBatches | None = None,
         samples: int | None = None,
         loss_fn: LossFn | None = None,
         model: nn.Module | None = None,
@@ -97,6 +105,7 @@ class RankCallback(TrainerCallback):
         self.allocator = allocator
         self.ranks: Ranks | None = None
         self._validation_data = validation_batch
+        self._train_batches = train_batches
         self._samples = allocator.validation_samples if samples is None else samples
         self._loss_fn = loss_fn
         self._adapted_model = model
@@ -126,7 +135,7 @@ class RankCallback(TrainerCallback):
                 "the checkpoint was written without RankCallback (or with save_only_model). Start a new run, or resume "
                 "from a checkpoint of a run with this callback"
             )
-        loader = kwargs["train_dataloader"]
+        loader, seed = kwargs["train_dataloader"], args.seed if self._seed is None else self._seed
         per_epoch = _length(loader)
         if per_epoch is not None:
             per_epoch = -(-per_epoch // args.gradient_accumulation_steps)
@@ -135,11 +144,14 @@ class RankCallback(TrainerCallback):
             layers,
             kwargs["optimizer"],
             self.allocator,
-            TrainingInfo(state.max_steps, per_epoch, args.seed if self._seed is None else self._seed),
+            TrainingInfo(state.max_steps, per_epoch, seed),
             # A method that does not need a batch may still use a batch that the user gives.
             validation_batch=self._validation_batch(loader)
             if self.allocator.needs_validation_batch or self._validation_data is not None
             else None,
+            train_batches=partial(_draw_batches, loader, args.train_batch_size, seed)
+            if self._train_batches is None
+            else self._train_batches,
             loss_fn=self._loss_fn,
             history=RankHistory(history_path if is_first_process() else None),
             progress=False
@@ -233,7 +245,26 @@ class RankCallback(TrainerCallback):
             )
         if isinstance(data, Mapping) and all(isinstance(value, torch.Tensor) for value in data.values()):
             return data
-        return _collate(data, self._samples, loader)
+        return _collate(data, range(self._samples), loader, "validation_batch")
+
+
+def _draw_batches(loader: Any, size: int, seed: int) -> list[Mapping[str, Any]]:
+    """A few batches of random rows of the training set, in evaluation's form. The global random state is restored."""
+    data = loader.dataset
+    if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
+        raise ValidationBatchError(
+            f"train_batches: the training set is a {type(data).__name__}, whose rows cannot be drawn. Give "
+            f"{START_BATCHES} batches as the Trainer makes them: RankCallback(…, train_batches=[batch, …])"
+        )
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = [order[start : start + size] for start in range(0, min(len(order), START_BATCHES * size), size)]
+    random_states = random.getstate(), np.random.get_state()  # noqa: NPY002  # collators draw from the global state
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return [_collate(data, part, loader, "train_batches") for part in parts]
+    finally:
+        random.setstate(random_states[0])
+        np.random.set_state(random_states[1])  # noqa: NPY002  # as above
 
 
 def _length(loader: Any) -> int | None:
@@ -243,19 +274,23 @@ def _length(loader: Any) -> int | None:
         return None
 
 
-def _collate(rows: Any, samples: int, loader: Any) -> Mapping[str, Any]:
-    """Makes a batch of the first rows, with the Trainer's own collator and the columns that the Trainer uses."""
+def _collate(rows: Any, wanted: Sequence[int], loader: Any, what: str) -> Mapping[str, Any]:
+    """Makes a batch of some rows, with the Trainer's own collator and the columns that the Trainer uses.
+
+    Args:
+        wanted: the numbers of the rows. Those beyond the last row are left out.
+        what: the argument of RankCallback that the batch is for, for error messages.
+    """
     try:
-        chosen = [rows[i] for i in range(min(samples, len(rows)))]
+        count = len(rows)
+        chosen = [rows[i] for i in wanted if i < count]
     except (TypeError, KeyError, NotImplementedError) as error:
         raise ValidationBatchError(
-            f"validation_batch: expected a batch of tensors or rows that can be indexed, got {type(rows).__name__}. "
-            "For a streamed data set, collect the rows first: validation_batch=list(dataset.take(32))"
+            f"{what}: expected a batch of tensors or rows that can be indexed, got {type(rows).__name__}. For a "
+            f"streamed data set, collect the rows first: {what}=list(dataset.take(32))"
         ) from error
     if not chosen:
-        raise ValidationBatchError(
-            "validation_batch: no rows were given, expected at least one to score ranks on (paper: 32)"
-        )
+        raise ValidationBatchError(f"{what}: no rows were given, expected at least one to score ranks on (paper: 32)")
     kept = getattr(loader.dataset, "column_names", None)
     if kept and isinstance(chosen[0], Mapping):
         chosen = [{key: value for key, value in row.items() if key in kept} for row in chosen]
@@ -263,14 +298,14 @@ def _collate(rows: Any, samples: int, loader: Any) -> Mapping[str, Any]:
         batch = loader.collate_fn(chosen)
     except Exception as error:
         raise ValidationBatchError(
-            f"the Trainer's collator cannot make a batch of the validation rows ({error}). Give rows in the form of "
-            f"the training set's ({', '.join(kept or ['as the training data set returns them'])}), e.g. "
-            f"validation_batch=lambda: trainer.eval_dataset, or a ready batch of tensors, or {OTHER_METHODS}"
+            f"{what}: the Trainer's collator cannot make a batch of the rows ({error}). Give rows in the form of the "
+            f"training set's ({', '.join(kept or ['as the training data set returns them'])}), e.g. "
+            f"validation_batch=lambda: trainer.eval_dataset, or ready batches of tensors, or {OTHER_METHODS}"
         ) from error
     if not isinstance(batch, Mapping):  # trainers of reinforcement learning hand out the rows as they are
         raise ValidationBatchError(
             f"the Trainer's collator makes a {type(batch).__name__} of the rows, not a batch with which model(**batch) "
-            "gives a loss: give validation_batch=… such a batch of tensors (input_ids, labels, …), "
+            f"gives a loss: give {what}=… such batches of tensors (input_ids, labels, …), "
             f"or {OTHER_METHODS}"
         )
     return dict(batch)

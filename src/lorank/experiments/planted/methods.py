@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lorank.allocators import AdaLoRA, Allocator, ALoRA, ALoRADNAS, ALoRASensi, ARDLoRA, SoRA, StaticLoRA
+from lorank.allocators import AdaLoRA, Allocator, ALoRA, ALoRADNAS, ALoRASensi, ARDLoRA, BalancedLoRA, SoRA, StaticLoRA
 from lorank.experiments.planted.problem import Problem
 
 GRID = 2
@@ -116,6 +116,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "alora-sensi": Method("ALoRA-Sensi", uniform, lambda p, _: ALoRASensi(**rounds(p)), LRS),
     "adalora": Method("AdaLoRA", generous, lambda p, _: AdaLoRA(budget=_budget(p)), LRS),
+    "balanced": Method("BalancedLoRA", uniform, lambda p, _: BalancedLoRA(budget=_budget(p)), LRS),
     "sora": Method("SoRA", generous, lambda p, _: SoRA(gate_lr=0.3, budget=_budget(p)), LRS),
     "ard": Method(
         "ARD-LoRA",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorank.allocators import Allocator
+from lorank.allocators import START_BATCHES, Allocator
 from lorank.experiments.planted.metrics import energy_found, rank_overlap
 from lorank.experiments.planted.problem import Problem
 from lorank.lora import AdapterLayers, find_layers, make_peft_model, plan_for_rank, resize_
@@ -92,6 +92,7 @@ def train_student(
         total_steps=scenario.steps,
         steps_per_epoch=scenario.train / scenario.batch,
         validation_batch=problem.batch("validation"),
+        train_batches=_start_batches(problem),
         loss_fn=problem.loss,
         seed=seed,
         progress=False,
@@ -131,6 +132,14 @@ def train_student(
         seconds=seconds,
         scoring=sum(record.seconds for record in running.history.allocations),
     )
+
+
+def _start_batches(problem: Problem) -> list[dict[str, Tensor]]:
+    """The batches of training data for methods that begin with the gradient."""
+    scenario = problem.scenario
+    draw = torch.Generator().manual_seed(problem.seed + 2_000_003)
+    rows = torch.randperm(scenario.train, generator=draw)[: START_BATCHES * scenario.batch]
+    return [{k: v[part] for k, v in problem.batch("train").items()} for part in torch.split(rows, scenario.batch)]
 
 
 def lr_factor(step: int, steps: int) -> float:

@@ -23,7 +23,7 @@ class BudgetNotice(Integration):
     """Compares the adapter's size with the adapter that the user made, and with the budget.
 
     - The first line gives ranks and trained parameters as made and at the start, the budget, and when ranks move. It is
-      a warning if the adapter grows by more than a tenth, because a budget may be larger than the adapter.
+      a warning if the adapter grows by more than a tenth to stay so, because a budget may be larger than the adapter.
     - While training, one warning if the parameters grow by more than a tenth. A budget in ranks allows it, because a
       rank costs more parameters in one module than in another.
     - While training, one warning if the size falls more than a tenth below the budget (without a budget: below the size
@@ -53,7 +53,11 @@ class BudgetNotice(Integration):
             f"{_change(parameters_made, self._parameters)} trained parameters in {len(layers)} modules"
             f"{_limits(run.budget)}{_schedule(run)}"
         )
-        if run.step or self._parameters <= parameters_made * (1 + TOLERANCE):
+        grows = self._parameters > parameters_made * (1 + TOLERANCE)
+        if grows and run.budget is not None and run.budget.share(made) >= 1 / (1 + TOLERANCE):
+            text += "; the wide beginning is pruned down to the budget"
+            grows = False
+        if run.step or not grows:
             logger.info("%s", text)
             return
         logger.warning(
