@@ -37,7 +37,7 @@ OPTIONS: dict[str, tuple[str, Method]] = {
     "alora": ("alora", METHODS["alora"]),
     "alora_gradient": ("alora", _alora('`new_ranks="gradient"`', **GRADIENT)),
     "alora_mean": ("alora", _alora('`second_moments="mean"`', **MEAN)),
-    "alora_both": ("alora", _alora("both", **GRADIENT, **MEAN)),
+    "alora_both": ("alora", _alora('`new_ranks="gradient"`, `second_moments="mean"`', **GRADIENT, **MEAN)),
     "alora_rotate": ("alora", _alora("`rotate=True`", rotate=True)),
     "alora_balanced": ("alora", _alora('`scores="balanced"`', scores="balanced")),
     "alora_without": ("alora", _alora('`terms="without"`', terms="without")),
@@ -58,7 +58,7 @@ OPTIONS: dict[str, tuple[str, Method]] = {
     "ard": ("ard", _ard("ARD-LoRA, `min_rank=0`")),
     "ard_gradient": ("ard", _ard('`new_ranks="gradient"`', **GRADIENT)),
     "ard_mean": ("ard", _ard('`second_moments="mean"`', **MEAN)),
-    "ard_both": ("ard", _ard("both", **GRADIENT, **MEAN)),
+    "ard_both": ("ard", _ard('`new_ranks="gradient"`, `second_moments="mean"`', **GRADIENT, **MEAN)),
 }
 """Each contender, with the one that it is compared to."""
 
