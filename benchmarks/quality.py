@@ -3,8 +3,9 @@
 Three tasks, rank 2 in every map: Python's reference manual and E2E with the packaged Llama, clinc150 with MiniLM. Every
 method ends with the trained parameters of static LoRA at rank 2 (``lora2x`` has twice as many). A method's learning
 rate is the best of a grid whose values are a factor of two apart, by the loss on the selection part after training with
-two seeds of its own (one, in runs of 400 steps and more). If the best rate is at an end of the grid, the grid is extended. Then five fresh seeds are trained at
-this rate. Their losses are those on the report part, which no choice has used: other examples of the held-out part.
+two seeds of its own (one, in runs of 400 steps and more). If the best rate is at an end of the grid, the grid is
+extended. Then five fresh seeds are trained at this rate. Their losses are those on the report part, which no choice has
+used: other examples of the held-out part.
 
 Every run is one line of ``OUT``, written when it is done. The same command continues where it was interrupted, and
 several may share one file. ``python -m benchmarks.quality_table`` makes the tables.
@@ -225,7 +226,7 @@ def train(run: Run, adapters: Path) -> dict[str, Any]:
         before = adapters / f"{Run(run.task, method.after, run.steps, lr or 0.0, run.seed).name}.safetensors"
         begin_as_(model, load_file(before), directions=method.directions, seed=run.seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=run.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, run.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, run.steps))
     ranks = lorank.attach(
         model,
         optimizer,
@@ -291,7 +292,7 @@ def order_of(examples: int, batch: int, steps: int, seed: int) -> list[list[int]
     return order[:steps]
 
 
-def _factor(step: int, steps: int) -> float:
+def lr_factor(step: int, steps: int) -> float:
     """The learning rate as a fraction of its peak: a linear warm-up, then linearly to 0."""
     return min((step + 1) / max(1.0, WARMUP * steps), (steps - step) / (steps * (1 - WARMUP)), 1.0)
 

@@ -31,7 +31,7 @@ from transformers import set_seed  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 import lorank  # noqa: E402
-from benchmarks.quality import CASES, _factor, _order, task_of  # noqa: E402
+from benchmarks.quality import CASES, lr_factor, order_of, task_of  # noqa: E402
 from lorank.allocators import Budget, ResolvedBudget, truncate_  # noqa: E402
 from lorank.config.sections import ModelSettings  # noqa: E402
 from lorank.experiments.models import load_model  # noqa: E402
@@ -69,9 +69,9 @@ def adapter_of(out: Path, task: str, rank: int, steps: int | None = None, seed: 
         target_modules="all-linear",
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps))
     model.train()
-    for rows in _order(len(data.train), case.batch, steps, seed):
+    for rows in order_of(len(data.train), case.batch, steps, seed):
         model(**data.collator([data.train[i] for i in rows])).loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
         optimizer.step()

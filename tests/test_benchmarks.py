@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import growth, measuring, run, scores, step, truncation
+from benchmarks import growth, measuring, options, run, scores, step, truncation
 from benchmarks.gate_derivatives import hessian_diagonal
+from benchmarks.quality import Results, Run
 from benchmarks.shapes import SHAPES
 from lorank.lora import find_layers
 from tests.models import adapted, tiny_llama, token_batch
@@ -172,3 +173,18 @@ def test_the_peak_is_what_is_held_at_once() -> None:
             del a, b
 
     assert measuring.peak_mib(run, torch.device("cpu")) == pytest.approx(2, abs=0.01)
+
+
+def test_options_are_compared_with_their_own_form_seed_by_seed(tmp_path: Path) -> None:
+    results = Results(tmp_path / "options.jsonl")
+    losses = {"alora": (4.0, 5.0), "alora_mean": (3.5, 4.7), "ard_both": (1.0,)}
+    assert all(method.allocator() for _, method in options.OPTIONS.values())  # their settings are valid
+    for name, values in losses.items():
+        for seed, loss in enumerate(values):
+            line = Run("manual", name, options.STEPS, options.LR, seed)
+            assert results.claim(line)
+            results.add(line, {**vars(line), "report": loss, "parameters": 100 + seed})
+    assert options.table(results).splitlines()[2:] == [
+        "| ALoRA | 4.500 | – | 100 | 2 |",
+        '| `second_moments="mean"` | 4.100 | -0.400 ± 0.100 | 100 | 2 |',
+    ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lorank.allocators import ALoRA, Context, StaticLoRA, TrainingInfo
 from lorank.errors import ScheduleError
-from lorank.lora import find_layers
+from lorank.lora import find_layers, resize_
 from lorank.scoring import ablation_scores, first_order_scores
 from lorank.training import attach
-from tests.allocators.runs import adamw
+from tests.allocators.runs import adamw, same_run
 from tests.models import adapted, tiny_llama, token_batch
 
 
@@ -59,7 +62,14 @@ class TestSchedule:
         ({"unit": "hours"}, r"unit='hours'\): expected one of run, epochs, steps"),
         ({"terms": "neither"}, "expected one of both, without, alone"),
         ({"engine": "magic"}, "expected one of exact, reference"),
-        ({"scores": "guess"}, r"scores='guess'\): expected one of first_order, exact, screen"),
+        ({"scores": "guess"}, r"scores='guess'\): expected one of first_order, exact, screen, balanced"),
+        ({"new_ranks": "best"}, "expected one of random, gradient"),
+        ({"second_moments": "one"}, "expected one of zero, mean"),
+        ({"scores": "balanced", "terms": "alone"}, "terms belongs to the scores by ablation"),
+        ({"scores": "balanced", "engine": "reference"}, "engine belongs to the scores by ablation"),
+        ({"scores": "balanced", "samples": 64}, "samples belongs to the scores by ablation"),
+        ({"scores": "balanced", "rotate": True}, "balanced scores are in their own basis already"),
+        ({"per_parameter": True}, r"Give terms='without' or 'alone', or scores='balanced'"),
         ({"samples": 0}, r"samples=0\): expected a whole number of at least 1, or None"),
     ],
 )
@@ -147,3 +157,86 @@ def test_how_many_samples_a_method_asks_for() -> None:
     assert ALoRA(scores="screen").validation_samples == 32
     assert ALoRA().validation_samples == ALoRA(scores="first_order").validation_samples == 128
     assert ALoRA(scores="exact", samples=5).validation_samples == 5
+
+
+def test_samples_of_the_users_choice_also_give_the_gradient() -> None:
+    gradient = {"scores": "balanced", "new_ranks": "gradient"}
+    assert ALoRA(**gradient, samples=40).validation_samples == 40
+    assert ALoRA(**gradient).validation_samples == 128
+    assert ALoRA(scores="exact", new_ranks="gradient").validation_samples == 128
+    assert ALoRA(scores="exact", rotate=True).validation_samples == 32
+
+
+ROUNDS = {"k1": 2, "k2": 2, "rounds": 2, "unit": "steps"}
+OPTIONS = {
+    "balanced": {"scores": "balanced", "per_parameter": True, "new_ranks": "gradient", "second_moments": "mean"},
+    "rotated": {"rotate": True, "terms": "without", "per_parameter": True},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_resumed_run_with_options_is_the_uninterrupted_one(name: str) -> None:
+    for stop in (1, 3):
+        same_run(ALoRA(**ROUNDS, **OPTIONS[name]), stop, 6)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_change_of_basis_changes_the_output_by_what_is_pruned_only(name: str) -> None:
+    """The live model after the round, against the model before it without the pruned ranks of the turned layers."""
+    model = adapted(tiny_llama()).double()
+    ranks = attach(model, adamw(model), ALoRA(**ROUNDS, **OPTIONS[name]), validation_batch=token_batch(), total_steps=9)
+    plans = []
+    original = type(ranks.allocator).allocate
+
+    def allocate(self: ALoRA, context: Context, state: dict[str, torch.Tensor]) -> object:
+        found = original(self, context, state)
+        twin = copy.deepcopy(model)
+        resize_(find_layers(twin), {name: replace(change, add=0) for name, change in found.plan.items()})
+        plans.append((twin.eval()(**token_batch(seed=7)).logits, found.plan))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(ranks.allocator), "allocate", allocate)
+        for step in range(2):
+            model(**token_batch(seed=step)).loss.backward()
+            ranks.optimizer.step()
+            ranks.optimizer.zero_grad()
+    ((expected, plan),) = plans
+    assert any(change.basis is not None for change in plan.values())
+    assert any(change.add for change in plan.values())
+    torch.testing.assert_close(model.eval()(**token_batch(seed=7)).logits, expected)
+    ranks.detach()
+
+
+def test_balanced_scores_are_those_of_the_passes_since_the_last_round() -> None:
+    """The first round's scores, against Gramians of the same passes in the same order, by stored z and gradients."""
+    model = adapted(tiny_llama(), lora_dropout=0.0)
+    twin = copy.deepcopy(model)
+    ranks = attach(
+        model, adamw(model), ALoRA(**ROUNDS, scores="balanced"), validation_batch=token_batch(), total_steps=9
+    )
+    optimizer = adamw(twin)
+    layers = find_layers(twin)
+    z: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    for name, layer in layers.items():
+        layer.module.lora_A["default"].register_forward_hook(
+            lambda m, i, out, name=name: (out.retain_grad(), z[name].append(out))[0]
+        )
+    for step in range(2):
+        for one, own in ((model, ranks.optimizer), (twin, optimizer)):
+            one(**token_batch(seed=step)).loss.backward()
+            own.step()
+            own.zero_grad()
+    first = ranks.history.allocations[0].scores
+    # the last position has no label: in the last block its gradient is zero, or rounding
+    counted = {
+        name: [part.grad.abs().amax(-1) > 1e-5 * part.grad.abs().max() for part in parts] for name, parts in z.items()
+    }
+    tokens = max(sum(int(own.sum()) for own in some) for some in counted.values())
+    for name, parts in z.items():
+        values = torch.cat([part.detach()[own] for part, own in zip(parts, counted[name], strict=True)]).double()
+        slopes = torch.cat([part.grad[own] for part, own in zip(parts, counted[name], strict=True)]).double()
+        Z, D = values.T @ values / len(values), slopes.T @ slopes * (tokens / 2) / 2
+        expected = torch.linalg.eigvals(Z @ D).real.sort(descending=True).values
+        torch.testing.assert_close(torch.tensor(first[name]).double(), expected, rtol=2e-3, atol=1e-9)
+    ranks.detach()

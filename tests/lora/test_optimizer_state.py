@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -185,3 +186,92 @@ def test_the_torch_optimiser_inside_wrappers_is_found() -> None:
     assert unwrap_optimizer(Wrapper(Wrapper(inner))) is inner
     with pytest.raises(OptimizerStateError, match=r"expected a torch.optim.Optimizer .* got Wrapper"):
         unwrap_optimizer(Wrapper("adamw"))
+
+
+SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf", "row_var", "col_var"} | {
+    "exp_avg_sq_row",
+    "exp_avg_sq_col",
+}
+MANY: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    **OPTIMIZERS,
+    **FACTORED,
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, initial_accumulator_value=0.1),
+    "adadelta": torch.optim.Adadelta,
+    "adamax": torch.optim.Adamax,
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=1e-3),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_second_moments_of_new_ranks_begin_at_the_mean_of_the_kept_ones(name: str) -> None:
+    """Every entry of the state against a twin that is resized as in a new optimiser; means by hand."""
+    states: list[list[dict[str, Any]]] = []
+    for second_moments in ("mean", "zero"):
+        model = adapted(tiny_llama())
+        optimizer, layers = MANY[name](trainable(model)), find_layers(model)
+        for step in range(3):
+            train_step(model, optimizer, token_batch(seed=step))
+        resize_(layers, {Q: LayerPlan((2, 0), 2, places=(0, 3))}, optimizer, second_moments=second_moments)
+        states.append([copy.deepcopy(dict(optimizer.state[weight])) for weight in (layers[Q].A, layers[Q].B)])
+        assert math.isfinite(train_step(model, optimizer, token_batch(seed=9)))
+    filled_entries = 0
+    for axis, (filled, zero) in enumerate(zip(*states, strict=True)):
+        assert filled.keys() == zero.keys()
+        for key, value in filled.items():
+            expected = zero[key]
+            if key in SQUARES and isinstance(value, Tensor) and value.dim() and 4 in value.shape:
+                rank_axis = list(value.shape).index(4)  # no other side of these layers is 4
+                kept = expected.index_select(rank_axis, torch.tensor([1, 2]))
+                mean = kept.double().mean(rank_axis, keepdim=True).to(value.dtype)
+                assert bool((mean > 0).any())
+                for new in (0, 3):
+                    assert not torch.equal(value, expected)
+                    torch.testing.assert_close(value.narrow(rank_axis, new, 1), mean)
+                torch.testing.assert_close(value.index_select(rank_axis, torch.tensor([1, 2])), kept, rtol=0, atol=0)
+                filled_entries += 1
+            else:
+                assert torch.equal(value, expected) if isinstance(value, Tensor) else value == expected, (axis, key)
+    assert bool(filled_entries) == (name not in ("sgd", "sgd_momentum", "rprop"))
+
+
+def test_a_module_without_kept_ranks_begins_at_zero_also_with_means() -> None:
+    model = adapted(tiny_llama())
+    optimizer, layers = OPTIMIZERS["adamw"](trainable(model)), find_layers(model)
+    train_step(model, optimizer, token_batch())
+    resize_(layers, {Q: LayerPlan((), 2)}, optimizer, second_moments="mean")
+    assert not optimizer.state[layers[Q].A]["exp_avg_sq"].any()
+
+
+def test_eight_bit_second_moments_begin_at_the_mean_too() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = adapted(tiny_llama(hidden_size=512, intermediate_size=512), r=8)
+    optimizer, layers = bitsandbytes.optim.AdamW8bit(trainable(model), lr=1e-3), find_layers(model)
+    for step in range(3):
+        train_step(model, optimizer, token_batch(seed=step))
+    resize_(layers, {Q: LayerPlan((6, 1, 3, 0), 5)}, optimizer, second_moments="mean")
+    for parameter, axis in ((layers[Q].A, 0), (layers[Q].B, 1)):
+        first, second = _dequantised(optimizer, parameter)
+        mean = second.narrow(axis, 0, 4).mean(axis, keepdim=True)
+        error = (second.narrow(axis, 4, 5) - mean).abs().max()
+        assert error <= 0.02 * second.max()
+        assert first.narrow(axis, 4, 5).abs().max() < 1e-3 * first.abs().max()  # the smallest 8-bit code
+
+
+def test_the_first_step_of_a_new_rank_is_no_jump_with_means() -> None:
+    """Under a constant gradient, after 1000 steps: 2.5 times the learning rate at zero, a tenth of it at the mean."""
+    steps = {}
+    for second_moments in ("zero", "mean"):
+        model = adapted(tiny_llama(layers=1), target_modules=["q_proj"])
+        layers = find_layers(model)
+        optimizer = torch.optim.AdamW([layers[Q].A, layers[Q].B], lr=1e-3, weight_decay=0)
+        for _ in range(1000):
+            layers[Q].A.grad, layers[Q].B.grad = torch.ones_like(layers[Q].A), torch.ones_like(layers[Q].B)
+            optimizer.step()
+        resize_(layers, {Q: LayerPlan((0, 1, 2, 3), 1)}, optimizer, second_moments=second_moments)
+        layers[Q].A.grad, layers[Q].B.grad = torch.ones_like(layers[Q].A), torch.ones_like(layers[Q].B)
+        before = layers[Q].B.detach().clone()
+        optimizer.step()
+        steps[second_moments] = float((layers[Q].B.detach() - before)[:, 4].abs().mean()) / 1e-3
+    assert steps["zero"] == pytest.approx(0.1 * 632**0.5, rel=0.01)
+    assert steps["mean"] == pytest.approx(0.1, rel=0.05)

@@ -30,7 +30,8 @@ The paper does not specify the following.
   A later round can use the part of the budget that a round leaves unused.
 - A module that needs at least one rank (DoRA, a trained bias) keeps its last rank, and the next lowest rank is pruned
   instead.
-- A new rank has A as at first initialisation, B = 0 and optimiser moments at zero.
+- A new rank has A as at first initialisation, B = 0 and optimiser moments at zero. ``new_ranks="gradient"`` and
+  ``second_moments="mean"`` are other choices.
 - With ``unit="epochs"``, if the length of an epoch is unknown, the run counts as ten epochs, the longest training in
   the paper.
 """
@@ -44,7 +45,7 @@ from pydantic import Field
 from lorank.allocators.rounds import RoundAllocator
 from lorank.allocators.settings import settings
 from lorank.errors import ScheduleError
-from lorank.scoring import AblationScorer, Scorer
+from lorank.scoring import AblationScorer, BalancedScorer, RotatedScorer, Scorer
 
 
 @settings(raises=ScheduleError)
@@ -52,28 +53,64 @@ class ALoRA(RoundAllocator):
     """ALoRA, with the paper's settings as defaults, except for the durations.
 
     Args:
-        k1, k2, rounds, unit, per_round, retry_empty, budget: settings of the rounds, see
-            :class:`~lorank.allocators.rounds.RoundAllocator`.
+        k1, k2, rounds, unit, per_round, retry_empty, budget, new_ranks, second_moments, per_parameter: settings of the
+            rounds, see :class:`~lorank.allocators.rounds.RoundAllocator`.
         terms: which terms of IS count: ``"both"`` (as in the paper), ``"without"`` or ``"alone"``.
         scores: how IS is computed: ``"first_order"`` (estimates by two backward passes, for any number of ranks),
             ``"exact"`` (as in the paper: two evaluations per rank) or ``"screen"`` (estimates for all ranks, then exact
             evaluations until the ranks to prune are certain; it prunes the ranks that ``"exact"`` would prune, often in
-            less time).
+            less time). ``"balanced"`` is another score: σ² of balanced truncation
+            (:class:`~lorank.scoring.BalancedScorer`), from the passes of training; modules that lose ranks are turned
+            to the basis in which these are defined.
         samples: |B_val|, if rows are given and a batch is made of them; None: 32 as in the paper, or 128 for
             ``first_order``. A batch that is given is used unchanged. ≥ 1.
         engine: the engine of exact evaluations: ``"exact"`` (prefix reuse, same scores) or ``"reference"`` (plain
             forward passes).
+        rotate: whether every module is turned to its balanced basis before its ranks are scored by IS. The basis that
+            training arrives at is one of infinitely many, and IS depends on it.
 
     Raises:
-        ScheduleError: a setting is out of its range.
+        ScheduleError: a setting is out of its range, or has no meaning beside another one.
         BudgetError: the budget cannot be parsed; or, at the start of a run, it does not fit the modules.
     """
 
     terms: Literal["both", "without", "alone"] = "both"
-    scores: Literal["first_order", "exact", "screen"] = "first_order"
+    scores: Literal["first_order", "exact", "screen", "balanced"] = "first_order"
     samples: Annotated[int | None, Field(ge=1)] = None
     engine: Literal["exact", "reference"] = "exact"
+    rotate: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scores == "balanced":
+            own: list[tuple[str, object, object]] = [("terms", self.terms, "both"), ("engine", self.engine, "exact")]
+            if self.new_ranks == "random":  # else these samples give the gradient
+                own.append(("samples", self.samples, None))
+            for name, value, default in own:
+                if value != default:
+                    raise ScheduleError(
+                        f"ALoRA(scores='balanced', {name}={value!r}): {name} belongs to the scores by ablation; leave "
+                        "it out, or give scores='first_order'"
+                    )
+            if self.rotate:
+                raise ScheduleError(
+                    "ALoRA(scores='balanced', rotate=True): balanced scores are in their own basis already; leave out "
+                    "rotate"
+                )
+        elif self.per_parameter and self.terms == "both":
+            raise ScheduleError(
+                "ALoRA(per_parameter=True, terms='both'): IS holds the loss of the model with one rank alone, which is "
+                "far from 0 also for a rank that adds nothing, so it cannot be divided by what the rank costs. Give "
+                "terms='without' or 'alone', or scores='balanced'"
+            )
+
+    @property
+    def validation_samples(self) -> int:
+        return super().validation_samples if self.samples is None else self.samples
 
     @property
     def scorer(self) -> Scorer:
-        return AblationScorer(self.scores, self.terms, self.samples, self.engine)
+        if self.scores == "balanced":
+            return BalancedScorer()
+        ablation = AblationScorer(self.scores, self.terms, self.samples, self.engine)
+        return RotatedScorer(ablation) if self.rotate else ablation

@@ -27,8 +27,8 @@ class ALoRADNAS(RoundAllocator):
     """ALoRA with searched gates. It needs the second split, with all its rows, as ``validation_batch``.
 
     Args:
-        k1, k2, rounds, unit, per_round, retry_empty, budget: settings of the rounds, see
-            :class:`~lorank.allocators.rounds.RoundAllocator`.
+        k1, k2, rounds, unit, per_round, retry_empty, budget, new_ranks, second_moments, per_parameter: settings of the
+            rounds, see :class:`~lorank.allocators.rounds.RoundAllocator`.
         gate_lr: learning rate of a': 1e-2. > 0.
         search_every: optimiser steps between two steps of a': 1, as in DARTS. ≥ 1.
         search_rows: rows of the second split that each step of a' uses, taken in turn: 8. ≥ 1.

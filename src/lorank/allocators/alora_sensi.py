@@ -25,8 +25,8 @@ class ALoRASensi(RoundAllocator):
     """ALoRA with sensitivity scores.
 
     Args:
-        k1, k2, rounds, unit, per_round, retry_empty, budget: settings of the rounds, see
-            :class:`~lorank.allocators.rounds.RoundAllocator`.
+        k1, k2, rounds, unit, per_round, retry_empty, budget, new_ranks, second_moments, per_parameter: settings of the
+            rounds, see :class:`~lorank.allocators.rounds.RoundAllocator`.
         beta1: β₁, the decay rate of the sensitivity's moving average: 0.85, as in AdaLoRA. In (0, 1).
         beta2: β₂, the decay rate of the uncertainty's moving average: 0.85. In (0, 1).
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lorank.allocators.resolved_budget import ResolvedBudget
-from lorank.lora import AdapterLayers, HeadGroups, Plan
+from lorank.lora import AdapterLayers, HeadGroups, Plan, SecondMoments
 from lorank.scoring.context import Context, State, TrainingInfo
 from lorank.scoring.scorer import ScoringNeeds
 
@@ -33,12 +33,14 @@ class Allocation:
         scores: the scores that were used: per layer, (r,) with one score per rank before the change, higher = keep.
         details: numbers for the history (loss, evaluations, seconds, …), JSON-serialisable.
         active: per layer, the number of active ranks, if some of the stored ranks are switched off.
+        second_moments: where the optimiser's second moments of new ranks begin (:func:`lorank.lora.resize_`).
     """
 
     plan: Plan
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     active: Mapping[str, int] = field(default_factory=dict)
+    second_moments: SecondMoments = "zero"
 
 
 class Allocator(ScoringNeeds, ABC):

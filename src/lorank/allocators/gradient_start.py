@@ -140,7 +140,7 @@ def gradient_plan(context: Context, budget: ResolvedBudget | None, *, directions
         if add and keep + add > layer.max_rank:  # made with more ranks than there are directions
             continue
         known = directions and bool(gradient.values[:1] > 0) and len(gradient.values) >= add
-        vectors = NewVectors(_vectors(layer, gradient, add)) if known and add else None
+        vectors = NewVectors(vectors_along(layer, gradient, add)) if known and add else None
         plan[name] = LayerPlan(tuple(range(keep)), add, vectors=vectors)
     return plan
 
@@ -179,7 +179,7 @@ def _ranks(
     return {name: max(kept[name], len(chosen)) for name, chosen in budget.keep_best(scores).items()}
 
 
-def _vectors(layer: AdapterLayer, gradient: WeightGradient, count: int) -> Tensor:
+def vectors_along(layer: AdapterLayer, gradient: WeightGradient, count: int) -> Tensor:
     """The first values of new ranks, (count, d): of the norm of PEFT's own rows."""
     vectors = (gradient.left if layer.is_embedding else gradient.right)[:, :count].T  # (count, d)
     weight = layer.B.T if layer.is_embedding else layer.A  # (r, d)

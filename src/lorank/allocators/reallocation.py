@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorank.allocators.resolved_budget import ResolvedBudget
-from lorank.lora import LayerPlan, Plan
+from lorank.lora import Basis, LayerPlan, Plan
 
 
 def prune_and_reallocate(
@@ -25,6 +25,7 @@ def prune_and_reallocate(
     *,
     budget: ResolvedBudget | None = None,
     minima: Mapping[str, int] | None = None,
+    bases: Mapping[str, Basis] | None = None,
 ) -> Plan:
     """One round: prunes the ``count`` lowest ranks and gives as many new ranks to the modules that lost none.
 
@@ -35,6 +36,8 @@ def prune_and_reallocate(
         retry_empty: whether modules at rank 0 may receive new ranks.
         budget: if given, new ranks are added as long as the budget has room, instead of ``count`` of them.
         minima: per module, the lowest allowed rank; None: 0.
+        bases: per module, the basis whose ranks the scores belong to; without an entry, the present one. Only modules
+            that lose ranks are turned to it.
 
     Returns:
         A plan with every module that changes.
@@ -51,7 +54,9 @@ def prune_and_reallocate(
         receivers += [name for name in unhurt if not len(scores[name])]
     gifts = _deal({name: len(ranks) for name, ranks in kept.items()}, receivers, capacity, count, budget)
     return {
-        name: LayerPlan(tuple(sorted(kept[name])), gifts.get(name, 0))
+        name: LayerPlan(
+            tuple(sorted(kept[name])), gifts.get(name, 0), basis=(bases or {}).get(name) if name in lost else None
+        )
         for name in names
         if name in lost or gifts.get(name, 0)
     }

@@ -2,11 +2,15 @@
 
 The schedule is :class:`~lorank.allocators.schedule.RoundSchedule`, the reallocation is
 :func:`~lorank.allocators.reallocation.prune_and_reallocate`. Each method defines its own scorer.
+
+The defaults are the paper's form. Beside it, new ranks may begin along the residual gradient and with second moments of
+their own, and scores may count per trained parameter.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -14,12 +18,13 @@ from torch import Tensor
 
 from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import BudgetSetting, resolve_budget, uniform_plan
+from lorank.allocators.new_ranks import SAMPLES, NewRanks, try_directions, with_directions
 from lorank.allocators.reallocation import lowest_ranks, prune_and_reallocate
 from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.allocators.schedule import RoundSchedule
 from lorank.allocators.settings import settings
 from lorank.errors import ScheduleError
-from lorank.lora import AdapterLayers, Plan
+from lorank.lora import AdapterLayers, Plan, SecondMoments
 from lorank.scoring import Scorer
 
 PRUNED_PER_ROUND = 1 / 8
@@ -51,6 +56,13 @@ class RoundAllocator(Allocator):
             important than all modules with a score.
         budget: the adapter's budget at any time, see :class:`~lorank.allocators.budget.Budget`; None: the number of
             ranks that the adapter was made with.
+        new_ranks: how A begins at new ranks: ``"random"``, as PEFT initialises it (the paper), or ``"gradient"``, along
+            the residual gradient on the validation batch (:mod:`lorank.allocators.new_ranks`).
+        second_moments: where the optimiser's second moments of new ranks begin: ``"zero"``, as in a new optimiser, or
+            ``"mean"``, at the mean over the module's other ranks. With zero, Adam's first updates of a new rank are
+            several times the learning rate.
+        per_parameter: whether scores are divided by d_in + d_out, what a rank trains, before ranks and modules are
+            compared. It needs scores that are 0 for a rank that adds nothing.
 
     Raises:
         ScheduleError: a setting is out of its range.
@@ -68,6 +80,9 @@ class RoundAllocator(Allocator):
     per_round: Annotated[int | None, Field(ge=1)] = None
     retry_empty: bool = False
     budget: BudgetSetting = None
+    new_ranks: NewRanks = "random"
+    second_moments: SecondMoments = "zero"
+    per_parameter: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("k1", self.k1), ("k2", self.k2)):
@@ -84,11 +99,12 @@ class RoundAllocator(Allocator):
 
     @property
     def needs_validation_batch(self) -> bool:
-        return self.scorer.needs_validation_batch
+        return self.scorer.needs_validation_batch or self.new_ranks == "gradient"
 
     @property
     def validation_samples(self) -> int:
-        return self.scorer.validation_samples
+        own = self.scorer.validation_samples
+        return max(own, SAMPLES) if self.new_ranks == "gradient" else own
 
     @property
     def sees_gradients(self) -> bool:
@@ -96,7 +112,11 @@ class RoundAllocator(Allocator):
 
     @property
     def own_backward(self) -> bool:
-        return self.scorer.own_backward
+        return self.scorer.own_backward or self.new_ranks == "gradient"
+
+    @property
+    def watches_passes(self) -> bool:
+        return self.scorer.watches_passes
 
     def due(self, step: int, run: TrainingInfo) -> bool:
         return self._schedule.due(step, run)
@@ -113,6 +133,8 @@ class RoundAllocator(Allocator):
 
     def try_out(self, context: Context, state: State) -> None:
         self.scorer.try_out(context, state)
+        if self.new_ranks == "gradient":
+            try_directions(context)
 
     def before_step(self, context: Context, state: State) -> None:
         if context.step < self._schedule.last(context.run):
@@ -127,21 +149,33 @@ class RoundAllocator(Allocator):
     def allocate(self, context: Context, state: State) -> Allocation | None:
         layers = context.layers
         count, minima = self._to_prune(layers, context.run), _minima(layers)
-        found = self.scorer.score(context, state, lambda scores: lowest_ranks(scores, count, minima))
+        found = self.scorer.score(
+            context, state, lambda scores: lowest_ranks(self._comparable(scores, layers), count, minima)
+        )
+        scores = self._comparable(found.values, layers)
         budget = self.resolve_budget(layers, context.run)
         plan = prune_and_reallocate(
-            found.values,
+            scores,
             count,
             {name: layer.max_rank for name, layer in layers.items()},
             self.retry_empty,
             budget=budget,
             minima=minima,
+            bases=found.bases,
         )
+        if self.new_ranks == "gradient":
+            plan = with_directions(context, plan)
         details = dict(found.details)
         if budget is not None:
             after = {name: plan[name].rank if name in plan else layer.rank for name, layer in layers.items()}
             details["budget"] = budget.used(after)
-        return Allocation(plan, found.values, details)
+        return Allocation(plan, scores, details, second_moments=self.second_moments)
+
+    def _comparable(self, scores: Mapping[str, Tensor], layers: AdapterLayers) -> Mapping[str, Tensor]:
+        """The scores by which ranks are compared, (r,) per module."""
+        if not self.per_parameter:
+            return scores
+        return {name: values / layers[name].rank_parameters for name, values in scores.items()}
 
     def after_resize(self, context: Context, state: State, origins: Tensor) -> None:
         self.scorer.after_resize(context, state, origins)

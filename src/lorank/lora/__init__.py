@@ -17,7 +17,7 @@ from lorank.lora.io.standalone import StandaloneAdapter, open_standalone, save_s
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_rules import check_optimizer, check_zero_rule, copies_weights
-from lorank.lora.optimizer_state import check_state, unwrap_optimizer
+from lorank.lora.optimizer_state import SecondMoments, check_state, unwrap_optimizer
 from lorank.lora.optimizer_trial import try_optimizer
 from lorank.lora.per_head_conversion import merge_heads_, restore_layout_, split_again_, split_into_heads_
 from lorank.lora.pool import padded
@@ -41,6 +41,7 @@ __all__ = [
     "Plan",
     "RepackingPrevention",
     "ResizeOnLoadHandle",
+    "SecondMoments",
     "StandaloneAdapter",
     "base_parameters",
     "check_base_unchanged",

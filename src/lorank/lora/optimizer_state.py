@@ -8,6 +8,8 @@ so an error leaves the optimiser as it was.
 - A scalar (Adam's step) is unchanged.
 - A factored second moment of Adafactor (torch's or transformers' layout) is indexed on the rank axis, if it has one.
 - Two moments in one tensor (AdEMAMix) are indexed together.
+- With ``second_moments="mean"``, squares of gradients or steps begin at the mean over the kept ranks instead
+  (:data:`SecondMoments`).
 - If the layer is turned to another basis, entries with a rank axis first turn by their rule. Those that cannot turn,
   and those of an unknown optimiser, begin anew, which is logged once. A factored moment without a rank axis is a mean
   over ranks, and changes by as much as the mean of the other factor.
@@ -20,7 +22,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +33,12 @@ from lorank.lora.optimizer_rules import ADVICE, WEIGHT, ZERO, Entry, Rule, Turns
 from lorank.lora.rank_index import reindex_ranks
 
 logger = logging.getLogger("lorank")
+SecondMoments: TypeAlias = Literal["zero", "mean"]
+"""Where the second moments of new ranks begin: as in a new optimiser, or at the mean over the parameter's kept ranks.
+
+An optimiser has one count of steps per parameter. Late in a run, a second moment of zero says that a weight has never
+had a gradient, so Adam's first update of a new rank is up to (1 − β₁)/√(1 − β₂) = 3.2 times the learning rate.
+"""
 _UNKNOWN = Entry(ZERO, Turns.BEGINS_ANEW)
 """An entry of an optimiser without a rule, which was tried with zeros (:mod:`lorank.lora.optimizer_trial`)."""
 
@@ -89,6 +97,7 @@ class _Resize:
         kind: the name of the optimiser's class.
         state: the parameter's state before the change.
         turn: how the parameter turns to another basis before its ranks change; None: not at all.
+        second_moments: where the second moments of new ranks begin.
     """
 
     name: str
@@ -100,6 +109,7 @@ class _Resize:
     kind: str
     state: Mapping[str, Any]
     turn: Turn | None = None
+    second_moments: SecondMoments = "zero"
 
     def entry(self, key: str, values: Tensor) -> Tensor:
         """An entry of the parameter's shape, after the change."""
@@ -108,6 +118,8 @@ class _Resize:
         new = (self.origins < 0).nonzero().squeeze(1).to(resized.device)
         if self.turn is not None and self._of(key).turns is Turns.BEGINS_ANEW:
             new = torch.arange(len(self.origins), device=resized.device)
+        if self._begins_at_mean(key):
+            return resized
         if start == WEIGHT:
             fresh = self.data.to(resized).index_select(self.axis, new)
             resized.index_copy_(self.axis, new, fresh)
@@ -116,10 +128,26 @@ class _Resize:
         return resized
 
     def moved(self, key: str, values: Tensor, axis: int) -> Tensor:
-        """An entry with a rank axis, turned and reindexed; zero at new ranks."""
+        """An entry with a rank axis, turned and reindexed; at new ranks zero, or the mean over the kept ones."""
         if self.turn is not None:
             values = self._turned(key, values, axis)
-        return reindex_ranks(values, self.origins, axis)
+        moved = reindex_ranks(values, self.origins, axis)
+        return _with_means(moved, self.origins, axis) if self._begins_at_mean(key) else moved
+
+    def _begins_at_mean(self, key: str) -> bool:
+        """Whether new ranks begin at a mean: for squares, if a rank with a history is kept. Its mean is then known."""
+        if self.second_moments == "mean" and self.rule is None and (self.kind, "second_moments") not in _logged:
+            _logged.add((self.kind, "second_moments"))
+            logger.warning(
+                "%s: lorank does not know which entries of its state are second moments, so those of new ranks begin "
+                "at zero and not at the mean. AdamW and Adafactor are known",
+                self.kind,
+            )
+        return (
+            self.second_moments == "mean"
+            and self._of(key).turns in (Turns.AS_SQUARE, Turns.AS_MAXIMUM, Turns.AS_STEP_SQUARE)
+            and bool((self.origins >= 0).any())
+        )
 
     def _of(self, key: str) -> Entry:
         if self.rule is not None and key not in self.rule:
@@ -155,6 +183,14 @@ class _Resize:
         return torch.zeros_like(values)
 
 
+def _with_means(values: Tensor, origins: Tensor, axis: int) -> Tensor:
+    """``values`` with the mean over the kept ranks at the new ones."""
+    origins = origins.to(values.device)
+    kept, new = (origins >= 0).nonzero().squeeze(1), (origins < 0).nonzero().squeeze(1)
+    mean = values.index_select(axis, kept).double().mean(axis, keepdim=True).to(values.dtype)
+    return values.index_copy(axis, new, mean.expand_as(values.index_select(axis, new)))
+
+
 _logged: set[tuple[str, str]] = set()
 """The optimisers' entries for which the log has a line already."""
 
@@ -175,6 +211,7 @@ def plan_state_update(
     origins: Tensor,
     data: Tensor,
     turn: Turn | None = None,
+    second_moments: SecondMoments = "zero",
 ) -> Callable[[], None]:
     """Computes the state of ``parameter`` after a resize, and returns a function that assigns it.
 
@@ -184,6 +221,8 @@ def plan_state_update(
         origins: (ranks after,) int64, the old index of each rank, or −1 for a new rank.
         data: the values of ``parameter`` after the resize.
         turn: how the parameter turns to another basis before its ranks change; None: not at all.
+        second_moments: where the second moments of new ranks begin. Without a rule for the optimiser, which entries are
+            squares is unknown, and they begin at zero.
 
     Raises:
         OptimizerStateError: there is no rule for an entry, or it cannot be resized. Nothing has changed.
@@ -193,7 +232,8 @@ def plan_state_update(
         return lambda: None
     _check_entries(state, name, parameter.shape)
     group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-    resize = _Resize(name, axis, origins, data, group, find_rule(optimizer), type(optimizer).__name__, state, turn)
+    rule, kind = find_rule(optimizer), type(optimizer).__name__
+    resize = _Resize(name, axis, origins, data, group, rule, kind, state, turn, second_moments)
     try:
         updates = _resized_entries(state, resize, parameter.shape)
     except Exception as error:

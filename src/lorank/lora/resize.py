@@ -28,7 +28,7 @@ from lorank.errors import OptimizerStateError, PlanError
 from lorank.lora.basis import Turn, turn_ranks
 from lorank.lora.initialisation import check_base_unchanged, set_plain_init_
 from lorank.lora.layer import AdapterLayer, AdapterLayers
-from lorank.lora.optimizer_state import plan_state_update, unwrap_optimizer
+from lorank.lora.optimizer_state import SecondMoments, plan_state_update, unwrap_optimizer
 from lorank.lora.rank_index import reindex_ranks
 from lorank.lora.rank_zero import target_entries, target_pattern
 from lorank.lora.resize_plan import LayerPlan, Plan, check_basis, check_heads, check_places, check_vectors
@@ -38,7 +38,12 @@ from lorank.lora.variants.gated import update_plain_lora_hooks
 
 @torch.no_grad()
 def resize_(
-    layers: AdapterLayers, plan: Plan, optimizer: torch.optim.Optimizer | None = None, *, seed: int = 0
+    layers: AdapterLayers,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    seed: int = 0,
+    second_moments: SecondMoments = "zero",
 ) -> None:
     """Carries out a plan: weights, gradients, gates, optimiser state, PEFT's fields and the live ``LoraConfig``.
 
@@ -50,6 +55,8 @@ def resize_(
         optimizer: the optimiser that holds their parameters, also inside accelerate's wrapper; or None.
         seed: the seed of the new ranks. The layer at position i uses its own generator, seeded by (seed, i). The global
             random state is neither read nor advanced, and every process draws the same numbers.
+        second_moments: where the optimiser's second moments of new ranks begin: at ``"zero"``, as in a new optimiser,
+            or at the ``"mean"`` over the parameter's kept ranks. A module without kept ranks begins at zero.
 
     Raises:
         PlanError: the plan names a layer or a rank that does not exist, names a rank twice, gives a layer more than
@@ -72,7 +79,7 @@ def resize_(
     resized = []
     for index, layer, layer_plan in changes:
         generator = torch.Generator().manual_seed(_combine_seeds(seed, index))
-        resized.append(_plan_layer(layer, layer_plan, generator, init, inner))
+        resized.append(_plan_layer(layer, layer_plan, generator, init, inner, second_moments))
     # Every new tensor exists now. From here on they are only assigned.
     for (_, layer, layer_plan), new in zip(changes, resized, strict=True):
         _assign_layer(layer, layer_plan, new)
@@ -144,6 +151,7 @@ def _plan_layer(
     generator: torch.Generator,
     init: Any,
     optimizer: torch.optim.Optimizer | None,
+    second_moments: SecondMoments,
 ) -> _ResizedLayer:
     """Computes all new tensors of a layer. Nothing changes."""
     origins = torch.tensor(layer_plan.origins, dtype=torch.long)
@@ -167,7 +175,8 @@ def _plan_layer(
         _resized_gradient(parameter.grad, turn, origins, axis)
         for axis, (parameter, turn) in enumerate(zip((layer.A, layer.B), turns, strict=True))
     )
-    return _ResizedLayer(A, B, (grad_A, grad_B), gate, _plan_states(optimizer, layer, origins, A, B, turns))
+    states = _plan_states(optimizer, layer, origins, (A, B), turns, second_moments)
+    return _ResizedLayer(A, B, (grad_A, grad_B), gate, states)
 
 
 def _resized_gradient(gradient: Tensor | None, turn: Turn | None, origins: Tensor, axis: int) -> Tensor | None:
@@ -181,9 +190,9 @@ def _plan_states(
     optimizer: torch.optim.Optimizer | None,
     layer: AdapterLayer,
     origins: Tensor,
-    A: Tensor,
-    B: Tensor,
+    resized: tuple[Tensor, Tensor],
     turns: Sequence[Turn | None],
+    second_moments: SecondMoments,
 ) -> list[Callable[[], None]]:
     if optimizer is None:
         return []
@@ -195,8 +204,10 @@ def _plan_states(
                 "get_peft_model, e.g. AdamW(p for p in model.parameters() if p.requires_grad)"
             )
     return [
-        plan_state_update(optimizer, f"{layer.name}.lora_A", layer.A, 0, origins, A, turns[0]),
-        plan_state_update(optimizer, f"{layer.name}.lora_B", layer.B, 1, origins, B, turns[1]),
+        plan_state_update(optimizer, f"{layer.name}.{label}", weight, axis, origins, data, turns[axis], second_moments)
+        for axis, (label, weight, data) in enumerate(
+            zip(("lora_A", "lora_B"), (layer.A, layer.B), resized, strict=True)
+        )
     ]
 
 

@@ -7,13 +7,14 @@ from lorank.scoring.balanced_scores import balanced_scores
 from lorank.scoring.context import Context, State, TrainingInfo
 from lorank.scoring.gramians import GramianPair, measure_gramians
 from lorank.scoring.mean_loss import mean_loss
+from lorank.scoring.rotated import RotatedScorer
 from lorank.scoring.saliency import saliency_scores
 from lorank.scoring.scorer import Choose, Scorer, Scores
 from lorank.scoring.sensitivity import SensitivityScorer
 from lorank.scoring.successive_screening import screened_scores
 from lorank.scoring.taylor import first_order_scores
 from lorank.scoring.update_svd import UpdateSvd
-from lorank.scoring.weight_gradient import WeightGradient, weight_gradients
+from lorank.scoring.weight_gradient import WeightGradient, residual_gradients, weight_gradients
 from lorank.scoring.work_sharding import Share
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Choose",
     "Context",
     "GramianPair",
+    "RotatedScorer",
     "Scorer",
     "Scores",
     "SensitivityScorer",
@@ -38,6 +40,7 @@ __all__ = [
     "first_order_scores",
     "mean_loss",
     "measure_gramians",
+    "residual_gradients",
     "saliency_scores",
     "screened_scores",
     "validation_loss",

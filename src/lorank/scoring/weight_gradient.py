@@ -12,6 +12,10 @@ p = 8 additional columns:
 
     Y = G Ω = Σ dy (xᵀ Ω),  Q = orth(Y)          Z = Qᵀ G = Σ (Qᵀ dy) xᵀ,   σ(Z) ≈ σ(G), never above
     Z = U Σ Vᵀ                                   G ≈ (Q U) Σ Vᵀ
+
+The residual gradient is the part that an adapter does not reach yet: G (I − P), with P the projection onto the row
+space of A. A new row of A is of use as far as it lies outside of this space. In an embedding it is (I − P) G, with P
+the projection onto the column space of B. A LoRA per head has a residual gradient in each head's block of G.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ from lorank.scoring.preserve_state import preserve_state
 OVERSAMPLING = 8
 FULL_GRADIENT_SIZE = 2**18
 """A gradient of at most this many numbers (1 MiB in float32) is summed in full; its singular values are exact."""
+ROUNDING = 1e-6
+"""Singular values below this part of the whole are the rounding of float32 sums."""
 
 
 @dataclass(frozen=True)
@@ -81,34 +87,160 @@ def weight_gradients(
     """
     if not batches:
         raise ValidationBatchError("there is no batch to take gradients on: give at least one")
-    model = unwrap_model(model)
     sums = {
-        name: _GradientSum(layer, min(count, layer.d_in, layer.d_out), seed * 1_000_003 + index)
+        name: [_GradientSum(_whole(layer), count, seed * 1_000_003 + index)]
         for index, (name, layer) in enumerate(layers.items())
     }
-    passes = 1 if all(one.is_whole for one in sums.values()) else 2
+    _sum_gradients(model, layers, batches, sums, loss_fn, mean)
+    return {name: one.decompose(len(batches)) for name, (one,) in sums.items()}
+
+
+def residual_gradients(
+    model: nn.Module,
+    layers: AdapterLayers,
+    batches: Sequence[Mapping[str, Any]],
+    counts: Mapping[str, Sequence[int]],
+    *,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+    mean: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, dict[int, WeightGradient]]:
+    """The largest part of the residual gradient, which the present ranks do not reach, at the present weights.
+
+    Like :func:`weight_gradients`, for some layers. Gates of the layers are part of the model.
+
+    Args:
+        counts: per layer, the number of singular values for each of its groups: a layer in per-head form has a group
+            per head, every other layer has one. Groups with 0 are left out.
+
+    Returns:
+        Per layer and index of the group. For a head, the vectors are of the width of its block: ``left`` (d_h, k) for
+        rows, ``right`` (d_h, k) for columns. ``right`` is orthogonal to the rows of the group's A; for an embedding,
+        ``left`` is orthogonal to the columns of B. Values at rounding error are set to zero.
+
+    Raises:
+        ValidationBatchError: see :func:`weight_gradients`.
+    """
+    if not batches:
+        raise ValidationBatchError("there is no batch to take gradients on: give at least one")
+    index, chosen = 0, {}
+    sums: dict[str, list[_GradientSum]] = {}
+    for name, of_groups in counts.items():
+        chosen[name] = [group for group, count in enumerate(of_groups) if count]
+        blocks = _residual_blocks(layers[name])
+        limit = FULL_GRADIENT_SIZE // len(blocks)
+        sums[name] = []
+        for group in chosen[name]:
+            sums[name].append(_GradientSum(blocks[group], of_groups[group], seed * 1_000_003 + index, limit))
+            index += 1
+    _sum_gradients(model, layers, batches, sums, loss_fn, mean)
+    return {
+        name: {group: one.decompose(len(batches)) for group, one in zip(chosen[name], own, strict=True)}
+        for name, own in sums.items()
+    }
+
+
+def _sum_gradients(
+    model: nn.Module,
+    layers: AdapterLayers,
+    batches: Sequence[Mapping[str, Any]],
+    sums: Mapping[str, Sequence[_GradientSum]],
+    loss_fn: LossFn | None,
+    mean: Callable[[Tensor], Tensor] | None,
+) -> None:
+    """Runs the passes that fill ``sums``."""
+    model = unwrap_model(model)
+    every = [one for own in sums.values() for one in own]
+    passes = 1 if all(one.is_whole for one in every) else 2
     with preserve_state(model, layers), torch.enable_grad(), _gradient_hooks(layers, sums) as leaves:
         for _ in range(passes):
             for batch in batches:
                 loss = loss_with_graph(model, prepare_batch(model, batch, needs_labels=loss_fn is None), loss_fn)
                 require_finite(loss.detach(), "the model")
                 loss_gradients(loss, leaves)
-            for one in sums.values():
+            for one in every:
                 one.end_pass(mean)
-    return {name: one.decompose(len(batches)) for name, one in sums.items()}
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of a layer's W.
+
+    Args:
+        rows, columns: its place in W.
+        is_embedding: whether x holds token ids.
+        reached: (d_in, r) float64, or (d_out, r) for an embedding: orthonormal columns, the directions that the ranks
+            have already. They are taken out of G. None: none are.
+    """
+
+    rows: slice
+    columns: slice
+    is_embedding: bool = False
+    reached: Tensor | None = None
+
+    @property
+    def d_in(self) -> int:
+        return int(self.columns.stop - self.columns.start)
+
+    @property
+    def d_out(self) -> int:
+        return int(self.rows.stop - self.rows.start)
+
+    def outside(self, values: Tensor, axis: int) -> Tensor:
+        """``values``, float64, without the directions that are reached, if these are of axis ``axis`` of G."""
+        if self.reached is None or axis != (0 if self.is_embedding else 1):
+            return values
+        return values - self.reached @ (self.reached.T @ values)
+
+
+def _whole(layer: AdapterLayer, reached: Tensor | None = None) -> _Block:
+    return _Block(slice(0, layer.d_out), slice(0, layer.d_in), layer.is_embedding, reached)
+
+
+def _residual_blocks(layer: AdapterLayer) -> list[_Block]:
+    """The blocks of a layer's groups, each with what its ranks reach."""
+    heads = layer.groups
+    if heads is None:
+        return [_whole(layer, _basis_of(layer.B if layer.is_embedding else layer.A.T))]
+    found = []
+    for head, rows_of_A in enumerate(torch.split(layer.A, list(layer.head_ranks))):  # (r_h, d_in) or (r_h, d_h)
+        own, reached = heads.span(head), _basis_of(rows_of_A.T)
+        is_rows = heads.kind == "rows"
+        rows = own if is_rows else slice(0, layer.d_out)
+        columns = slice(0, layer.d_in) if is_rows else own
+        found.append(_Block(rows, columns, reached=reached))
+    return found
+
+
+def _basis_of(vectors: Tensor) -> Tensor:
+    """An orthonormal basis of the space that the columns of ``vectors``, (d, r), span: (d, ≤ r) float64."""
+    left, values, _ = torch.linalg.svd(vectors.detach().double().cpu(), full_matrices=False)
+    reached: Tensor = left[:, values > ROUNDING * values.max()] if len(values) else left
+    return reached
 
 
 class _GradientSum:
-    """The sum over batches of one layer's G, or of the range finder's projection of G."""
+    """The sum over batches of one block of G, or of the range finder's projection of it.
 
-    def __init__(self, layer: AdapterLayer, count: int, seed: int) -> None:
-        self.layer, self.count = layer, count
-        width = min(count + OVERSAMPLING, layer.d_in, layer.d_out)
-        self.is_whole = layer.d_in * layer.d_out <= max(FULL_GRADIENT_SIZE, width * (layer.d_in + layer.d_out))
+    Args:
+        block: the block.
+        count: the number of singular values, if it has so many.
+        seed: seed of Ω.
+        limit: up to how many numbers G is summed in full.
+    """
+
+    def __init__(self, block: _Block, count: int, seed: int, limit: int = FULL_GRADIENT_SIZE) -> None:
+        d_in, d_out = block.d_in, block.d_out
+        self.block, self.count = block, min(count, d_in, d_out)
+        width = min(self.count + OVERSAMPLING, d_in, d_out)
+        self.is_whole = d_in * d_out <= max(limit, width * (d_in + d_out))
         self.total: Tensor | None = None
         self.done = False
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        self.omega = None if self.is_whole else torch.randn(layer.d_in, width, generator=generator)  # (d_in, k + p)
+        self.omega: Tensor | None = None
+        if not self.is_whole:
+            generator = torch.Generator().manual_seed(seed % 2**63)
+            omega = torch.randn(d_in, width, generator=generator)  # (d_in, k + p)
+            self.omega = omega if block.reached is None else block.outside(omega.double(), 1).float()
         self.q: Tensor | None = None  # (d_out, k + p), after the first pass
 
     @torch.no_grad()
@@ -116,7 +248,7 @@ class _GradientSum:
         """Adds one call of the layer. x: (…, d_in), or token ids (…); dy: (…, d_out)."""
         if self.done:
             return
-        dy = dy.reshape(-1, self.layer.d_out).float()  # (tokens, d_out)
+        dy = dy.reshape(-1, dy.shape[-1])[:, self.block.rows].float()  # (tokens, d_out)
         if self.omega is not None and self.q is None:
             self._accumulate(dy.T @ self._project(x, self.omega.to(dy.device)))  # (d_out, k + p)
         else:
@@ -128,7 +260,7 @@ class _GradientSum:
             total = self.total if self.total is not None else self._zeros()
             self.total = mean(total.flatten()).reshape(total.shape)
         if self.omega is not None and self.q is None:
-            self.q = None if self.total is None else torch.linalg.qr(self.total).Q
+            self.q = None if self.total is None else torch.linalg.qr(self._outside(self.total, 0)).Q
             self.done = self.q is None  # the loss of no batch depends on this layer
             self.total = None
         else:
@@ -137,32 +269,40 @@ class _GradientSum:
     def _zeros(self) -> Tensor:
         """A total of zero. Another process may have a part of this layer's gradient."""
         if self.omega is None:
-            return torch.zeros(self.layer.d_out, self.layer.d_in)
+            return torch.zeros(self.block.d_out, self.block.d_in)
         width = self.omega.shape[1]
-        return torch.zeros(self.layer.d_out, width) if self.q is None else torch.zeros(width, self.layer.d_in)
+        return torch.zeros(self.block.d_out, width) if self.q is None else torch.zeros(width, self.block.d_in)
 
     def decompose(self, batches: int) -> WeightGradient:
         """The largest part of the mean over batches."""
-        layer, k = self.layer, self.count
+        block, k = self.block, self.count
         if self.total is None:
-            left, right = (torch.eye(width, k, dtype=torch.float64) for width in (layer.d_out, layer.d_in))
+            left, right = (torch.eye(width, k, dtype=torch.float64) for width in (block.d_out, block.d_in))
             return WeightGradient(torch.zeros(k, dtype=torch.float64), left, right)
-        left, values, right = _largest(self.total.double().cpu(), k)
+        G = self.total.double().cpu()
+        if block.reached is not None:
+            G = block.outside(block.outside(G.T, 1).T, 0) if self.q is None else block.outside(G.T, 1).T
+        left, values, right = _largest(G, k)
+        if block.reached is not None and k:
+            values = torch.where(values > ROUNDING * float(self.total.norm()), values, 0)
         if self.q is not None:
             left = self.q.double().cpu() @ left
         return WeightGradient(values / batches, left, right)
 
+    def _outside(self, Y: Tensor, axis: int) -> Tensor:
+        return Y if self.block.reached is None else self.block.outside(Y.double().cpu(), axis).to(Y)
+
     def _project(self, x: Tensor, matrix: Tensor) -> Tensor:
-        rows: Tensor = matrix[x.reshape(-1)] if self.layer.is_embedding else self._rows(x) @ matrix
+        rows: Tensor = matrix[x.reshape(-1)] if self.block.is_embedding else self._rows(x) @ matrix
         return rows  # (tokens, k + p)
 
     def _outer(self, rows: Tensor, x: Tensor) -> Tensor:
-        if self.layer.is_embedding:
-            return rows.new_zeros(rows.shape[1], self.layer.d_in).index_add_(1, x.reshape(-1), rows.T)
+        if self.block.is_embedding:
+            return rows.new_zeros(rows.shape[1], self.block.d_in).index_add_(1, x.reshape(-1), rows.T)
         return rows.T @ self._rows(x)
 
     def _rows(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, self.layer.d_in).float()  # (…, d_in) → (tokens, d_in)
+        return x.reshape(-1, x.shape[-1])[:, self.block.columns].float()  # (…, all inputs) → (tokens, d_in)
 
     def _accumulate(self, part: Tensor) -> None:
         self.total = part if self.total is None else self.total + part
@@ -186,20 +326,25 @@ def _largest(G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @contextmanager
-def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, _GradientSum]) -> Iterator[list[Tensor]]:
+def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, Sequence[_GradientSum]]) -> Iterator[list[Tensor]]:
     """Hooks that pass every layer's x and dy to its sum. Yields A and B of all layers, for the backward pass."""
 
-    def watch(one: _GradientSum) -> Any:
+    def watch(own: Sequence[_GradientSum]) -> Any:
         def after_forward(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
                 x = inputs[0].detach()
-                output.register_hook(lambda dy: one.add(x, dy))  # type: ignore[no-untyped-call]  # untyped in torch
+
+                def add(dy: Tensor) -> None:
+                    for one in own:
+                        one.add(x, dy)
+
+                output.register_hook(add)  # type: ignore[no-untyped-call]  # untyped in torch
 
         return after_forward
 
     leaves: list[Tensor] = [part for layer in layers.values() for part in layer.stored]  # what the forward pass uses
     wanted = [leaf.requires_grad for leaf in leaves]
-    handles = [layer.module.register_forward_hook(watch(sums[name])) for name, layer in layers.items()]
+    handles = [layers[name].module.register_forward_hook(watch(own)) for name, own in sums.items()]
     try:
         for leaf in leaves:
             leaf.requires_grad_(True)

@@ -492,7 +492,13 @@ class Ranks:
         began = time.perf_counter()
         before = run.layers.ranks
         if allocation.plan:
-            resize_(run.layers, allocation.plan, run.optimizer, seed=run.seed)
+            resize_(
+                run.layers,
+                allocation.plan,
+                run.optimizer,
+                seed=run.seed,
+                second_moments=allocation.second_moments,
+            )
             run.allocator.after_resize(context, run.memory, rank_origins(allocation.plan, before))
             self._integrations.after_resize(run)
         run.allocations += 1

@@ -12,10 +12,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import lorank
-from lorank.allocators import ARDLoRA, TrainingInfo
+from lorank.allocators import ARDLoRA, Context, TrainingInfo
+from lorank.allocators.ard import allocator
 from lorank.allocators.ard.masks import temperature
-from lorank.errors import AdapterError, BudgetError, ScheduleError
-from lorank.lora import HeadGroups, find_layers
+from lorank.errors import AdapterError, BudgetError, ScheduleError, ValidationBatchError
+from lorank.lora import HeadGroups, Plan, find_layers
 from tests.allocators.runs import adamw, run_loop, same_run
 from tests.models import adapted, tiny_gpt2, tiny_llama, token_batch
 
@@ -333,3 +334,82 @@ def test_settled_ranks_stay_and_their_weights_train_on() -> None:
 @pytest.mark.parametrize("stop", [6, 14], ids=["before it settles", "after it has settled"])
 def test_a_run_that_settles_early_is_resumed_bitwise(stop: int) -> None:
     same_run(ARDLoRA(**FAST, heads="module", budget="40 ranks", reach=0.4, settle=0.5), stop, 20, r=4)
+
+
+GROWING: dict[str, Any] = {"l1": 0.0, "alpha_lr": 0.05, "resize_every": 2, "hold": 1, "r0": 2, "tau_start": 0.15}
+"""Settings under which ranks enter within 60 steps."""
+
+
+def test_entering_ranks_begin_along_the_residual_gradient_of_their_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of A that a plan brings, against singular vectors of blocks of G, which autograd forms."""
+    checked: set[str] = set()
+    original = allocator.with_directions
+
+    def compare(context: Context, plan: Plan) -> Plan:
+        found = original(context, plan)
+        for name, change in found.items():
+            if not change.add:
+                continue
+            layer = context.layers[name]
+            weight = layer.module.get_base_layer().weight.requires_grad_(True)
+            training = context.model.training
+            with torch.enable_grad():
+                (G,) = torch.autograd.grad(context.model.eval()(**context.validation_batch).loss, [weight])
+            context.model.train(training)
+            weight.requires_grad_(False)
+            heads = change.head_ranks or (change.rank,)
+            owners = [head for head, rank in enumerate(heads) for _ in range(rank)]
+            new = [head for head, origin in zip(owners, change.origins, strict=True) if origin < 0]
+            assert change.vectors is not None
+            for head in set(new):
+                rows = change.vectors.values[[i for i, owner in enumerate(new) if owner == head]].double()
+                A = torch.split(layer.A.detach().double(), list(layer.head_ranks))[head]
+                block = G.double()
+                if layer.groups is not None:
+                    own = layer.groups.span(head)
+                    block = block[own] if layer.groups.kind == "rows" else block[:, own]
+                    checked.add(layer.groups.kind)
+                residual = block - block @ torch.linalg.pinv(A) @ A
+                values = torch.linalg.svdvals(residual)
+                reached = (residual @ rows.T).norm(dim=0) / rows.norm(dim=1)
+                torch.testing.assert_close(reached, values[: len(rows)], rtol=1e-3, atol=1e-4 * float(values[0]))
+                assert float((A @ rows.T).abs().max()) < 1e-5
+        return found
+
+    monkeypatch.setattr(allocator, "with_directions", compare)
+    method = ARDLoRA(**GROWING, new_ranks="gradient", second_moments="mean")
+    assert method.needs_validation_batch
+    run_loop(method, 60, until=59)
+    assert checked == {"rows", "columns"}
+
+
+def test_second_moments_of_entering_ranks_are_filled() -> None:
+    least = {}
+    for second_moments in ("zero", "mean"):
+        ranks, _ = run_loop(ARDLoRA(**GROWING, second_moments=second_moments), 60, until=0)
+        model, seen = ranks.layers.model, []
+        for step in range(59):
+            before = ranks.layers.ranks
+            model(**token_batch(seed=step)).loss.backward()
+            ranks.optimizer.step()
+            ranks.optimizer.zero_grad()
+            for name, layer in ranks.layers.items():
+                if layer.rank > before[name]:
+                    # a row of second moments that is zero belongs to a rank that has had no gradient
+                    moments = ranks.optimizer.state[layer.A]["exp_avg_sq"]
+                    seen.append(int((moments.flatten(1).amax(1) == 0).sum()))
+        assert seen
+        least[second_moments] = max(seen)
+        ranks.detach()
+    assert least["zero"] > 0
+    assert least["mean"] == 0
+
+
+def test_a_resumed_run_with_options_is_the_uninterrupted_one() -> None:
+    same_run(ARDLoRA(**GROWING, new_ranks="gradient", second_moments="mean"), 15, 30)
+
+
+def test_directions_need_data() -> None:
+    model = adapted(tiny_llama(), random_B=False)
+    with pytest.raises(ValidationBatchError, match="validation_batch"):
+        lorank.attach(model, adamw(model), ARDLoRA(new_ranks="gradient"), total_steps=10)

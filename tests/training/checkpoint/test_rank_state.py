@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import lorank
 from lorank.allocators import Allocator
 from lorank.errors import ResumeError
+from lorank.training.checkpoint.state_schema import SEAL, sealed
 from tests.models import adapted, tiny_llama, token_batch
 from tests.training.loops import QUICK, adamw, run_loop
 
@@ -56,6 +58,15 @@ class TestRefusedResume:
     def test_other_settings(self, saved: Any) -> None:
         with pytest.raises(ResumeError, match="rounds: saved 3, now 4"):
             self.resume(saved, lorank.ALoRA(k1=2, k2=2, rounds=4, unit="steps", per_round=6))
+
+    def test_a_setting_that_is_newer_than_the_checkpoint_has_its_default(self, saved: Any) -> None:
+        state = saved["param_groups"][0]["lorank"]
+        for newer in ("new_ranks", "second_moments", "per_parameter", "rotate"):
+            del state["allocator"][newer]
+        saved["param_groups"][0]["lorank"] = sealed({key: value for key, value in state.items() if key != SEAL})
+        self.resume(saved)
+        with pytest.raises(ResumeError, match="new_ranks: saved 'random', now 'gradient'"):
+            self.resume(saved, dataclasses.replace(QUICK, new_ranks="gradient"))
 
     def test_another_seed(self, saved: Any) -> None:
         with pytest.raises(ResumeError, match="seed: saved 3, now 4"):

@@ -15,6 +15,7 @@ DDP = {
     "ard per head": Case("ard-heads", attach_to="outer"),
     "alora-dnas": Case("alora-dnas"),
     "alora-first-order": Case("alora-first-order"),
+    "alora-options": Case("alora-options"),
     "DoRA": Case("alora", dora=True),
     "balanced": Case("balanced"),
 }

@@ -37,12 +37,20 @@ ROWS = 4  # of a global micro-batch
 LIMIT = 400  # seconds; a hang fails
 
 ROUNDS = {"k1": 2, "k2": 2, "rounds": 5, "unit": "steps", "per_round": 5}
+OPTIONS: dict[str, Any] = {
+    "terms": "without",
+    "rotate": True,
+    "per_parameter": True,
+    "new_ranks": "gradient",
+    "second_moments": "mean",
+}
 SEARCH = {"alpha_lr": 0.05, "l1": 0.05, "resize_every": 2, "hold": 1}
 METHODS = {
     "static": lorank.StaticLoRA,
     "alora": lambda: lorank.ALoRA(**ROUNDS, scores="exact"),
     "alora-first-order": lambda: lorank.ALoRA(**ROUNDS),
     "alora-alone": lambda: lorank.ALoRA(**ROUNDS, scores="exact", terms="alone", engine="reference"),
+    "alora-options": lambda: lorank.ALoRA(**ROUNDS, **OPTIONS),
     "alora-sensi": lambda: lorank.ALoRASensi(**ROUNDS),
     "alora-dnas": lambda: lorank.ALoRADNAS(**ROUNDS, search_rows=2),
     "balanced": lambda: lorank.BalancedLoRA(wide=2, cuts=4, until=0.7),

@@ -21,7 +21,7 @@ from tests.training.parallel.processes_run import METHODS, STEPS, Case, Seen, la
 
 WRAPS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 REFUSED = dict.fromkeys(("zero1", "zero2"), ("ard-heads",)) | {
-    "zero3": ("ard-heads", "alora-dnas", "alora-first-order", "balanced")
+    "zero3": ("ard-heads", "alora-dnas", "alora-options", "alora-first-order", "balanced")
 }
 LOSSES, SCORES = 1e-5, 1e-4
 """How far losses and scores of several processes may be from those of one, relative to the largest."""

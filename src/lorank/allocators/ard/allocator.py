@@ -51,10 +51,11 @@ from lorank.allocators.ard.rounding import at_least_one, clip_to_budget, plan_fo
 from lorank.allocators.base import Allocation, Allocator, Context, State, TrainingInfo
 from lorank.allocators.budget import BudgetSetting, resolve_budget
 from lorank.allocators.gate_adam import adam_step_, start_adam
+from lorank.allocators.new_ranks import SAMPLES, NewRanks, try_directions, with_directions
 from lorank.allocators.resolved_budget import ResolvedBudget
 from lorank.allocators.settings import settings
 from lorank.errors import BudgetError, ScheduleError, ValidationBatchError
-from lorank.lora import AdapterLayers, HeadGroups, Plan, head_groups
+from lorank.lora import AdapterLayers, HeadGroups, Plan, SecondMoments, head_groups
 from lorank.scoring import validation_loss
 
 logger = logging.getLogger("lorank")
@@ -97,6 +98,11 @@ class ARDLoRA(Allocator):
         gain: how fast λ follows the budget. > 0.
         reach: the fraction of the run after which the ranks should meet the budget. Above 0, at most 1.
         settle: the fraction of the run after which the last resize comes. Above 0, at most 1 (after the last step).
+        new_ranks: how A begins at ranks that enter during the run: ``"random"``, as PEFT initialises it, or
+            ``"gradient"``, along the residual gradient of their group on the validation batch
+            (:mod:`lorank.allocators.new_ranks`).
+        second_moments: where the optimiser's second moments of such ranks begin: ``"zero"``, as in a new optimiser, or
+            ``"mean"``, at the mean over the module's other ranks.
 
     Raises:
         ScheduleError: a setting is out of its range.
@@ -121,6 +127,8 @@ class ARDLoRA(Allocator):
     gain: Annotated[float, Field(gt=0)] = 0.2
     reach: Annotated[float, Field(gt=0, le=1)] = 0.75
     settle: Annotated[float, Field(gt=0, le=1)] = 1.0
+    new_ranks: NewRanks = "random"
+    second_moments: SecondMoments = "zero"
 
     def __post_init__(self) -> None:
         if self.tau_end > self.tau_start:
@@ -135,6 +143,18 @@ class ARDLoRA(Allocator):
     def _lambda_follows_budget(self) -> bool:
         """Whether λ is adapted to a budget."""
         return self.budget is not None and self.l1_term
+
+    @property
+    def needs_validation_batch(self) -> bool:
+        return self.new_ranks == "gradient"
+
+    @property
+    def validation_samples(self) -> int:
+        return SAMPLES if self.new_ranks == "gradient" else super().validation_samples
+
+    @property
+    def own_backward(self) -> bool:
+        return self.new_ranks == "gradient"
 
     def heads_of(self, layers: AdapterLayers) -> Mapping[str, HeadGroups]:
         return head_groups(layers, self.head_overrides) if self.heads == "auto" else {}
@@ -216,6 +236,8 @@ class ARDLoRA(Allocator):
     def try_out(self, context: Context, state: State) -> None:
         if context.validation_batch is not None:
             validation_loss(context.model, context.layers, context.validation_batch, context.loss_fn)
+        if self.new_ranks == "gradient":
+            try_directions(context)
 
     def _initial_alpha(self, r0: Tensor, counts: Tensor, caps: Tensor) -> Tensor:
         """α at the start, (G,): 1, or in a group that has other ranks than that stores, the α that stores them.
@@ -261,6 +283,8 @@ class ARDLoRA(Allocator):
         hold = self._steps(self.hold, HOLD, context.run)
         counts = torch.where(state["held"] >= hold, self._wanted(context, state), state["counts"])
         plan = plan_for_groups(context.layers, at_least_one(counts, state["r0"] * state["alpha"]))
+        if self.new_ranks == "gradient":
+            plan = with_directions(context, plan)
         loss = self._loss(context)
         effective = state["r0"] * state["alpha"]
         rounded = rounded_ranks(effective, self.min_rank, state["caps"])
@@ -354,6 +378,7 @@ class ARDLoRA(Allocator):
             dict(zip(layers, torch.split(scores, list(layers.ranks.values())), strict=True)),
             details,
             active={name: sum(some) for name, some in head_ranks.items()},
+            second_moments=self.second_moments,
         )
 
     def _warn_of_slow_alpha(self, r0: float, run: TrainingInfo) -> None:

@@ -7,12 +7,14 @@ contains plain LoRA; the rank state contains the form in which layers are traine
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from lorank.allocators import Allocator
 from lorank.errors import ResumeError
 from lorank.lora import AdapterLayers, HeadGroups, plan_for_rank, resize_, restore_layout_
 from lorank.training.checkpoint.base_fingerprint import check_same_base
@@ -67,6 +69,17 @@ def restore_progress_(run: RunState, state: Mapping[str, Any]) -> None:
     run.first_lr, run.highest_lr = state["first_lr"], state["highest_lr"]
 
 
+def _defaults(allocator: Allocator) -> dict[str, Any]:
+    """The defaults of the allocator's settings that have a plain one."""
+    if not dataclasses.is_dataclass(allocator):
+        return {}
+    return {
+        setting.name: setting.default
+        for setting in dataclasses.fields(allocator)
+        if setting.default is not dataclasses.MISSING
+    }
+
+
 def check_resumable(state: Mapping[str, Any], run: RunState) -> None:
     """Checks that a saved rank state is undamaged and belongs to this run. Nothing is changed.
 
@@ -87,6 +100,9 @@ def check_resumable(state: Mapping[str, Any], run: RunState) -> None:
     check_seal(state)
     current_settings: dict[str, Any] = {**run.allocator.describe(), "seed": info.seed}
     saved_settings: dict[str, Any] = {**state["allocator"], "seed": state["seed"]}
+    if saved_settings.get("method") == current_settings.get("method"):
+        # A setting that the lorank that saved it did not have yet: its default is what that lorank did.
+        saved_settings = {**_defaults(run.allocator), **saved_settings}
     differing = sorted(
         key
         for key in current_settings.keys() | saved_settings.keys()
