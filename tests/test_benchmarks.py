@@ -18,7 +18,7 @@ from lorank.lora import find_layers
 from tests.models import adapted, tiny_llama, token_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-OURS = {"static", "ALoRA", "ARD-LoRA", "AdaLoRA", "SoRA", "DoRA"}
+OURS = {"static", "… with Gramians", "ALoRA", "ARD-LoRA", "AdaLoRA", "SoRA", "DoRA"}
 
 
 @pytest.fixture(autouse=True)
