@@ -86,7 +86,7 @@ def picture(lines: Sequence[Line], path: Path) -> None:
             mean = np.mean([line["report"] for line in finished(lines, task, method, steps).values()])
             axis.axvline(mean, color="grey", linewidth=0.8, linestyle=":")
         axis.set_title(f"{task}, {steps} steps", fontsize=10)
-        axis.set_xlabel("loss on unseen examples (lower is better)")
+        axis.set_xlabel("loss, lower is better")
     figure.savefig(path, dpi=130)
 
 
