@@ -39,7 +39,7 @@ from lorank.scoring import (  # noqa: E402
 )
 
 RANK, STEPS, EARLY = 4, 200, 0.05
-SCORED, TRUTH = 64, 256
+SCORED, TRUTH = 64, 96
 """Rows for scores, and other rows for the truth."""
 ROWS = 8
 """Rows per batch of the Gramians."""
