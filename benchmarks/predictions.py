@@ -1,7 +1,7 @@
 """Does a score predict what a rank is worth?   python -m benchmarks.predictions --out runs/predictions.jsonl
 
-Three tasks (those of benchmarks.quality). LoRA of rank 4 is trained; after 5 % of the run (an early cut of
-BalancedLoRA) and at its end, every rank is scored on 64 rows. The truth is the increase of the loss on other rows when
+Three tasks (those of benchmarks.quality). LoRA of rank 4 is trained. After 10 and 30 % of the run (where BalancedLoRA
+makes its first and its last cut) and at its end, every rank is scored on 64 rows. The truth is the increase of the loss on other rows when
 one rank is switched off. It is taken twice: for the ranks as they are, which all other scores are about, and for the
 ranks of the balanced basis, which σ² is about. The number is Spearman's correlation between score and truth over all
 ranks. For σ², the table also has Σ ½σ² / Σ truth: 1 if the predicted loss is right in size, too.
@@ -38,7 +38,9 @@ from lorank.scoring import (  # noqa: E402
     saliency_scores,
 )
 
-RANK, STEPS, EARLY = 4, 200, 0.05
+RANK, STEPS = 4, 200
+MOMENTS = {"10 %": 0.1, "30 %": 0.3, "end": 1.0}
+"""Fractions of the run."""
 SCORED, TRUTH = 64, 96
 """Rows for scores, and other rows for the truth."""
 ROWS = 8
@@ -96,8 +98,7 @@ def states(name: str, out: Path, seed: int) -> None:
     """Trains one task's adapter, and writes a line for each moment."""
     case, task = CASES[name], task_of(name)
     done = {(line["task"], line["moment"], line["seed"]) for line in _read(out)}
-    moments = {"early": round(EARLY * STEPS), "end": STEPS}
-    for moment, steps in moments.items():
+    for moment, steps in ((moment, round(share * STEPS)) for moment, share in MOMENTS.items()):
         if (name, moment, seed) in done:
             continue
         set_seed(seed)
@@ -125,7 +126,7 @@ def _read(out: Path) -> list[dict[str, Any]]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """The table of docs/balanced.md, in Markdown."""
-    columns = [(name, moment) for name in CASES for moment in ("early", "end")]
+    columns = [(name, moment) for name in CASES for moment in MOMENTS]
     by_column = {(line["task"], line["moment"]): line for line in lines}
     present = [column for column in columns if column in by_column]
     head = "| score | " + " | ".join(f"{name}, {moment}" for name, moment in present) + " |"
