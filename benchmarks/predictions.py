@@ -3,8 +3,8 @@
 Three tasks (those of benchmarks.quality). LoRA of rank 4 is trained. After 10 and 30 % of the run (where BalancedLoRA
 makes its first and its last cut) and at its end, every rank is scored on 64 rows. The truth is the increase of the loss
 on other rows when one rank is switched off. It is taken twice: for the ranks as they are, which all other scores are
-about, and for the ranks of the balanced basis, which σ² is about. The number is Spearman's correlation between score and
-truth over all ranks. For σ², the table also has Σ ½σ² / Σ truth: 1 if the predicted loss is right in size, too.
+about, and for the ranks of the balanced basis, which σ² is about. The number is Spearman's correlation between score
+and truth over all ranks. For σ², the table also has Σ ½σ² / Σ truth: 1 if the predicted loss is right in size, too.
 
 Each state is one line of OUT, written when it is done; a state that is there is not done again.
 """
