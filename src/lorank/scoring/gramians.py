@@ -21,7 +21,7 @@ from lorank.errors import ValidationBatchError
 from lorank.lora import AdapterLayers
 from lorank.lora.gramians import Gramians
 from lorank.scoring.loss import LossFn, loss_gradients, loss_with_graph, prepare_batch, require_finite, unwrap_model
-from lorank.scoring.microbatch import count_labels
+from lorank.scoring.microbatch import labels_in_mean_loss
 from lorank.scoring.preserve_state import preserve_state
 
 
@@ -86,7 +86,7 @@ def measure_gramians(
                 for name, own in gramians.sums.items():
                     if own.Z is not None and own.D is not None and own.tokens is not None:
                         Z[name] = Z[name] + own.Z.double().cpu()
-                        D[name] = D[name] + _labels(prepared) * own.D.double().cpu()
+                        D[name] = D[name] + labels_in_mean_loss(prepared) * own.D.double().cpu()
                         tokens[name] += int(own.tokens)
                 gramians.clear()
                 if progress is not None:
@@ -96,18 +96,3 @@ def measure_gramians(
             for leaf, before in zip(leaves, wanted, strict=True):
                 leaf.requires_grad_(before)
     return {name: GramianPair(Z[name] / max(1, tokens[name]), D[name] / len(parts)) for name in layers}
-
-
-def _labels(batch: Mapping[str, Any]) -> int:
-    """N, the number of labels in the mean loss of a batch. Causal language models predict all labels but the first."""
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor):
-        return 1
-    if labels.dim() > 1 and labels.dtype == torch.long and labels.shape[1:] == _token_shape(batch):
-        return max(1, count_labels({"labels": labels[:, 1:]}))
-    return max(1, count_labels(batch))
-
-
-def _token_shape(batch: Mapping[str, Any]) -> torch.Size | None:
-    tokens = batch.get("input_ids")
-    return tokens.shape[1:] if isinstance(tokens, Tensor) else None

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from lorank.lora import AdapterLayers
-from lorank.scoring.gramians import _labels
 from lorank.scoring.loss import LossFn, detached_loss, prepare_batch, require_finite, unwrap_model
+from lorank.scoring.microbatch import labels_in_mean_loss
 from lorank.scoring.preserve_state import preserve_state
 
 
@@ -31,7 +31,7 @@ def mean_loss(
     with preserve_state(model, layers):
         for batch in batches:
             prepared = prepare_batch(model, batch, needs_labels=loss_fn is None)
-            labels = _labels(prepared)
+            labels = labels_in_mean_loss(prepared)
             total += labels * require_finite(detached_loss(model, prepared, loss_fn), "the model")
             count += labels
     return total / max(1, count)

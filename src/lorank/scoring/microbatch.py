@@ -59,6 +59,21 @@ def count_labels(part: Mapping[str, Any]) -> int:
     return int(torch.count_nonzero(part["labels"] != IGNORED))
 
 
+def labels_in_mean_loss(batch: Mapping[str, Any]) -> int:
+    """N, the number of labels in the mean loss of a batch. Causal language models predict all labels but the first."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        return 1
+    if labels.dim() > 1 and labels.dtype == torch.long and labels.shape[1:] == _token_shape(batch):
+        return max(1, count_labels({"labels": labels[:, 1:]}))
+    return max(1, count_labels(batch))
+
+
+def _token_shape(batch: Mapping[str, Any]) -> torch.Size | None:
+    tokens = batch.get("input_ids")
+    return tokens.shape[1:] if isinstance(tokens, Tensor) else None
+
+
 def repeat(x: Tensor, copies: int) -> Tensor:
     """(n, …) → (copies · n, …): the batch concatenated ``copies`` times. Always a new tensor, also for one copy."""
     return x.repeat(copies, *[1] * (x.dim() - 1))
