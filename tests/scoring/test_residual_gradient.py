@@ -13,6 +13,7 @@ from lorank.lora import AdapterLayers, find_layers
 from lorank.scoring import residual_gradients, weight_gradient
 from tests.lora.forms import OUT, Q, in_heads
 from tests.models import adapted, tiny_gpt2, tiny_llama, token_batch
+from tests.scoring.weight_gradients import by_autograd
 
 BATCHES = [token_batch(padded=True), token_batch(seed=1)]
 PLAIN = {
@@ -24,19 +25,9 @@ PLAIN = {
 
 def gradients_of(layers: AdapterLayers) -> dict[str, Tensor]:
     """G of the mean loss over BATCHES, (d_out, d_in) float64."""
-    weights = [layer.module.get_base_layer().weight for layer in layers.values()]
-    for weight in weights:
-        weight.requires_grad_(True)
-    loss = sum(layers.model.eval()(**batch).loss for batch in BATCHES) / len(BATCHES)
-    gradients = torch.autograd.grad(loss, weights)
-    for weight in weights:
-        weight.requires_grad_(False)
-    found = {}
-    for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
-        is_transposed = layer.is_embedding or type(layer.module.get_base_layer()).__name__ == "Conv1D"
-        oriented = gradient.T if is_transposed else gradient
-        assert oriented.shape == (layer.d_out, layer.d_in)
-        found[name] = oriented.double()
+    found = by_autograd(layers, BATCHES)
+    for name, layer in layers.items():
+        assert found[name].shape == (layer.d_out, layer.d_in)
     return found
 
 

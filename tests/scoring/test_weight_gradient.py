@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.pytorch_utils import Conv1D
 
 import lorank
 from lorank.errors import ValidationBatchError
-from lorank.lora import AdapterLayers, find_layers
+from lorank.lora import find_layers
 from lorank.scoring import WeightGradient, weight_gradient, weight_gradients
 from tests.models import adapted, class_batch, tiny_bert, tiny_gpt2, tiny_llama, token_batch
+from tests.scoring.weight_gradients import by_autograd
 
 MODELS = {
     "llama": lambda: (adapted(tiny_llama(), random_B=False), token_batch(padded=True)),
@@ -21,24 +21,6 @@ MODELS = {
         token_batch(),
     ),
 }
-
-
-def by_autograd(layers: AdapterLayers, batches) -> dict[str, torch.Tensor]:
-    """G of every layer, (d_out, d_in) float64."""
-    weights = [layer.module.get_base_layer().weight for layer in layers.values()]
-    for weight in weights:
-        weight.requires_grad_(True)
-    loss = sum(layers.model.eval()(**batch).loss for batch in batches) / len(batches)
-    gradients = torch.autograd.grad(loss, weights)
-    for weight in weights:
-        weight.requires_grad_(False)
-    found = dict(zip(layers, gradients, strict=True))
-    return {name: (G.T if is_turned(layers[name]) else G).double() for name, G in found.items()}
-
-
-def is_turned(layer) -> bool:
-    """Whether the base layer keeps its weight as (d_in, d_out)."""
-    return layer.is_embedding or isinstance(layer.module.get_base_layer(), Conv1D)
 
 
 def orthonormal(vectors: torch.Tensor) -> None:

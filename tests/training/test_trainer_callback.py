@@ -363,7 +363,7 @@ class TestBalanced:
     """A gradient start needs batches of training data. The callback draws them."""
 
     def train(
-        self, folder: Path, allocator: lorank.Allocator, data=None, **options
+        self, folder: Path, allocator: lorank.Allocator, data=None, resume: Path | None = None, **options
     ) -> tuple[lorank.Ranks, list[float]]:
         torch.manual_seed(3)
         callback = lorank.RankCallback(allocator, **options)
@@ -381,7 +381,7 @@ class TestBalanced:
             train_dataset=rows(24, seed=0) if data is None else data,
             callbacks=[callback],
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         return callback.ranks, [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
     def test_one_line_begins_wide_and_ends_within_the_budget(self, tmp_path: Path) -> None:
@@ -416,25 +416,12 @@ class TestBalanced:
         def refuse():
             raise AssertionError("a resumed run needs no batches")
 
-        torch.manual_seed(3)
-        callback = lorank.RankCallback(lorank.BalancedLoRA(), train_batches=refuse)
-        trainer = Trainer(
-            model=adapted(tiny_llama(), r=2),
-            args=TrainingArguments(
-                str(tmp_path / "again"),
-                max_steps=12,
-                per_device_train_batch_size=4,
-                logging_steps=1,
-                save_strategy="no",
-                report_to=[],
-                use_cpu=True,
-            ),
-            train_dataset=rows(24, seed=0),
-            callbacks=[callback],
+        checkpoint = tmp_path / "whole" / "checkpoint-2"  # one cut is to come
+        again, continued = self.train(
+            tmp_path / "again", lorank.BalancedLoRA(), resume=checkpoint, train_batches=refuse
         )
-        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))  # one cut is to come
-        assert [line["loss"] for line in trainer.state.log_history if "loss" in line] == losses
-        for name, layer in callback.ranks.layers.items():
+        assert continued == losses
+        for name, layer in again.layers.items():
             assert torch.equal(layer.A, whole.layers[name].A)
             assert torch.equal(layer.B, whole.layers[name].B)
 
