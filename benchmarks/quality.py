@@ -3,9 +3,9 @@
 Three tasks, rank 2 in every map: Python's reference manual and E2E with the packaged Llama, clinc150 with MiniLM. Every
 method ends with the trained parameters of static LoRA at rank 2 (``lora2x`` has twice as many). A method's learning
 rate is the best of a grid whose values are a factor of two apart, by the loss on the selection part after training with
-two seeds of its own (one on E2E, on clinc150 and in runs of 400 steps and more). If the best rate is at an end of the grid, the grid is
-extended. Then five fresh seeds are trained at this rate. Their losses are those on the report part, which no choice has
-used: other examples of the held-out part.
+two seeds of its own (one on E2E, on clinc150 and in runs of 400 steps and more). If the best rate is at an end of the
+grid, the grid is extended. Then five fresh seeds are trained at this rate. Their losses are those on the report part,
+which no choice has used: other examples of the held-out part.
 
 Every run is one line of ``OUT``, written when it is done. The same command continues where it was interrupted, and
 several may share one file. ``python -m benchmarks.quality_table`` makes the tables.
