@@ -267,6 +267,35 @@ class TestLearningRate:
         assert seen[0] == pytest.approx([1e-2 * factor, 3e-3, 2e-3 * factor])
         assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 3e-3, 2e-3]
 
+    @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adagrad], ids=["AdamW", "Adagrad"])
+    def test_a_head_in_the_adapter_s_group_keeps_its_rate(self, make: Any) -> None:
+        """The same weights, bit for bit, as with a group for each, over all cuts; and the same groups afterwards."""
+        found = []
+        for together in (True, False):
+
+            def optimizer_of(model: Any, together: bool = together) -> torch.optim.Optimizer:
+                head = model.base_model.model.lm_head.weight.requires_grad_()
+                weights = [p for p in model.parameters() if p.requires_grad and p is not head]
+                groups = [[*weights[:3], head, *weights[3:]]] if together else [weights, [head]]
+                return make([{"params": params} for params in groups], lr=1e-2)
+
+            model = adapted(tiny_llama(1), random_B=False)
+            method = BalancedLoRA(wide=2, until=0.7, init="default")
+            model, optimizer, ranks = attach(method, model=model, optimizer=optimizer_of)
+            groups, sizes = list(optimizer.param_groups), [len(group["params"]) for group in optimizer.param_groups]
+            seen: list[list[float]] = []
+            optimizer.register_step_pre_hook(
+                lambda *_, o=optimizer, s=seen: s.append([g["lr"] for g in o.param_groups])
+            )
+            for step in range(SHORT):
+                train_step(model, optimizer, step)
+                assert all(a is b for a, b in zip(optimizer.param_groups, groups, strict=True))
+                assert [len(group["params"]) for group in optimizer.param_groups] == sizes
+            assert seen[0] == pytest.approx([1e-2 * 2**-0.5, 1e-2])
+            assert ranks.history.allocations
+            found.append({name: value.clone() for name, value in model.state_dict().items()})
+        assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
     @pytest.mark.parametrize("kind", ["LinearLR", "LambdaLR", "OneCycleLR", "CosineAnnealingLR"])
     @pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
     def test_schedules_see_the_user_s_rate(self, kind: str, tensor: bool) -> None:

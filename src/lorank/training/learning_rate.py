@@ -52,10 +52,12 @@ def stated_peak(group: Mapping[str, Any], first_rate: float) -> float:
 
 
 class ScaledRate:
-    """Multiplies the learning rate of the groups that hold the adapter for the time of one step.
+    """Multiplies the learning rate of A and B for the time of one step.
 
-    Schedules read and change the optimiser's rate between steps, where it is always the user's. A step that fails may
-    leave its rate, until the next one begins or the run ends; a rate that was set in between is then left alone.
+    Schedules read and change the optimiser's rate between steps, where it is always the user's. Other weights keep
+    their rate: a group that holds a classifier's head beside the adapter is two groups during the step. A step that
+    fails may leave its rate and its groups, until the next one begins or the run ends; a rate that was set in between
+    is then left alone.
 
     Args:
         optimizer: the optimiser.
@@ -65,6 +67,7 @@ class ScaledRate:
     def __init__(self, optimizer: torch.optim.Optimizer, layers: AdapterLayers) -> None:
         self._optimizer, self._layers = optimizer, layers
         self._before: list[tuple[dict[str, Any], Any, Any]] = []  # group, rate before and in the step
+        self._divided: list[tuple[dict[str, Any], Any, dict[str, Any]]] = []  # group, its parameters, group of the rest
 
     def multiply(self, factor: float) -> None:
         """Multiplies the rates by ``factor``, until :meth:`restore`. Optimisers without a rate are left alone."""
@@ -77,15 +80,27 @@ class ScaledRate:
                 self._before.append((group, before, group["lr"]))
 
     def _groups(self) -> list[dict[str, Any]]:
+        """The groups with A and B, and with nothing else if groups can be divided."""
         own: list[dict[str, Any]] | None = getattr(self._optimizer, "rate_groups", None)
-        if own is not None:  # it stands for another optimiser, which makes the steps
+        if own is not None:  # it stands for another optimiser, which makes the steps, often on one flat tensor
             return own
         ids = {id(weight) for layer in self._layers.values() for weight in (layer.A, layer.B)}
-        return [group for group in self._optimizer.param_groups if any(id(p) in ids for p in group["params"])]
+        groups = [group for group in self._optimizer.param_groups if any(id(p) in ids for p in group["params"])]
+        for group in groups:
+            others = [p for p in group["params"] if id(p) not in ids]
+            if others and group.get("lr") is not None:
+                rest = {**group, "params": others}
+                self._divided.append((group, group["params"], rest))
+                group["params"] = [p for p in group["params"] if id(p) in ids]
+                self._optimizer.param_groups.append(rest)
+        return groups
 
     def restore(self) -> None:
-        """Gives every group its own rate again."""
+        """Gives every group its own rate and parameters again."""
         for group, before, scaled in self._before:
             if group["lr"] is scaled:
                 group["lr"] = before
-        self._before = []
+        for group, params, rest in self._divided:
+            group["params"] = params
+            self._optimizer.param_groups[:] = [other for other in self._optimizer.param_groups if other is not rest]
+        self._before, self._divided = [], []
