@@ -30,9 +30,7 @@ def sweep(
     ] = None,
     jobs: Annotated[
         int,
-        typer.Option(
-            "--jobs", "-j", min=1, help="Worker processes on this machine; with GPUs, one GPU each."
-        ),
+        typer.Option("--jobs", "-j", min=1, help="Worker processes on this machine; with GPUs, one GPU each."),
     ] = 1,
     storage: Annotated[
         str | None,

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
+
+from lorank.experiments.sweep.jobs import Place
+from lorank.experiments.sweep.storage import closing, open_storage
 
 
 @pytest.fixture
@@ -27,3 +32,16 @@ def write(values: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return build
+
+
+@pytest.fixture
+def open_() -> Iterator[Callable[..., Any]]:
+    """Opens a storage with short times, until the end of the test."""
+    with ExitStack() as stack:
+        yield lambda url: stack.enter_context(closing(open_storage(url, heartbeat=1, grace=1)))
+
+
+@pytest.fixture
+def study_of(open_: Callable[..., Any]) -> Callable[[Place], optuna.Study]:
+    """The study of a sweep, as Optuna loads it."""
+    return lambda place: optuna.load_study(storage=open_(place.url), study_name=place.study)

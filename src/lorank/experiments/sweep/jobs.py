@@ -24,7 +24,16 @@ from lorank.experiments.sweep import queue
 from lorank.experiments.sweep.plan import Sweep
 from lorank.experiments.sweep.progress import SweepProgress
 from lorank.experiments.sweep.results import MARKER, SweepResult, collect, done
-from lorank.experiments.sweep.storage import GRACE, HEARTBEAT, default_url, open_storage, quiet_optuna, shown
+from lorank.experiments.sweep.storage import (
+    GRACE,
+    HEARTBEAT,
+    StorageError,
+    closing,
+    default_url,
+    open_storage,
+    quiet_optuna,
+    shown,
+)
 from lorank.experiments.sweep.worker import TrainRun, Worker, finished, show
 from lorank.files import write_text
 
@@ -93,7 +102,7 @@ def run_sweep(
                 finished(run)
     known = {"study": place.study, "storage": shown(place.url), "lorank": __version__}
     storage = open_storage(place.url, heartbeat=place.heartbeat, grace=place.grace)
-    try:
+    with _database_errors(place), closing(storage):
         write_text(sweep.out / MARKER, json.dumps(known, indent=2) + "\n")
         study = queue.open_study(sweep, storage, place.study)
         before = [trial.number for trial in done(study)]
@@ -105,9 +114,6 @@ def run_sweep(
                 with _terminate_as_interrupt():
                     _run_workers(sweep, study, place, min(jobs, sweep.count), progress, train_run, prepare)
         return collect(study, sweep, before)
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
 
 
 def _work(
@@ -218,16 +224,30 @@ def _worker(sweep: Sweep, place: Place, log: Path, train_run: TrainRun | None, p
         console = Console(file=file, width=120)
         if prepare is not None:
             prepare(console)
-        storage = open_storage(place.url, heartbeat=place.heartbeat, grace=place.grace)
-        with quiet_optuna():
-            study = optuna.load_study(storage=storage, study_name=place.study)
         try:
-            _work(sweep, study, storage, SweepProgress(console, sweep.count), train_run, console)
+            with closing(open_storage(place.url, heartbeat=place.heartbeat, grace=place.grace)) as storage:
+                with quiet_optuna():
+                    study = optuna.load_study(storage=storage, study_name=place.study)
+                _work(sweep, study, storage, SweepProgress(console, sweep.count), train_run, console)
         except KeyboardInterrupt:
             console.print("interrupted; the trial is back in the queue")
             sys.exit(130)
-        finally:
-            storage.engine.dispose()
+
+
+@contextmanager
+def _database_errors(place: Place) -> Iterator[None]:
+    """Says in one message that the database can no longer be used."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        reason = " ".join(str(error.__cause__ or error).split("\n")[0].split())
+        raise StorageError(
+            f"--storage {shown(place.url)} can no longer be used: {reason}. The same command continues: finished "
+            "trials are kept, and interrupted runs continue from their last checkpoint."
+        ) from error
 
 
 def _end_with(sentinel: int) -> None:

@@ -87,6 +87,10 @@ class Sweep:
         """
         return self._setting(slot, {key: self.space[key].value(stored) for key, stored in parameters.items()})
 
+    def label(self, parameters: Mapping[str, Any]) -> str:
+        """Stored parameters in one line."""
+        return label_of({key: self.space[key].value(stored) for key, stored in parameters.items()})
+
     def _setting(self, slot: int, settings: Mapping[str, Any]) -> Setting:
         variant = self.file.variants[settings.get(VARIANT, "")]
         chosen = {key: value for key, value in settings.items() if key != VARIANT}

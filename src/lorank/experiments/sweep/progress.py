@@ -61,7 +61,7 @@ class SweepProgress:
         if left and seconds:
             note = f"about {duration(statistics.fmean(seconds) * left / max(1, workers))} left"
             if not self._told:
-                self.line(f"{left} trials to go, {note}")
+                self.line(f"{left} trial{'s' if left > 1 else ''} to go, {note}")
                 self._told = True
         self._bar.update(self._trials, completed=done, note=note)
 

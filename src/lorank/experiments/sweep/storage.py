@@ -88,7 +88,8 @@ def open_storage(url: str, *, heartbeat: int = HEARTBEAT, grace: int = GRACE) ->
                 )
             break
         except ImportError as error:
-            module = str(error.__cause__ or error).rpartition("'")[0].rpartition("'")[2]
+            cause = error.__cause__
+            module = (cause.name if isinstance(cause, ImportError) else error.name) or "of the database's driver"
             remedy = f'pip install "{_DRIVERS.get(module, module)}"'
             if module == "psycopg2":
                 remedy += f', or use the driver psycopg (postgresql+psycopg://…): pip install "{_DRIVERS["psycopg"]}"'
@@ -104,6 +105,16 @@ def open_storage(url: str, *, heartbeat: int = HEARTBEAT, grace: int = GRACE) ->
     if url.startswith("sqlite"):
         _serialise(storage)
     return storage
+
+
+@contextmanager
+def closing(storage: RDBStorage) -> Iterator[RDBStorage]:
+    """Closes the connections of a storage at the end."""
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def _serialise(storage: RDBStorage) -> None:

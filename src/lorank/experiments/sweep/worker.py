@@ -10,6 +10,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from lorank.experiments.sweep.progress import SweepProgress, duration
 from lorank.experiments.sweep.results import (
     LOSS,
     OBJECTIVES,
+    PARAMETERS,
     RUNS,
     SECONDS,
     WAS_THERE,
@@ -36,7 +38,7 @@ from lorank.training.history import read_history
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.storages import RDBStorage
-    from optuna.trial import Trial
+    from optuna.trial import Trial, TrialState
 
     from lorank.experiments.run import RunResult
 
@@ -44,8 +46,19 @@ logger = logging.getLogger("lorank")
 
 TrainRun = Callable[..., "RunResult"]
 """Runs a configuration: `train_run(config, resume=…, console=…, watch=…)`; see `training.train_watched`."""
+MAX_MESSAGE = 2000
 POLL = 2.0
 """Seconds between two looks at the queue while other workers have the last trials."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of a trial: its state, a line for the user, its attributes, and the objectives if it is complete."""
+
+    state: TrialState
+    line: str
+    attributes: dict[str, Any]
+    values: list[float] | None = None
 
 
 class Worker:
@@ -102,43 +115,57 @@ class Worker:
         show(self._progress, self._study, self._sweep)
 
     def _trial(self, trial: Trial) -> None:
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        self.show()
+        slot = trial.user_attrs[queue.SLOT]
+        label = f"{slot + 1} of {self._sweep.count}"
+        try:
+            with queue.Lease(self._storage, trial) as lease:
+                queue.attributes({"worker": f"{socket.gethostname()}, process {os.getpid()}"}, trial)
+                outcome = self._outcome(trial, lease)
+                queue.attributes(outcome.attributes, trial)
+                self._tell(trial, outcome)
+            self._progress.line(f"{label}: {self._sweep.label(trial.params)}: {outcome.line}")
+        except (queue.TakenOver, UpdateFinishedTrialError):
+            self._progress.line(f"{label}: another worker has taken it over, which saw no sign of life of this one")
+        except KeyboardInterrupt:
+            queue.give_back(self._study, trial, self._storage)
+            raise
+        self._progress.idle("")
+        self.show()
+
+    def _outcome(self, trial: Trial, lease: queue.Lease) -> _Outcome:
+        """Runs a trial.
+
+        Raises:
+            TakenOver: another worker has it.
+        """
         from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        self.show()
-        began, values, state = time.perf_counter(), None, TrialState.COMPLETE
-        label = f"trial {trial.number}"
-        with queue.Lease(self._storage, trial) as lease:
-            try:
-                queue.attributes({"worker": f"{socket.gethostname()}, process {os.getpid()}"}, trial)
-                setting = self._sweep.setting(trial.user_attrs[queue.SLOT], trial.params)
-                label = f"{setting.slot + 1} of {self._sweep.count}: {setting.label}"
-                runs, new = self._runs(setting, trial, lease)
-                values = _values(runs, self._sweep)
-                queue.attributes(_attributes(runs, new, time.perf_counter() - began), trial)
-                done = f"{LOSS} {_mean(runs, LOSS):.4f}, {_mean(runs, 'parameters'):,.0f} parameters"
-                done += f", {duration(time.perf_counter() - began)}" if new else ", finished before"
-                self._progress.line(f"{label}: {done}")
-            except TrialPruned:
-                state = TrialState.PRUNED
-                self._progress.line(f"{label}: stopped early, {LOSS} worse than the median")
-            except queue.TakenOver:
-                self._progress.line(f"{label}: another worker has taken it over, which saw no sign of life of this one")
-                return
-            except KeyboardInterrupt:
-                queue.give_back(self._study, trial, self._storage)
-                raise
-            except Exception as error:  # any error: the other trials must still be run
-                state = TrialState.FAIL
-                message = f"{type(error).__name__}: {error}"
-                logger.debug("a trial failed", exc_info=True)
-                queue.attributes({queue.ERROR: message[:2000]}, trial)
-                self._progress.line(f"{label}: failed {message}")
+        began = time.perf_counter()
         try:
-            self._study.tell(trial, values, state=state)
-        except (ValueError, UpdateFinishedTrialError):  # the trial is no longer running
-            self._progress.line(f"{label}: another worker has taken it over, which saw no sign of life of this one")
-        self.show()
+            setting = self._sweep.setting(trial.user_attrs[queue.SLOT], trial.params)
+            runs, new = self._runs(setting, trial, lease)
+            seconds = time.perf_counter() - began
+            line = f"{LOSS} {_mean(runs, LOSS):.4f}, {_mean(runs, PARAMETERS):,.0f} parameters, "
+            line += duration(seconds) if new else "finished before"
+            return _Outcome(TrialState.COMPLETE, line, _attributes(runs, new, seconds), _values(runs, self._sweep))
+        except TrialPruned:
+            return _Outcome(TrialState.PRUNED, f"stopped early, its {LOSS} is worse than the median", {})
+        except (queue.TakenOver, UpdateFinishedTrialError):
+            raise
+        except Exception as error:  # any error: the other trials must still be run
+            logger.debug("a trial failed", exc_info=True)
+            message = f"{type(error).__name__}: {error}"
+            return _Outcome(TrialState.FAIL, f"failed {message}", {queue.ERROR: message[:MAX_MESSAGE]})
+
+    def _tell(self, trial: Trial, outcome: _Outcome) -> None:
+        try:
+            self._study.tell(trial, outcome.values, state=outcome.state)
+        except ValueError as error:  # the trial is no longer running
+            raise queue.TakenOver from error
 
     def _runs(self, setting: Setting, trial: Trial, lease: queue.Lease) -> tuple[list[Run], bool]:
         """The runs of a setting, and whether one of them was run now."""
@@ -154,7 +181,6 @@ class Worker:
                 metrics = self._train()(config, resume=began, console=self._console, watch=watch).metrics
                 new = True
             runs.append(Run(seed, config.output_dir, figures(metrics)))
-        self._progress.idle("")
         return runs, new
 
     @property
