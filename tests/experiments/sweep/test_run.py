@@ -183,7 +183,7 @@ def test_it_tells_after_the_first_trial_how_long_the_others_take(write: Write) -
         "2 of 3",
         "3 of 3",
     ]
-    assert lines[0] == "1 of 3: r=1: validation loss 1.9921, 100 parameters, 0 s"
+    assert lines[0] == "1 of 3: r=1: validation loss 1.5684, 100 parameters, 0 s"
 
 
 def test_an_interrupted_trial_goes_back_to_the_queue(write: Write, study_of: StudyOf) -> None:

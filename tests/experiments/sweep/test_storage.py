@@ -36,7 +36,7 @@ def test_a_missing_driver_names_its_package(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(
         StorageError, match=r'pip install "psycopg2-binary", or use the driver psycopg \(postgresql\+psyco'
     ):
-        open_storage("postgresql://me:secret@nowhere/db")
+        open_storage("postgresql+psycopg2://me:secret@nowhere/db")
 
 
 def test_a_database_that_cannot_be_reached_is_told_without_its_password(tmp_path: Path) -> None:

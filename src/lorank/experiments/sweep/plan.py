@@ -176,8 +176,8 @@ def label_of(settings: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A number with at most six digits: a sampled number has sixteen."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    """A number with at most four digits: a sampled number has sixteen."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _folder_name(label: str) -> str:

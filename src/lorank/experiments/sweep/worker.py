@@ -100,6 +100,7 @@ class Worker:
                 continue
             running = len(queue.unfinished(self._study, self._sweep))
             if not running:
+                self.show()
                 return
             if not told:
                 self._progress.line(
@@ -133,7 +134,6 @@ class Worker:
             queue.give_back(self._study, trial, self._storage)
             raise
         self._progress.idle("")
-        self.show()
 
     def _outcome(self, trial: Trial, lease: queue.Lease) -> _Outcome:
         """Runs a trial.
