@@ -21,7 +21,7 @@ A trial is one setting with all its seeds; its value is the mean over the seeds.
     plan              from the file to the configurations of a trial
     storage, queue    the database; trials that workers take from it, each by one worker, and signs of life
     worker, training  a worker's loop; one run
-    jobs              run_sweep: workers in this process or in several ones
+    jobs, process     run_sweep: workers in this process or in several ones; how such a process starts
     progress, results what the user sees; table, picture, JSON
 """
 

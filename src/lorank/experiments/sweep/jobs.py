@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -12,8 +13,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from rich.console import Console
 from lorank._version import __version__
 from lorank.experiments.sweep import queue
 from lorank.experiments.sweep.plan import Sweep
+from lorank.experiments.sweep.process import start
 from lorank.experiments.sweep.progress import SweepProgress
 from lorank.experiments.sweep.results import MARKER, SweepResult, collect, done
 from lorank.experiments.sweep.storage import (
@@ -172,9 +174,8 @@ def _run_workers(
         if gpus:
             own["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
         with _environment(own):
-            worker = context.Process(
-                target=_worker, args=(sweep, place, log, train_run, prepare), name=f"worker {number}", daemon=True
-            )
+            job = pickle.dumps(partial(_worker, sweep, place, train_run, prepare))
+            worker = context.Process(target=start, args=(job, str(log)), name=f"worker {number}", daemon=True)
             worker.start()
             workers.append((worker, log))
     progress.line(f"{jobs} workers; what they print is in {logs}")
@@ -210,28 +211,21 @@ def _tell_new(study: Study, sweep: Sweep, progress: SweepProgress, told: set[int
             )
 
 
-def _worker(sweep: Sweep, place: Place, log: Path, train_run: TrainRun | None, prepare: Prepare | None) -> None:
-    """The main function of a worker process."""
+def _worker(sweep: Sweep, place: Place, train_run: TrainRun | None, prepare: Prepare | None) -> None:
+    """The work of a worker process. What it prints goes to its log."""
     import optuna
 
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which terminates its workers
-    with log.open("w", encoding="utf-8", buffering=1) as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-        console = Console(file=file, width=120)
-        if prepare is not None:
-            prepare(console)
-        try:
-            with closing(open_storage(place.url, heartbeat=place.heartbeat, grace=place.grace)) as storage:
-                with quiet_optuna():
-                    study = optuna.load_study(storage=storage, study_name=place.study)
-                _work(sweep, study, storage, SweepProgress(console, sweep.count), train_run, console)
-        except KeyboardInterrupt:
-            console.print("interrupted; the trial is back in the queue")
-            sys.exit(130)
+    console = Console(width=120)
+    if prepare is not None:
+        prepare(console)
+    try:
+        with closing(open_storage(place.url, heartbeat=place.heartbeat, grace=place.grace)) as storage:
+            with quiet_optuna():
+                study = optuna.load_study(storage=storage, study_name=place.study)
+            _work(sweep, study, storage, SweepProgress(console, sweep.count), train_run, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; the trial is back in the queue")
+        sys.exit(130)
 
 
 @contextmanager
@@ -248,12 +242,6 @@ def _database_errors(place: Place) -> Iterator[None]:
             f"--storage {shown(place.url)} can no longer be used: {reason}. The same command continues: finished "
             "trials are kept, and interrupted runs continue from their last checkpoint."
         ) from error
-
-
-def _end_with(sentinel: int) -> None:
-    """Ends this process when its parent has ended, also if that was killed."""
-    wait([sentinel])
-    os._exit(1)
 
 
 def _gpus() -> list[str]:

@@ -180,7 +180,7 @@ class Worker:
                 watch = _Watch(trial, lease, self._progress, prunes=self._prunes and config is setting.runs[0])
                 metrics = self._train()(config, resume=began, console=self._console, watch=watch).metrics
                 new = True
-            runs.append(Run(seed, config.output_dir, figures(metrics)))
+            runs.append(Run(seed, os.path.abspath(config.output_dir), figures(metrics)))
         return runs, new
 
     @property
