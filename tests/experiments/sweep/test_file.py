@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from lorank.config.settings import ConfigError
 from lorank.experiments.sweep import load_sweep
+from lorank.experiments.sweep.file import SweepFile
 from lorank.experiments.sweep.space import Choice
 
 Write = Callable[..., Path]
@@ -89,6 +91,7 @@ def test_values_that_optuna_cannot_store_are_stored_as_text() -> None:
         ({"space": {"lora.r": {"low": 4, "high": 2}}}, "high must be above low, given low 4 and high 2"),
         ({"space": {"lora.r": {"low": 0, "high": 2, "log": True}}}, "low must be above 0 if log is true"),
         ({"space": {"lora.r": {"low": 1, "hi": 2}}}, r"space\.lora\.r: high: Field required; expected a list"),
+        ({"space": {"lora.r": list(range(1, 5002))}}, "trials × seeds give 10,002 runs; a sweep has at most 10,000"),
         ({"sampler": "tpe", "trials": 2, "space": {"lora.r": {"low": 0, "high": 8}}}, r"lora\.r: .*given 0"),
     ],
 )
@@ -145,3 +148,13 @@ def test_the_sweeps_that_come_with_lorank_are_right(name: str, count: int) -> No
     sweep = load_sweep(name)
     assert sweep.count == count
     assert {run.allocator.name for setting in sweep.grid() for run in setting.runs} == {"ard"}
+
+
+def test_the_file_in_the_documentation_is_right(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "sweeping.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    sweep = load_sweep(tmp_path / "mine.yaml")
+    assert (sweep.count, len(sweep.file.seeds), sweep.file.objectives) == (40, 2, ["validation_loss", "parameters"])
+    described = set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))
+    assert described <= set(SweepFile.model_fields) | {"ard_lambda_beta", "ard_learning_rates", "ard_ablation"}
+    assert set(SweepFile.model_fields) <= described

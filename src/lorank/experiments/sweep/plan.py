@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lorank.config.settings import RunConfig, make_config
 from lorank.experiments.sweep.file import SweepFile, read_sweep, split_overrides
 from lorank.experiments.sweep.space import VARIANT, Dimension, Scalar, as_yaml, combinations, size
 
-MAX_TRIALS = 10_000
+MAX_RUNS = 10_000
 MAX_MESSAGE = 10_000
 MAX_NAME = 120
 
@@ -60,7 +61,7 @@ class Sweep:
         """The folder for all runs and the results."""
         return Path(self.file.output_dir)
 
-    @property
+    @cached_property
     def space(self) -> dict[str, Dimension]:
         """What differs between trials, by Optuna's parameter."""
         return self.file.dimensions
@@ -151,13 +152,16 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
 
     Raises:
         ConfigError: the file cannot be read; an unknown key or a wrong value, in the file or in the configuration of
-            any trial; a value that occurs twice; too many trials.
+            any trial; a value that occurs twice; too many runs.
     """
     own, for_all = split_overrides(overrides)
     file, base = read_sweep(path, own)
     sweep = Sweep(file, base, tuple(for_all), Path(path).stem)
-    if sweep.count > MAX_TRIALS:
-        raise ConfigError(f"{path}: {sweep.count:,} trials; a sweep has at most {MAX_TRIALS:,}. Give fewer values")
+    runs = sweep.count * max(1, len(file.seeds))
+    if runs > MAX_RUNS:
+        raise ConfigError(
+            f"{path}: trials × seeds give {runs:,} runs; a sweep has at most {MAX_RUNS:,}. Give fewer values"
+        )
     folders: set[str] = set()
     for setting in sweep.grid():
         for run in setting.runs if file.sampler == "grid" else ():

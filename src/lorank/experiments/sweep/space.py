@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -32,7 +33,7 @@ class Choice:
 
     values: tuple[Any, ...]
 
-    @property
+    @cached_property
     def stored(self) -> tuple[Scalar, ...]:
         """The values as Optuna stores them. Lists and mappings become YAML text; so does everything if two values are
         equal in Python, as 1 and true are."""
@@ -46,7 +47,11 @@ class Choice:
 
     def value(self, stored: Scalar) -> Any:
         """The configuration's value."""
-        return self.values[self.stored.index(stored)]
+        return self._by_stored[stored]
+
+    @cached_property
+    def _by_stored(self) -> dict[Scalar, Any]:
+        return dict(zip(self.stored, self.values, strict=True))
 
     @property
     def extremes(self) -> tuple[Any, ...]:
