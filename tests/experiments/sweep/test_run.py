@@ -98,8 +98,8 @@ def test_a_sampler_makes_as_many_trials_as_asked_and_more_later(write: Write, sa
 
 def test_tpe_searches_where_it_is_good(write: Write) -> None:
     space = {"training.lr": {"low": 1e-7, "high": 1, "log": True}}
-    sweep = load_sweep(write(space=space, sampler="tpe", trials=18, seeds=[0]))
-    last = [trial for trial in quietly(sweep, train_run=fast).finished if trial.slot >= 12]
+    sweep = load_sweep(write(space=space, sampler="tpe", trials=14, seeds=[0]))
+    last = [trial for trial in quietly(sweep, train_run=fast).finished if trial.slot >= 10]  # the first ten are random
     # random rates would have a mean loss of 1 + (49 / 12 + 1.5²) / 4 = 2.58
     assert sum(trial.mean("validation loss") for trial in last) / len(last) < 1.7
 
@@ -212,7 +212,7 @@ def test_finished_runs_are_taken_over_by_another_study(write: Write) -> None:
         return fast(config, **options)
 
     result = quietly(wider, place_of(wider, study="wider"), train_run=counting)
-    assert len(result.finished) == 3
+    assert (result.new, len(result.finished)) == (1, 3)
     assert calls == [(3, 0), (3, 1)]
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from lorank.experiments.sweep import Sweep, load_sweep, queue, run_sweep
 from lorank.experiments.sweep.jobs import Place, place_of
-from lorank.experiments.sweep.results import LOSS, RUNS, Run, collect, stored
+from lorank.experiments.sweep.results import LOSS, RUNS, WAS_THERE, Run, collect, stored
 from lorank.experiments.sweep.storage import MAX_RETRIES
 from tests.experiments.sweep import postgres
 from tests.experiments.sweep.fakes import CALLS, GRACE, HEARTBEAT, fast, slow
@@ -153,6 +153,18 @@ def test_jobs_run_in_worker_processes(write: Write, monkeypatch: pytest.MonkeyPa
     assert "OMP_NUM_THREADS" not in os.environ
 
 
+def test_a_terminated_worker_puts_its_trial_back(write: Write, study_of: StudyOf) -> None:
+    sweep = load_sweep(write(space={"lora.r": [1, 2]}, seeds=[0]))
+    sweep.out.mkdir()
+    worker = start(sweep, place_of(sweep))
+    until(lambda: calls(sweep))
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 1  # it ends by the KeyboardInterrupt that the command turns into a message
+    states = [(trial.user_attrs[queue.SLOT], trial.state.name) for trial in study_of(place_of(sweep)).trials]
+    assert states == [(0, "FAIL"), (1, "WAITING"), (0, "WAITING")]
+
+
 def _dies(config: Any, **options: Any) -> Any:
     if config.lora.r == 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -211,7 +223,7 @@ def test_a_trial_that_kills_every_worker_is_given_up(begun: tuple[Sweep, Any, op
     taken = 0
     while trial := queue.take(study, sweep, storage):
         if trial.user_attrs[queue.SLOT] != 1:
-            trial.set_user_attr(RUNS, stored([Run(0, "", {LOSS: 1.0})]))
+            queue.attributes({RUNS: stored([Run(0, "", {LOSS: 1.0})]), WAS_THERE: False}, trial)
             study.tell(trial, 1.0)
             continue
         taken += 1
@@ -263,6 +275,6 @@ def test_a_result_that_comes_too_late_does_not_count(write: Write, open_: Open, 
 
     result = run_sweep(sweep, place, console=lines, train_run=overtaken)
     assert "another worker has taken it over" in lines.file.getvalue()
-    assert (len(result.finished), result.new) == (1, 1)
+    assert (len(result.finished), result.unfinished) == (1, 0)
     study = study_of(place)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]

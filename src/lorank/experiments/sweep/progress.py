@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.text import Text
 
 
 class SweepProgress:
@@ -26,13 +28,13 @@ class SweepProgress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            _Note(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._trials = self._bar.add_task("Trials", total=total, note="")
-        self._run = self._bar.add_task("", total=None, note="", visible=False)
+        self._trials = self._bar.add_task("Trials", total=total, note="", end=None)
+        self._run = self._bar.add_task("", total=None, note="", end=None, visible=False)
         self._told = False
 
     def __enter__(self) -> SweepProgress:
@@ -57,13 +59,14 @@ class SweepProgress:
             seconds: durations of the finished trials.
             workers: number of trials that run at the same time.
         """
-        note = ""
+        end = None
         if left and seconds:
-            note = f"about {duration(statistics.fmean(seconds) * left / max(1, workers))} left"
+            rest = statistics.fmean(seconds) * left / max(1, workers)
+            end = time.monotonic() + rest
             if not self._told:
-                self.line(f"{left} trial{'s' if left > 1 else ''} to go, {note}")
+                self.line(f"{left} trial{'s' if left > 1 else ''} to go, about {duration(rest)} left")
                 self._told = True
-        self._bar.update(self._trials, completed=done, note=note)
+        self._bar.update(self._trials, completed=done, end=end)
 
     def run(self, label: str) -> None:
         """A run begins in this process."""
@@ -80,6 +83,14 @@ class SweepProgress:
     def idle(self, note: str) -> None:
         """No run in this process."""
         self._bar.update(self._run, visible=bool(note), description=escape(note), note="", total=None)
+
+
+class _Note(ProgressColumn):
+    """The time left, which falls while a trial runs, or a note."""
+
+    def render(self, task: Task) -> Text:
+        end = task.fields["end"]
+        return Text(task.fields["note"] if end is None else f"about {duration(max(0.0, end - time.monotonic()))} left")
 
 
 def duration(seconds: float) -> str:

@@ -83,7 +83,7 @@ class SweepResult:
             best first.
         failures: (label, message) of each trial that failed and was not finished since.
         pruned: labels of the trials that were stopped early.
-        new: number of trials that this call has seen finish.
+        new: number of trials that were run and finished during this call, by whichever process.
         unfinished: number of trials that wait or run; not 0 only if workers were stopped.
     """
 
@@ -145,13 +145,14 @@ def collect(study: Study, sweep: Sweep, before: Iterable[int] = ()) -> SweepResu
     """
     from optuna.trial import TrialState
 
-    finished, failures, pruned, earlier = [], [], [], set(before)
+    finished, failures, pruned, new, earlier = [], [], [], 0, set(before)
     for slot, trials in sorted(by_slot(study).items()):
         if slot >= sweep.count:
             continue
         states = {trial.state: trial for trial in reversed(trials)}  # the first of each state
         if (done := states.get(TrialState.COMPLETE)) is not None:
             finished.append(_finished(done, sweep))
+            new += done.number not in earlier and not done.user_attrs[WAS_THERE]
         elif (stopped := states.get(TrialState.PRUNED)) is not None:
             pruned.append(label_of(_settings(stopped, sweep)))
         elif not {TrialState.WAITING, TrialState.RUNNING} & set(states):
@@ -160,7 +161,6 @@ def collect(study: Study, sweep: Sweep, before: Iterable[int] = ()) -> SweepResu
             failures.append((label_of(_settings(last, sweep)), message))
     if sweep.file.sampler != "grid":
         finished.sort(key=lambda trial: _order(trial.mean(OBJECTIVES[sweep.file.objectives[0]])))
-    new = sum(trial.number not in earlier for trial in finished)
     unfinished = sweep.count - len(finished) - len(failures) - len(pruned)
     return SweepResult(sweep, finished, failures, pruned, new, unfinished)
 
