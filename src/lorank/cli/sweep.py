@@ -87,26 +87,26 @@ def sweep(
 
 def _run(plan: Sweep, place: Place, jobs: int, *, as_json: bool) -> None:
     from lorank.experiments import folder
-    from lorank.experiments.sweep import results, run_sweep
+    from lorank.experiments.sweep import run_sweep, tables
     from lorank.experiments.sweep.storage import DATABASE, default_url, shown
 
     own = [DATABASE] if place.url == default_url(plan.out) else []
-    written = (results.TABLE, results.CSV, results.LINES, results.PICTURE, *own)
-    folder.check_results(plan.out, written, runs=results.MARKER)
+    written = (tables.TABLE, tables.CSV, tables.LINES, tables.PICTURE, *own)
+    folder.check_results(plan.out, written, runs=tables.MARKER)
     progress, output = console(stderr=True), console()
     quiet_libraries(progress)
     progress.print(f"{_size(plan)}; study {place.study} in {shown(place.url)}", highlight=False, markup=False)
     result = run_sweep(plan, place, jobs=jobs, console=progress, prepare=quiet_libraries)
-    files = results.write_results(result, plan.out)
+    files = tables.write_results(result, plan.out)
     if as_json:
-        typer.echo(json.dumps(results.as_json(result, place.study, shown(place.url), files), indent=2))
+        typer.echo(json.dumps(tables.as_json(result, place.study, shown(place.url), files), indent=2))
     else:
         if result.finished:
             from rich.markup import escape
 
             title = f"{escape(plan.name)}: {len(result.finished)} of {plan.count} trials"
-            output.print(results.rich_table(result.finished, title))
-            output.print(results.conclusion(result), highlight=False, markup=False)
+            output.print(tables.rich_table(result.finished, title))
+            output.print(tables.conclusion(result), highlight=False, markup=False)
         earlier = len(result.finished) - result.new
         stopped = f", {len(result.pruned)} stopped early" if result.pruned else ""
         output.print(f"trials: {result.new} new, {earlier} finished before{stopped}", highlight=False)

@@ -20,7 +20,8 @@ from lorank.experiments import RunFolderError, train
 from lorank.experiments.sweep import SweepResult, load_sweep, run_sweep
 from lorank.experiments.sweep.jobs import place_of
 from lorank.experiments.sweep.queue import StudyError
-from lorank.experiments.sweep.results import PARAMETERS, summary, write_results
+from lorank.experiments.sweep.results import PARAMETERS
+from lorank.experiments.sweep.tables import summary, write_results
 from tests.experiments.sweep.fakes import fast, metrics_of
 
 Write = Callable[..., Path]

@@ -22,7 +22,8 @@ A trial is one setting with all its seeds; its value is the mean over the seeds.
     storage, queue    the database; trials that workers take from it, each by one worker, and signs of life
     worker, training  a worker's loop; one run
     jobs, process     run_sweep: workers in this process or in several ones; how such a process starts
-    progress, results what the user sees; table, picture, JSON
+    progress          what the user sees while it runs
+    results, tables   what came of the trials; table, picture, JSON
 """
 
 from __future__ import annotations

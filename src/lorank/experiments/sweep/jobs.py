@@ -25,7 +25,7 @@ from lorank.experiments.sweep import queue
 from lorank.experiments.sweep.plan import Sweep
 from lorank.experiments.sweep.process import start
 from lorank.experiments.sweep.progress import SweepProgress
-from lorank.experiments.sweep.results import MARKER, SweepResult, collect, done
+from lorank.experiments.sweep.results import SweepResult, collect, done
 from lorank.experiments.sweep.storage import (
     GRACE,
     HEARTBEAT,
@@ -36,6 +36,7 @@ from lorank.experiments.sweep.storage import (
     quiet_optuna,
     shown,
 )
+from lorank.experiments.sweep.tables import MARKER
 from lorank.experiments.sweep.worker import TrainRun, Worker, finished, show
 from lorank.files import write_text
 
