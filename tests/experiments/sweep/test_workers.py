@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections import Counter
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 from rich.console import Console
 
@@ -169,6 +172,36 @@ def _dies(config: Any, **options: Any) -> Any:
     if config.lora.r == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return fast(config, **options)
+
+
+ORPHAN = """
+import multiprocessing, pickle, sys, time
+from functools import partial
+from lorank.experiments.sweep.process import start
+
+job = pickle.dumps(partial(exec, "print('begun', flush=True); import time; time.sleep(60)"))
+worker = multiprocessing.get_context("spawn").Process(target=start, args=(job, sys.argv[1]))
+worker.start()
+print(worker.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with subprocess.Popen([sys.executable, "-c", ORPHAN, str(log)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = psutil.Process(int(parent.stdout.readline()))
+        until(lambda: log.is_file() and log.read_text() == "begun\n")
+        parent.kill()
+
+    def ended() -> bool:
+        try:
+            return not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    until(ended, seconds=20)
 
 
 def test_a_worker_that_dies_is_told_and_the_others_go_on(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
