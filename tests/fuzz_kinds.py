@@ -60,7 +60,7 @@ def yaml_kind() -> Kind:
 
     def read(path: Path) -> None:
         text = path.read_bytes()
-        if b"\nvariants:" in text or b"\ngrid:" in text:
+        if b"\nvariants:" in text or b"\nspace:" in text:
             load_sweep(path)
         else:
             load_config(path)

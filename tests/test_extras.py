@@ -121,6 +121,15 @@ def test_commands_that_draw_pictures_tell_it_before_they_begin(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_needs_optuna(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "optuna", None)  # type: ignore[arg-type]  # None: there is no such module
+    result = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["sweep", "ard_ablation"])
+    assert result.exit_code == 2
+    assert result.stderr.strip() == 'Error: lorank sweep needs the package optuna: pip install "lorank[sweep]"'
+    assert not list(tmp_path.iterdir())
+
+
 def test_planted_with_many_seeds_needs_scipy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy", None)  # type: ignore[arg-type]  # None: there is no such module
     result = CliRunner(env={"COLUMNS": "400"}).invoke(

@@ -29,6 +29,7 @@ PACKAGES: Mapping[str, Package] = {
     "rich": Package("rich", "cli"),
     "typer": Package("typer", "cli"),
     "matplotlib": Package("matplotlib", "report"),
+    "optuna": Package("optuna", "sweep"),
     "rouge_score": Package("rouge-score", "metrics"),
     "sacrebleu": Package("sacrebleu", "metrics"),
     "scipy": Package("scipy", "metrics"),

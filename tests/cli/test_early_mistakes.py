@@ -85,6 +85,8 @@ def folder(tmp_path: Path) -> Path:
         (["sweep", "nope.yaml"], "there is no such file"),
         (["sweep", "sweep.yaml"], "base: "),
         (["sweep", "run.yaml"], "error"),
+        (["sweep", "ard_ablation", "--storage", "trials.db"], "'trials.db' is not the URL of a database"),
+        (["sweep", "ard_ablation", "sampler=tpe"], "sampler tpe needs the number of trials"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -37,10 +37,10 @@ def test_a_recipe_is_found_by_its_name_from_any_folder(given: str, elsewhere: Pa
     assert load_config(given, ["output_dir=x"]).model.name == "tiny"
 
 
-@pytest.mark.parametrize("name", ["ard_ablation", "ard_lambda_beta"])
+@pytest.mark.parametrize("name", ["ard_ablation", "ard_lambda_beta", "ard_learning_rates"])
 def test_a_sweep_finds_its_base_from_any_folder(name: str, elsewhere: Path) -> None:
-    _, runs = load_sweep(name)
-    assert {run.config.allocator.name for run in runs} == {"ard"}
+    runs = [run for setting in load_sweep(name).grid() for run in setting.runs]
+    assert {run.allocator.name for run in runs} == {"ard"}
 
 
 def test_a_file_of_the_user_comes_before_a_recipe_of_the_same_name(elsewhere: Path) -> None:
@@ -100,8 +100,10 @@ def test_paths_in_a_sweep_are_relative_to_the_sweep_and_to_its_base(elsewhere: P
     write(tmp_path / "bases" / "base.yaml", MINIMAL, data="rows")
     sweep = tmp_path / "sweeps" / "sweep.yaml"
     sweep.write_text(
-        yaml.safe_dump({"base": "../bases/base.yaml", "grid": {"task.data": ["a", "b"]}, "output_dir": "out"})
+        yaml.safe_dump({"base": "../bases/base.yaml", "space": {"task.data": ["a", "b"]}, "output_dir": "out"})
     )
-    assert [run.config.task.data for run in load_sweep(sweep)[1]] == [str(tmp_path / "sweeps" / x) for x in "ab"]
+    assert [setting.runs[0].task.data for setting in load_sweep(sweep).grid()] == [
+        str(tmp_path / "sweeps" / x) for x in "ab"
+    ]
     sweep.write_text(yaml.safe_dump({"base": "../bases/base.yaml", "seeds": [1], "output_dir": "out"}))
-    assert [run.config.task.data for run in load_sweep(sweep)[1]] == [str(tmp_path / "bases" / "rows")]
+    assert [setting.runs[0].task.data for setting in load_sweep(sweep).grid()] == [str(tmp_path / "bases" / "rows")]

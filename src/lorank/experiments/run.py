@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +49,12 @@ class RunResult:
 
 
 def train(
-    config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
     """Runs a configuration to its end.
 
@@ -61,6 +66,7 @@ def train(
         resume: continue from the last complete checkpoint in that folder.
         overwrite: first remove the run in that folder.
         console: shows the progress; None: standard error.
+        callbacks: further callbacks of the Trainer.
 
     Raises:
         LorankError: the folder, the data or the model cannot be used, or ranks cannot be allocated. The message says
@@ -85,7 +91,7 @@ def train(
     before = mean_loss(model, task.validation, task.collator, batch_size=batch, progress=console.is_terminal)
     progress = TrainingProgress(console)
     ranks = _rank_callback(config, task, progress)
-    trainer = _trainer(config, arguments, task, model, [*([ranks] if ranks else []), progress])
+    trainer = _trainer(config, arguments, task, model, [*([ranks] if ranks else []), progress, *callbacks])
     began = time.perf_counter()
     try:
         with progress:

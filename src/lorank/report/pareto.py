@@ -9,6 +9,9 @@ from pathlib import Path
 
 from lorank.extras import require
 
+MAX_LABELS = 14
+"""With more points, only those on the front are labelled."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -43,7 +46,9 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def pareto_picture(points: Sequence[Point], path: str | Path, *, size: str, loss: str, title: str = "") -> Path:
-    """Writes a PNG: every point with its label, and the front as a step line.
+    """Writes a PNG: a point for every setting, the front in colour and, from three points on, as a step line.
+
+    Points on the front have labels; the others too, unless there are more than `MAX_LABELS` points.
 
     Args:
         points: at least one point has a finite loss.
@@ -62,28 +67,33 @@ def pareto_picture(points: Sequence[Point], path: str | Path, *, size: str, loss
     # The object interface, not pyplot: it has no global state and needs no window system with any user's backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     front = pareto_front(points)
     figure = Figure(figsize=(7.5, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    drawn = [point for point in points if math.isfinite(point.loss)]
+    drawn = [point for point in points if math.isfinite(point.loss) and math.isfinite(point.size)]
     for chosen, colour in ((True, "tab:blue"), (False, "tab:grey")):
         group = [point for point in drawn if (point in front) is chosen]
+        if not group:
+            continue
         axis.errorbar(
             [point.size for point in group],
             [point.loss for point in group],
-            yerr=[point.spread for point in group],
+            yerr=[point.spread for point in group] if any(point.spread for point in group) else None,
             fmt="o",
             color=colour,
             capsize=3,
             zorder=3 if chosen else 2,
             label="on the Pareto front" if chosen else "beaten by another setting",
         )
-    if len(front) > 1:
+    if len(front) > 2:  # a step between two points shows nothing that the points do not
         axis.step([p.size for p in front], [p.loss for p in front], where="post", color="tab:blue", lw=1, alpha=0.6)
     middle = (min(p.size for p in drawn) + max(p.size for p in drawn)) / 2
-    for group in _group_by_distance(drawn):
+    labelled = drawn if len(drawn) <= MAX_LABELS else [point for point in drawn if point in front]
+    groups = _group_by_distance(labelled)
+    for group in groups:
         point = group[0]
         right = point.size > middle  # the label extends towards the middle, where there is space
         axis.annotate(
@@ -99,7 +109,14 @@ def pareto_picture(points: Sequence[Point], path: str | Path, *, size: str, loss
     axis.set_ylabel(loss)
     axis.set_title(title, fontsize=11)
     axis.margins(0.08, 0.1)
-    axis.legend(fontsize=8)
+    low, high = axis.get_ylim()
+    lines = max((len(group) for group in groups), default=0)
+    axis.set_ylim(low, high + 0.03 * lines * (high - low))  # room for the lines above the highest point
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+    axis.grid(alpha=0.25, lw=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(front) < len(drawn):  # with one kind of point, there is nothing to tell apart
+        axis.legend(fontsize=8)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
