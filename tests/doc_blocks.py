@@ -4,7 +4,7 @@ A page's Python blocks run in order, in one namespace. Comments that readers do 
 
     <!-- setup: CODE -->             runs at this place of the page, for example `model = tests.doc_names.fresh()`
     <!-- with: 1000 = 8 -->          the next block runs with 8 in place of 1000
-    <!-- not run: REASON -->         the next block is only compiled
+    <!-- not run: REASON -->         the next block is only shown
 """
 
 from __future__ import annotations
@@ -83,12 +83,11 @@ def run_page(page: Path) -> int:
         if block.language not in ("python", "setup"):
             continue
         place = f"{page.name}, line {block.line}"
-        code = compile("\n" * block.line + block.to_run, str(page), "exec")
         if block.skipped is not None:
             assert len(block.skipped) > 15, f"{place}: say why it is not run"
             continue
         try:
-            exec(code, names)
+            exec(compile("\n" * block.line + block.to_run, str(page), "exec"), names)
         except Exception as error:
             raise AssertionError(f"{place}: {type(error).__name__}: {error}") from error
         count += block.language == "python"
