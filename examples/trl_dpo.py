@@ -20,22 +20,24 @@ import lorank
 TINY = str(files("lorank") / "assets" / "tiny_llama")
 
 
-def preferences(count: int) -> Dataset:
+def preferences(count: int, length: int) -> Dataset:
     """A sentence of Python's manual is preferred to the same sentence backwards: toy data, but a loss that falls."""
     rows = []
     for text in list(topics.values())[:count]:
-        words = text.split()[:48]
+        words = text.split()[:length]
         rows.append(
             {
-                "prompt": " ".join(words[:16]),
-                "chosen": " " + " ".join(words[16:]),
-                "rejected": " " + " ".join(reversed(words[16:])),
+                "prompt": " ".join(words[: length // 3]),
+                "chosen": " " + " ".join(words[length // 3 :]),
+                "rejected": " " + " ".join(reversed(words[length // 3 :])),
             }
         )
     return Dataset.from_list(rows)
 
 
-def main(steps: int = 30, rows: int = 64, logging_steps: int = 10, output: str = "dpo-adapter") -> lorank.RankCallback:
+def main(
+    steps: int = 30, rows: int = 64, length: int = 48, logging_steps: int = 10, output: str = "dpo-adapter"
+) -> lorank.RankCallback:
     ranks = lorank.RankCallback(
         lorank.BalancedLoRA(),
         loss_fn=lambda model, batch: trainer.compute_loss(model, dict(batch)),
@@ -53,7 +55,7 @@ def main(steps: int = 30, rows: int = 64, logging_steps: int = 10, output: str =
             save_steps=steps,
             report_to=[],
         ),
-        train_dataset=preferences(rows),
+        train_dataset=preferences(rows, length),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[ranks],
     )

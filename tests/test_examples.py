@@ -49,7 +49,7 @@ def test_trl_sft(tmp_path: Path) -> None:
 
 def test_trl_dpo_begins_at_the_reference_model_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
-    callback = main_of("trl_dpo.py")(steps=4, rows=16, logging_steps=1, output=str(tmp_path))
+    callback = main_of("trl_dpo.py")(steps=4, rows=16, length=12, logging_steps=1, output=str(tmp_path))
     assert callback.ranks.history.allocations
     log = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in log if "loss" in entry]
