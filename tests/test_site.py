@@ -60,6 +60,7 @@ def test_the_reference_documents_the_public_names(site: Path) -> None:
     text = (site / "api" / "index.html").read_text(encoding="utf-8")
     anchors = set(re.findall(r'id="lorank\.[\w.]*?(\w+)"', text))
     assert set(lorank.__all__) - {"__version__"} <= anchors
+    assert not re.search(r":(class|func|mod|meth|attr):", text)  # Sphinx's form, which this site does not read
 
 
 def test_links_to_files_of_the_repository_are_text_or_lead_there(site: Path) -> None:
