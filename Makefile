@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint docs format clean
 help:
 	@echo "make demo    adapt a tiny Llama to Python's reference manual, LoRA, ALoRA and BalancedLoRA (2 minutes, offline)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy --strict"
+	@echo "make docs    build the documentation into site/, strictly and without the network"
 	@echo "make format  let ruff format and mend what it can"
 	@echo "make clean   remove the environment and all caches"
 
@@ -35,6 +36,9 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format: .venv/dev
 	$(BIN)/ruff format .

@@ -6,7 +6,7 @@ One process imports everything. For every folder below and every n, it forks a c
 older one of other ranks and is killed (SIGKILL, by itself, from an audit hook) just before the n-th time that it opens
 a file for writing, renames, links, removes or makes a folder; and once with the weights half written. Then:
 
-- every other file has its bytes, its time and its inode;
+- every other file has its bytes, its time and its inode, also a README of the user's own;
 - PEFT loads the old adapter or the new one, or refuses the folder;
 - lorank loads the old adapter or the new one;
 - the next save succeeds, PEFT loads it, and no temporary file is left.
@@ -147,7 +147,7 @@ def moments(scenario: str, place: Path) -> Iterator[str]:
         while going_on:
             folder = place / f"{scenario.replace(' ', '-').replace(',', '')}-{at}" / "out"
             prepare(folder, scenario, old)
-            before = content(folder, [name for name in THEIRS if (folder / name).exists()])
+            before = content(folder, THEIRS if scenario == "shared" else ())
             assert scenario != "shared" or len(before) == len(THEIRS)
             going_on = killed(lambda folder=folder: save_adapter(new, folder), at)
             assert content(folder, before) == before
@@ -166,6 +166,9 @@ def moments(scenario: str, place: Path) -> Iterator[str]:
                 *(name.partition("/")[0] for name in before),
                 *("adapter_config.json", "adapter_model.safetensors", "README.md"),
             }
+            if "README.md" not in before:  # it is lorank's own card, and of the adapter beside it
+                card = (folder / "README.md").read_text(encoding="utf-8")
+                assert f"| Ranks | {new.total_rank} in all" in card
             assert [path.name for path in folder.parent.iterdir()] == ["out"]
             at += 1
     finally:

@@ -42,6 +42,7 @@ def test_a_run_leaves_everything_a_user_needs(make: Make) -> None:
     assert 0 < metrics["seconds"]["scoring"] < metrics["seconds"]["training"]
     records = read_history(out / "rank_history.jsonl")
     assert [record.step for record in records] == [0, 3, 7][: metrics["allocations"] + 1]
+    assert f"| Data | {config.task.data} |" in (out / "adapter" / "README.md").read_text(encoding="utf-8")
 
     # the adapter is plain PEFT: loaded without lorank it does what the run says
     task = build_task(config.task, load_tokenizer(config.model))

@@ -19,6 +19,7 @@ import lorank
 from lorank.allocators import AdaLoRA
 from lorank.errors import ResumeError, ValidationBatchError
 from lorank.testing import plain_peft
+from lorank.training.checkpoint.integrity import find_problem
 from tests.models import adapted, tiny_bert, tiny_llama, token_batch
 from tests.training.trainer_run import make_trainer, rows
 
@@ -54,6 +55,10 @@ def test_the_trainer_allocates_and_every_checkpoint_is_a_plain_adapter(tmp_path:
             assert (found - expected).abs().max() <= 1e-6 * expected.abs().max(), step
         folders = [path for path in (tmp_path / f"checkpoint-{step}").iterdir() if path.is_dir()]
         assert not folders  # one with adapter files would be loaded by PEFT as a further adapter
+    card = (tmp_path / "checkpoint-4" / "README.md").read_text(encoding="utf-8")
+    assert "| Method | ALoRA(" in card
+    assert "| Steps | 4 of 12 |" in card
+    assert find_problem(tmp_path / "checkpoint-4") is None  # the seal is of the card too
 
 
 def test_load_best_model_at_end_takes_the_best_ranks(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ def train(
 
     out = Path(config.output_dir)
     if ranks:
-        save_adapter(find_layers(model), out / folder.ADAPTER)
+        about = {**(ranks.ranks.about() if ranks.ranks else {}), "Data": config.task.data}
+        save_adapter(find_layers(model), out / folder.ADAPTER, about)
     else:
         trainer.save_model(str(out / folder.FULL_MODEL))
     began, ended_with = time.perf_counter(), _size(model)

@@ -12,6 +12,7 @@ from lorank.lora.initialisation import check_base_unchanged, check_file_can_shri
 from lorank.lora.io.adapter_folder import is_adapter_file
 from lorank.lora.io.load_adapter import load_adapter, read_adapter_config
 from lorank.lora.io.load_weights import ResizeOnLoadHandle, remove_stated_ranks_, resize_on_load
+from lorank.lora.io.model_card import write_card
 from lorank.lora.io.save_adapter import check_save_directory, fold_gates_, make_peft_model, save_adapter
 from lorank.lora.io.standalone import StandaloneAdapter, open_standalone, save_standalone
 from lorank.lora.kernels.per_head import HeadGroups
@@ -81,4 +82,5 @@ __all__ = [
     "try_optimizer",
     "unfuse_",
     "unwrap_optimizer",
+    "write_card",
 ]

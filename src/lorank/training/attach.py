@@ -86,10 +86,10 @@ def attach(
         this process stopped before its end, the new one has the initial ranks of that run, and so its budget.
 
     Raises:
-        AllocatorError, AdapterError, OptimizerStateError, ScheduleError, BudgetError, ValidationBatchError,
-        ResumeError, DisagreementError: see :mod:`lorank.errors`. Model, adapter, optimiser and history are then as they
-            were before the call.
-        LorankError: the adapter or the optimiser has a run already.
+        LorankError: the adapter or the optimiser has a run already; or one of the subclasses AllocatorError,
+            AdapterError, OptimizerStateError, ScheduleError, BudgetError, ValidationBatchError, ResumeError,
+            DisagreementError: see :mod:`lorank.errors`. Model, adapter, optimiser and history are then as they were
+            before the call.
     """
     check_allocator(allocator, "attach")
     return Ranks(

@@ -72,6 +72,7 @@ from lorank.training.integrations.quantised_base import QuantisedBase
 from lorank.training.integrations.torch_compile import TorchCompile
 from lorank.training.learning_rate import ScaledRate
 from lorank.training.load_hook import LoadHook
+from lorank.training.model_card import about_run
 from lorank.training.parallel import find_backend, inner_model
 from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.process_group import ProcessGroup, is_first_process
@@ -284,21 +285,27 @@ class Ranks:
         self._integrations.after_resize(run)
         self._integrations.after_allocation(run)
 
-    def save_adapter(self, directory: str | Path) -> None:
+    def save_adapter(self, directory: str | Path, about: Mapping[str, str] | None = None) -> None:
         """Saves the present adapter in plain PEFT form, like :func:`lorank.save_adapter`, also with several processes.
 
-        All processes must call this method. Process 0 writes, and all return when the files are complete.
+        All processes must call this method. Process 0 writes, and all return when the files are complete. The model
+        card, ``README.md``, names method, budget and ranks.
 
         Args:
             directory: the destination. An adapter in this folder is replaced; other files in it are never touched.
+            about: further lines of the model card, for example ``{"Data": "e2e_nlg"}``.
 
         Raises:
             AdapterError, WriteError: see :func:`lorank.save_adapter`.
         """
         with self._backend.gathered():
             if is_first_process():
-                save_adapter(self.layers, directory)
+                save_adapter(self.layers, directory, {**self.about(), **(about or {})})
         self._processes.barrier()
+
+    def about(self) -> dict[str, str]:
+        """What the adapter's model card says of this run, label → text: method with settings, budget, steps."""
+        return about_run(self._run)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for an exact resume, in addition to weights and optimiser. Plain types and tensors.

@@ -23,6 +23,7 @@ from lorank.lora import (
     prevent_repacking,
     remove_stated_ranks_,
     resize_on_load,
+    write_card,
 )
 from lorank.scoring.loss import LossFn
 from lorank.training.attached_runs import attached_to, shares_optimizer
@@ -183,6 +184,8 @@ class RankCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         if is_first_process() and checkpoint.is_dir():
+            if self.ranks is not None and (checkpoint / "adapter_config.json").is_file():
+                write_card(checkpoint, self.ranks.layers, self.ranks.about())
             seal(checkpoint)
 
     def on_train_end(

@@ -2,7 +2,8 @@
 
 Only an adapter's own files are replaced or removed: ``adapter_config.json``, ``adapter_model.safetensors``, and the
 ``adapter_model.bin`` or the shards of an older save, which a loader might read instead of the new weights. A
-``README.md`` is written if there is none. No other file or folder is ever touched, at any moment.
+``README.md`` is written if there is none; of one that is there, only the lines between lorank's marks are replaced
+(:mod:`lorank.lora.io.model_card`). No other file or folder is ever touched, at any moment.
 
 **A new folder, or a folder that holds nothing but an adapter.** The new folder is written beside it under a temporary
 name (``.NAME.PID.part``), flushed to disk, and renamed or exchanged in one step. If the process or the machine stops at
@@ -34,10 +35,10 @@ from pathlib import Path
 
 from lorank.files import WriteError, swap_names, sync, sync_tree, system_errors_as_write_errors, temporary_path
 from lorank.lora.io.adapter_validation import CONFIG
+from lorank.lora.io.model_card import README, merged_card
 
 NEW_ADAPTER = ".lorank_new_adapter"
 """The subfolder with the complete new adapter, while its files replace those of the old one."""
-README = "README.md"
 _OWN = re.compile(r"adapter_config\.json|adapter_model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(part|old)")
 
@@ -110,8 +111,12 @@ def _is_made_by_a_save(path: Path) -> bool:
 def _exchange(staged: Path, folder: Path) -> bool:
     """Exchanges the two folders in one step. Returns False if the system does not support this."""
     if (folder / README).is_file():  # it may be the user's
+        card = _new_card(staged, folder)
         (staged / README).unlink(missing_ok=True)
-        _link_or_copy(folder / README, staged / README)
+        if card is None:
+            _link_or_copy(folder / README, staged / README)
+        else:
+            _write_like(folder / README, staged / README, card)
     shutil.copymode(folder, staged)
     sync(staged)
     if not swap_names(staged, folder):
@@ -129,14 +134,20 @@ def _place_files(folder: Path, *, resumed: bool) -> None:
         resumed: another process has begun this and was interrupted. Then the old adapter may be gone already.
     """
     new, old_config = folder / NEW_ADAPTER, temporary_path(folder / CONFIG).with_suffix(".old")
+    card = _new_card(new, folder)
     names = [name for name in os.listdir(new) if is_adapter_file(name) or not os.path.lexists(folder / name)]
+    if card is not None and README not in names:
+        names.append(README)
     names.sort(key=lambda name: (not is_adapter_file(name), name))
     links = {name: temporary_path(folder / name) for name in names}
     can_restore = not resumed
     try:
         for name, link in links.items():
             link.unlink(missing_ok=True)
-            _link_or_copy(new / name, link)
+            if name == README and card is not None and (folder / README).exists():
+                _write_like(folder / README, link, card)
+            else:
+                _link_or_copy(new / name, link)
         if (folder / CONFIG).exists():
             os.replace(folder / CONFIG, old_config)
             sync(folder)
@@ -165,6 +176,18 @@ def _place_files(folder: Path, *, resumed: bool) -> None:
             link.unlink(missing_ok=True)
     old_config.unlink(missing_ok=True)
     _remove_folder(new)
+
+
+def _new_card(new: Path, folder: Path) -> str | None:
+    """The text of ``folder``'s README after the save; None if it stays as it is, or the new adapter has no card."""
+    return merged_card(folder / README, (new / README).read_text("utf-8")) if (new / README).is_file() else None
+
+
+def _write_like(model: Path, path: Path, text: str) -> None:
+    """Writes a file with the permissions of another one."""
+    path.write_text(text, encoding="utf-8")
+    shutil.copymode(model, path)
+    sync(path)
 
 
 def _link_or_copy(source: Path, destination: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lorank.errors import AdapterError
 from lorank.files import WriteError, is_leftover
 from lorank.lora.find_layers import wrapped_model
 from lorank.lora.io.adapter_folder import contains_adapter, replacing_adapter
+from lorank.lora.io.model_card import write_card
 from lorank.lora.layer import AdapterLayers
 from lorank.lora.variants.gated import fold_gate
 
@@ -32,7 +34,7 @@ def fold_gates_(layers: AdapterLayers) -> None:
     layers.drop_gates()
 
 
-def save_adapter(layers: AdapterLayers, directory: str | Path) -> Path:
+def save_adapter(layers: AdapterLayers, directory: str | Path, about: Mapping[str, str] | None = None) -> Path:
     """Saves a plain PEFT adapter that loads without lorank: same outputs, gates folded into B, no module of rank 0.
 
     Only the files of an adapter are replaced; whatever else the folder holds is never touched. If the process or the
@@ -44,11 +46,13 @@ def save_adapter(layers: AdapterLayers, directory: str | Path) -> Path:
       missing meanwhile. After an interruption there, PEFT refuses the folder, lorank reads the complete new adapter
       from it, and the next save into it completes the interrupted one.
 
-    A ``README.md`` in the folder is kept. The live model keeps its gates.
+    The adapter gets a model card, ``README.md``, with its ranks. A ``README.md`` in the folder is kept: only the lines
+    between lorank's own marks in it are written anew. The live model keeps its gates.
 
     Args:
         layers: all LoRA layers of the adapter.
         directory: the destination. An adapter in this folder is replaced.
+        about: further lines of the card's first table, label → text, for example ``{"Data": "e2e_nlg"}``.
 
     Returns:
         ``directory`` as a path.
@@ -72,6 +76,7 @@ def save_adapter(layers: AdapterLayers, directory: str | Path) -> Path:
             for path in named.iterdir():
                 path.rename(temporary / path.name)
             named.rmdir()
+        write_card(temporary, layers, about)
     return target
 
 

@@ -25,6 +25,7 @@ from lorank.lora.initialisation import INIT_FIELDS, check_file_can_shrink, set_p
 from lorank.lora.io.adapter_folder import readable_folder, replacing_adapter
 from lorank.lora.io.adapter_validation import CONFIG, WEIGHTS, check_weights
 from lorank.lora.io.load_adapter import read_adapter_config
+from lorank.lora.io.model_card import write_card
 from lorank.lora.io.save_adapter import check_save_directory
 from lorank.lora.layer import TARGET_FIELDS, AdapterLayers
 from lorank.lora.rank_zero import stated_entries
@@ -123,6 +124,7 @@ def save_standalone(adapter: StandaloneAdapter, directory: str | Path) -> Path:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(temporary))
         assert (temporary / CONFIG).is_file()
+        write_card(temporary, layers)
     return target
 
 
