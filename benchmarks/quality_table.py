@@ -2,8 +2,8 @@
 
 For every task, number of steps and method: the learning rate chosen, the mean loss on the report part, its difference
 to LoRA's, paired by seed, with the standard error of the mean, the p of the paired t-test (two-sided), and the share of
-the gap between LoRA and LoRA of twice the parameters that the method closes. Only complete methods are shown: all rates
-of the grid, and at least three seeds.
+the gap between LoRA and LoRA of twice the parameters that the method closes, if there is one (p < 0.05). Only complete
+methods are shown: all rates of the grid, and at least three seeds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from scipy.stats import ttest_rel
 from benchmarks.quality import CASES, METHODS, finished
 
 Line = Mapping[str, Any]
+Values = np.ndarray[Any, np.dtype[np.float64]]
 LEAST_SEEDS = 3
 
 
@@ -50,14 +51,20 @@ def table(lines: Sequence[Line], task: str, steps: int) -> str:
         else:
             difference = own - lora
             error = difference.std(ddof=1) / len(both) ** 0.5
-            share = 100 * (lora.mean() - own.mean()) / (lora.mean() - twice.mean())
             p = float(ttest_rel(own, lora).pvalue)
-            row += [f"{difference.mean():+.4f} ± {error:.4f}", f"{p:.1g}", f"{share:.0f} %"]
+            row += [f"{difference.mean():+.4f} ± {error:.4f}".replace("-", "−"), f"{p:.1g}"]
+            share = 100 * (lora.mean() - own.mean()) / (lora.mean() - twice.mean())
+            row.append(f"{share:.0f} %".replace("-", "−") if _is_gap(lora, twice) else "no gap")
         if has_accuracy:
             row.append(f"{np.mean([run['accuracy'] for run in runs]):.3f}")
         rows.append(row)
     rows.insert(1, ["---"] * len(rows[0]))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _is_gap(lora: Values, twice: Values) -> bool:
+    """Whether LoRA of twice the parameters is better at all, beyond chance."""
+    return bool(twice.mean() < lora.mean() and ttest_rel(twice, lora).pvalue < 0.05)
 
 
 def picture(lines: Sequence[Line], path: Path) -> None:
@@ -71,10 +78,14 @@ def picture(lines: Sequence[Line], path: Path) -> None:
         for task in CASES
         if table(lines, task, steps)
     ]
-    figure = Figure(figsize=(4.6 * len(panels), 4.2), layout="constrained")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (task, steps) in zip(axes, panels, strict=True):
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in list(axes)[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (task, steps) in zip(axes, panels, strict=False):
         shown = [m for m in METHODS if len(finished(lines, task, m, steps)) >= LEAST_SEEDS]
         for place, method in enumerate(reversed(shown)):
             values = [line["report"] for line in finished(lines, task, method, steps).values()]
