@@ -25,6 +25,7 @@ from lorank.errors import LorankError
 from lorank.experiments import folder
 from lorank.experiments.errors import SettingsError
 from lorank.experiments.models import load_model, load_onto_new_base, load_tokenizer
+from lorank.experiments.pictures import draw_run
 from lorank.experiments.progress import TrainingProgress
 from lorank.files import write_text
 from lorank.lora import find_layers, make_peft_model, save_adapter
@@ -98,6 +99,7 @@ def train(
     trained = time.perf_counter() - began
 
     out = Path(config.output_dir)
+    write_text(out / folder.LOG, "".join(f"{json.dumps(entry)}\n" for entry in trainer.state.log_history))
     if ranks:
         save_adapter(find_layers(model), out / folder.ADAPTER)
     else:
@@ -136,6 +138,7 @@ def train(
         },
     }
     write_text(out / folder.METRICS, json.dumps(metrics, indent=2) + "\n")
+    draw_run(out)
     return RunResult(out, metrics)
 
 

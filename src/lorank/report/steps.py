@@ -1,0 +1,108 @@
+"""What happened over the steps of a run: losses, and the adapter's size beside its budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorank.report.charts import CONTAINER, ChartLike, Width, data, thinned
+from lorank.report.numbers import RunNumbers
+
+MOST_POINTS = 1500
+"""Points of a line. A screen is narrower."""
+SHOWN = "shown"
+"""The parameter of a chart that holds the step at which the page's slider stands."""
+
+
+def loss_chart(run: RunNumbers, *, width: Width = CONTAINER, height: int = 190, title: Any = "") -> ChartLike:
+    """Training and validation loss, with the allocations marked. The run has at least one of the two."""
+    import altair as alt
+
+    lines = [("training", run.losses), ("validation", run.validation)]
+    rows = [
+        {"step": step, "loss": loss, "of": name}
+        for name, points in lines
+        for step, loss in thinned(points, MOST_POINTS)
+    ]
+    there = [name for name, points in lines if points]
+    base = alt.Chart(data(rows)).encode(
+        x=_steps(run),
+        y=alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False)),
+        tooltip=[alt.Tooltip("of:N", title="loss of"), "step:Q", alt.Tooltip("loss:Q", format=".4f")],
+    )
+    # the validation loss is the one that counts, so it has the strong colour
+    colour = alt.Color("of:N", title=None, scale=alt.Scale(domain=["validation", "lost", "training"], range="category"))
+    colour = colour.legend(orient="top", values=list(reversed(there)), symbolType="stroke", symbolStrokeWidth=2)
+    lines_drawn = [
+        base.transform_filter("datum.of == 'training'").mark_line(strokeWidth=1.2).encode(color=colour),
+        base.transform_filter("datum.of == 'validation'")
+        .mark_line(strokeWidth=2.2, point=alt.OverlayMarkDef(size=45, filled=True))
+        .encode(color=colour),
+    ]
+    return alt.layer(*_events(run), *lines_drawn).properties(width=width, height=height, title=title)
+
+
+def size_chart(run: RunNumbers, *, width: Width = CONTAINER, height: int = 150, title: Any = "") -> ChartLike:
+    """Parameters over the steps, with the limit of the budget, and the allocations marked."""
+    import altair as alt
+
+    frames = thinned(run.frames, MOST_POINTS)
+    rows = [
+        {"step": frame.step, "parameters": frame.parameters, "ranks": frame.total, "limit": frame.limit}
+        for frame in frames
+    ]
+    end = run.steps if run.steps is not None else run.last.step
+    if end > run.last.step:
+        rows.append({**rows[-1], "step": end})
+    # an initial frame knows no limit: the first allocation's is not shown before it
+    base = alt.Chart(data(rows)).encode(x=_steps(run))
+    size = base.mark_line(interpolate="step-after", style="strong").encode(
+        y=alt.Y("parameters:Q", title="parameters", scale=alt.Scale(zero=True)).axis(format="~s"),
+    )
+    dots = base.mark_point(style="strong-point").encode(
+        y="parameters:Q",
+        tooltip=["step:Q", alt.Tooltip("parameters:Q", format=","), alt.Tooltip("ranks:Q", format=",")],
+    )
+    layers: list[Any] = [*_events(run), size, dots]
+    if any(frame.limit is not None for frame in frames):
+        limits = base.transform_filter("isValid(datum.limit)")
+        layers.insert(-2, limits.mark_line(interpolate="step-after", style="limit").encode(y="limit:Q"))
+        last = data([{"step": end, "limit": next(f.limit for f in reversed(frames) if f.limit is not None)}])
+        layers.append(
+            alt.Chart(last)
+            .mark_text(style="note", align="right", baseline="top", dy=5)
+            .encode(x="step:Q", y="limit:Q", text=alt.value("budget"))
+        )
+    return alt.layer(*layers).properties(width=width, height=height, title=title)
+
+
+def _steps(run: RunNumbers) -> Any:
+    import altair as alt
+
+    end = max(
+        run.steps or 0,
+        run.last.step,
+        *(points[-1][0] for points in (run.losses, run.validation) if points),
+        1,
+    )
+    return alt.X("step:Q", title="step", scale=alt.Scale(domain=[0, end], nice=False)).axis(
+        grid=False, format="~s", labelOverlap=True
+    )
+
+
+def _events(run: RunNumbers) -> list[Any]:
+    """A thin line at each allocation that moved ranks, and a strong one at the step that the slider shows."""
+    import altair as alt
+
+    moved = [frame for frame in run.frames if frame.pruned or frame.added]
+    rows = [{"step": frame.step, "pruned": frame.pruned, "added": frame.added} for frame in thinned(moved, 200)]
+    shown = alt.param(name=SHOWN, value=-1)
+    marks = alt.Chart(data(rows)).mark_rule(style="event").encode(x="step:Q", tooltip=["step:Q", "pruned:Q", "added:Q"])
+    steps = [{"step": frame.step} for frame in thinned(run.frames, MOST_POINTS)]
+    here = (
+        alt.Chart(data(steps))
+        .add_params(shown)
+        .transform_filter(f"datum.step == {SHOWN}")
+        .mark_rule(style="shown")
+        .encode(x="step:Q")
+    )
+    return [marks, here]
