@@ -104,7 +104,12 @@ def train(
         progress = console(stderr=True)
         quiet_libraries(progress)
         result = experiments.train(settings, resume=resume, overwrite=overwrite, console=progress)
+        from lorank.experiments.pictures import draw_run
+
         console().print(_summary(result))
+        picture = draw_run(result.folder)
+        if picture is not None:
+            console().print(f"picture of the ranks: {picture}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -25,7 +25,6 @@ from lorank.errors import LorankError
 from lorank.experiments import folder
 from lorank.experiments.errors import SettingsError
 from lorank.experiments.models import load_model, load_onto_new_base, load_tokenizer
-from lorank.experiments.pictures import draw_run
 from lorank.experiments.progress import TrainingProgress
 from lorank.files import write_text
 from lorank.lora import find_layers, make_peft_model, save_adapter
@@ -138,7 +137,6 @@ def train(
         },
     }
     write_text(out / folder.METRICS, json.dumps(metrics, indent=2) + "\n")
-    draw_run(out)
     return RunResult(out, metrics)
 
 

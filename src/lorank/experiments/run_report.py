@@ -18,7 +18,7 @@ from lorank.report.charts import ChartLike, write_chart
 from lorank.report.comparison import compare_runs
 from lorank.report.heatmap import head_chart, head_projections, rank_chart
 from lorank.report.numbers import Comparison, RunNumbers
-from lorank.report.page import comparison_figure, report_page, run_figures
+from lorank.report.page import comparison_figures, report_page, run_figures
 
 MARK = "· lorank</title>"
 """Every report has it near its beginning, so that it can be told from a user's own page."""
@@ -78,8 +78,7 @@ class Report:
             for figure in run_figures(run):
                 charts[f"{prefix}{figure.name}"] = figure.chart.properties(width=WIDTH)
         for number, comparison in enumerate(self.comparisons):
-            for group in comparison.groups:
-                figure = comparison_figure(comparison, group)
+            for figure in comparison_figures(comparison):
                 charts[f"{number}-{figure.name}" if number else figure.name] = figure.chart.properties(width=WIDTH)
         return [write_chart(chart, folder / f"{name}{ending}") for name, chart in charts.items()]
 

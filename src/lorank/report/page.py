@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from lorank.extras import require
 from lorank.report import words
 from lorank.report.charts import ChartLike, thinned
 from lorank.report.comparison import comparison_chart
+from lorank.report.comparison import size_chart as comparison_size_chart
 from lorank.report.curve import Line, curve_chart
 from lorank.report.grid import grid_of
 from lorank.report.heatmap import head_chart, head_projections, head_rows, highest, rank_chart
@@ -31,6 +33,8 @@ from lorank.report.theme import PAGE_FONT, config
 TEMPLATE, STYLE, CODE = "page.html", "page.css", "page.js"
 CELLS = "cells"
 """The name of the data that the page's slider replaces."""
+MOST_LABELS = 14
+"""Dots with labels in one figure."""
 MOST_NUMBERS = 300_000
 """Ranks in the page, over all frames of a run."""
 
@@ -84,7 +88,7 @@ def report_page(runs: Sequence[RunNumbers], comparisons: Sequence[Comparison] = 
     from markupsafe import Markup
 
     sections = [_section(run) for run in runs]
-    compared = [(one, [comparison_figure(one, group) for group in one.groups]) for one in comparisons]
+    compared = [(one, comparison_figures(one)) for one in comparisons]
     here = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -177,8 +181,29 @@ def run_figures(run: RunNumbers) -> list[Figure]:
     return found
 
 
-def comparison_figure(comparison: Comparison, group: str) -> Figure:
-    """The figure of one group of a comparison."""
+def comparison_figures(comparison: Comparison) -> list[Figure]:
+    """One figure per group of a comparison; and one of quality over size, if sizes are known and differ."""
+    found = [_group_figure(comparison, group) for group in comparison.groups]
+    sized = [one for some in comparison.groups.values() for one in some if one.parameters and math.isfinite(one.mean)]
+    if len({one.parameters for one in sized}) > 1 and len(sized) <= MOST_LABELS:
+        best = (max if comparison.higher_is_better else min)(sized, key=lambda one: one.mean)
+        found.append(
+            Figure(
+                "comparison-size",
+                f"{comparison.metric} and size",
+                f"The best {comparison.metric}, {best.mean:.4g}, has {round(best.parameters or 0):,} parameters.",
+                (
+                    ("", "parameters", comparison.metric),
+                    [[o.label, f"{o.parameters:,.0f}", f"{o.mean:.4g}"] for o in sized],
+                ),
+                comparison_size_chart(comparison),
+                "Each dot is one row of the tables above.",
+            )
+        )
+    return found
+
+
+def _group_figure(comparison: Comparison, group: str) -> Figure:
     return Figure(
         f"comparison-{list(comparison.groups).index(group)}",
         f"{comparison.metric}{f', budget {group}' if group else ''}",
