@@ -6,7 +6,6 @@ stranger: what cannot be read is left out, and a note says so.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,6 +68,7 @@ def read_run(source: Source) -> RunNumbers:
         notes.lines.append("The run is not finished, or was stopped: it has no metrics yet.")
     if isinstance(metrics.get("note"), str):
         notes.lines.append(metrics["note"])
+    curve = _curve(folder, notes)
     numbers = numbers_of(records, name=source.name, made=_made(config, records))
     steps = metrics.get("steps")
     return replace(
@@ -80,7 +80,7 @@ def read_run(source: Source) -> RunNumbers:
         came_out=came_out_rows(metrics, numbers, records),
         cost=cost_rows(metrics, records, folder),
         notes=tuple(notes.lines),
-        curve=_curve(folder, notes),
+        curve=curve,
         quality=_quality(config, metrics, validation),
     )
 
@@ -196,7 +196,7 @@ def _quality(
     training = _mapping(config.get("training"))
     seed = training.get("seed")
     same = {**config, "training": {**training, "seed": None}, "output_dir": None}
-    setting = json.dumps(same, sort_keys=True, default=str) if config else f"unknown {id(validation)}"
+    setting = repr(same) if config else f"unknown {id(validation)}"
     for metric, value in (
         ("test loss", _mapping(metrics.get("test")).get("loss")),
         ("validation loss", _mapping(metrics.get("validation")).get("loss_after")),

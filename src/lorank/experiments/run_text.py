@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import import_module
@@ -99,6 +100,8 @@ def cost_rows(metrics: Mapping[str, Any], records: Sequence[Record], folder: Pat
 
 def duration(seconds: float) -> str:
     """A time, short: 0.3 s, 42 s, 6 min 3 s, 2 h 5 min."""
+    if not math.isfinite(seconds):
+        return "unknown"
     if seconds < 10:
         return f"{seconds:.2g} s"
     whole = round(seconds)

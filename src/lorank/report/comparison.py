@@ -85,10 +85,9 @@ def size_chart(comparison: Comparison, *, width: Width = CONTAINER, height: int 
         tooltip=["label:N", alt.Tooltip("parameters:Q", format=","), alt.Tooltip("value:Q", format=".4f")],
     )
     left, right = (base.transform_filter(f"datum.right == {side}") for side in ("false", "true"))
-    labels = [
-        left.mark_text(style="label", align="left", dx=9, baseline="middle"),
-        right.mark_text(style="label", align="right", dx=-9, baseline="middle"),
-    ]
+    labels = [left.mark_text(style="label", align="left", dx=9, baseline="middle")]
+    if any(row["right"] for row in rows):  # a layer without data would have no extent
+        labels.append(right.mark_text(style="label", align="right", dx=-9, baseline="middle"))
     texts = [text.encode(x=x, y=alt.Y("at:Q", title=comparison.metric, scale=scale), text="label:N") for text in labels]
     return alt.layer(points, *texts).properties(width=width, height=height, title=title)
 

@@ -86,7 +86,8 @@ def curve_chart(
                 x=x, y=y, text="text:N"
             ),
         ]
-    for first in (False, True):
+    # the first is drawn last, above the others; a layer without data would have no extent
+    for first in (False, True) if several else (True,):
         some = base.transform_filter(f"datum.first == {str(first).lower()}").encode(color=colour)
         layers += [
             some.mark_line(strokeWidth=2.4 if first else 1.6, strokeDash=[1, 0] if first else [5, 3]),

@@ -104,10 +104,12 @@
     return Promise.all([...document.querySelectorAll(".chart")].map(draw));
   }
 
-  function showTheme() {
+  async function showTheme() {
+    delete root.dataset.ready; // for tests, which wait for the pictures
     if (chosen) root.dataset.theme = chosen;
     button.setAttribute("aria-pressed", String(theme() === "dark"));
-    return drawAll();
+    await drawAll();
+    root.dataset.ready = "yes";
   }
 
   for (const controls of document.querySelectorAll(".controls")) {
@@ -159,5 +161,5 @@
     drawAll();
   });
   follow();
-  showTheme().then(() => (root.dataset.ready = "yes"));
+  showTheme();
 })();

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,6 @@ def report_page(runs: Sequence[RunNumbers], comparisons: Sequence[Comparison] = 
         MissingPackageError: a package of the extra `report` is not installed.
     """
     require("The report", "altair", "vl_convert", "jinja2")
-    import vl_convert
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -94,7 +94,7 @@ def report_page(runs: Sequence[RunNumbers], comparisons: Sequence[Comparison] = 
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     code = (here / CODE).read_text(encoding="utf-8")
-    scripts = [_script(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")), _script(code)]
+    scripts = [_script(_vega()), _script(code)]
     numbers = {
         "themes": {theme: config(theme, PAGE_FONT) for theme in ("light", "dark")},
         "comparisons": [[figure.chart.to_dict() for figure in figures] for _, figures in compared],
@@ -266,6 +266,14 @@ def _json(values: Any) -> str:
     """JSON that can stand in a script element: no tag and no comment can begin in it."""
     text = json.dumps(values, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+@cache
+def _vega() -> str:
+    """Vega, Vega-Lite and what embeds them, as one script."""
+    import vl_convert
+
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def _script(code: str) -> str:

@@ -32,12 +32,12 @@ def loss_chart(run: RunNumbers, *, width: Width = CONTAINER, height: int = 190, 
     # the validation loss is the one that counts, so it has the strong colour
     colour = alt.Color("of:N", title=None, scale=alt.Scale(domain=["validation", "lost", "training"], range="category"))
     colour = colour.legend(orient="top", values=list(reversed(there)), symbolType="stroke", symbolStrokeWidth=2)
-    lines_drawn = [
-        base.transform_filter("datum.of == 'training'").mark_line(strokeWidth=1.2).encode(color=colour),
-        base.transform_filter("datum.of == 'validation'")
-        .mark_line(strokeWidth=2.2, point=alt.OverlayMarkDef(size=45, filled=True))
-        .encode(color=colour),
-    ]
+    drawn = {
+        "training": base.mark_line(strokeWidth=1.2),
+        "validation": base.mark_line(strokeWidth=2.2, point=alt.OverlayMarkDef(size=45, filled=True)),
+    }
+    # a layer without data would have no extent
+    lines_drawn = [drawn[name].transform_filter(f"datum.of == '{name}'").encode(color=colour) for name in there]
     return alt.layer(*_events(run), *lines_drawn).properties(width=width, height=height, title=title)
 
 
