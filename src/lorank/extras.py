@@ -22,14 +22,13 @@ class Package(NamedTuple):
 
 
 # bitsandbytes, torchao, deepspeed and trl are not listed: lorank uses them only if the user's model, optimiser or
-# trainer was made with them. pyyaml is not listed either: transformers and peft depend on it.
+# trainer was made with them. pyyaml and jinja2 are not listed either: transformers, peft and torch depend on them.
 PACKAGES: Mapping[str, Package] = {
     "datasets": Package("datasets", "cli"),
     "omegaconf": Package("omegaconf", "cli"),
     "rich": Package("rich", "cli"),
     "typer": Package("typer", "cli"),
     "altair": Package("altair", "report"),
-    "jinja2": Package("jinja2", "report"),
     "matplotlib": Package("matplotlib", "report"),
     "vl_convert": Package("vl-convert-python", "report"),
     "rouge_score": Package("rouge-score", "metrics"),

@@ -40,7 +40,7 @@ def test_everything_about_a_finished_run_is_read(tmp_path: Path) -> None:
     assert asked["adapter"] == "rank 4, alpha 8"
     assert came_out["validation loss"] == "5.5000 → 3.2500"
     assert came_out["test bleu"] == "20.0000"
-    assert came_out["budget used"] == "98 of 100 percent of adapter"
+    assert came_out["budget used"] == "98 of 100 % of the adapter as it was made"
     assert cost["training"] == "1 min 40 s, of which scoring 4 s (4.0%)"
     assert cost["files of the adapter"] == "2 kB"
     assert (run.quality.metric, run.quality.value, run.quality.seed) == ("test loss", 3.5, 0)
@@ -127,7 +127,7 @@ def test_a_comparison_is_read_and_a_damaged_one_named(tmp_path: Path) -> None:
     found = read_comparison(path)
     lora, balanced = found.groups["4"]
     assert (lora.label, lora.mean) == ("LoRA", pytest.approx(3.1))
-    assert balanced.more["difference"] == "-1 (-1.2 to -0.8)"
+    assert balanced.more["difference"] == "-1.0000 (-1.2000 to -0.8000)"
     assert balanced.more["as LoRA with k times the parameters"] == "2.5"
     assert balanced.note == "Real."
     assert "fewer than 3 seeds" in found.warning

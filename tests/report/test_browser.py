@@ -91,7 +91,7 @@ def test_the_keyboard_moves_the_slider_and_with_it_the_picture(open_page: Any) -
     page.keyboard.press("Home")
     page.wait_for_selector("#run0 [data-map=modules][data-drawn='0']")
     assert set(texts(page)) == {"4"}
-    assert page.locator("#run0-slider").get_attribute("aria-valuetext") == "step 0: 48 ranks, 4,800 numbers in A and B"
+    assert page.locator("#run0-slider").get_attribute("aria-valuetext") == "step 0: 48 ranks, 4,800 LoRA parameters"
     page.keyboard.press("ArrowRight")
     page.wait_for_selector("#run0 [data-map=modules][data-drawn='1']")
     assert sorted(map(int, texts(page))) == sorted(run.frames[1].ranks.values())

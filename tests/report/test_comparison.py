@@ -30,7 +30,7 @@ def test_an_interval_is_students_t() -> None:
 def test_seeds_of_one_setting_are_one_row_and_the_best_is_named_first() -> None:
     (found,) = compare_runs([*seeds("A", [3.0, 3.1, 3.2]), *seeds("B", [1.0, 1.1, 1.2])])
     assert [one.label for one in found.groups[""]] == ["B: 3 seeds", "A: 3 seeds"]
-    assert "B: 3 seeds has the best test loss, 1.1" in found.sentence
+    assert "B: 3 seeds has the best test loss, 1.100" in found.sentence
     assert "do not overlap" in found.sentence
     assert found.warning == ""
 

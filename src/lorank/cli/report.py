@@ -64,7 +64,7 @@ def report(
             if folder is not None and folder.exists() and not folder.is_dir():
                 raise SettingsError(f"{option} {folder} is a file: name a folder")
         if page_wanted or png or svg:
-            require("lorank report", "altair", "vl_convert", "jinja2")
+            require("lorank report", "altair", "vl_convert")
         from lorank.experiments import run_report
 
         if page_wanted:

@@ -67,6 +67,7 @@ def main(output: str | Path = "lorank-demo", *, seed: int = 0, console: Console 
         {TITLES[name]: result.folder for name, result in results.items()},
         output / PICTURE,
         title="Where the ranks went, and what it brought, on Python's reference manual (one seed)",
+        metric="validation loss",
     )
     console.print(comparison(results))
     console.print(conclusion({name: result.metrics["validation"]["loss_after"] for name, result in results.items()}))

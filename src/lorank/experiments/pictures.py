@@ -33,20 +33,21 @@ def draw_run(folder: Path) -> Path | None:
         return None
 
 
-def draw_runs(folders: Mapping[str, Path], path: Path, *, title: str) -> Path:
+def draw_runs(folders: Mapping[str, Path], path: Path, *, title: str, metric: str = "") -> Path:
     """Writes one picture of several runs of one task.
 
     Args:
         folders: per title of a run, its folder with a rank history.
         path: the file to write.
         title: a line above the picture.
+        metric: see :func:`~lorank.experiments.run_numbers.read_run`.
 
     Raises:
         MissingPackageError: a package of the extra `report` is not installed.
         HistoryError: a history cannot be read.
     """
     runs = [
-        replace(read_run(Source(name, folder / HISTORY, folder)), method=name, name=name)
+        replace(read_run(Source(name, folder / HISTORY, folder), metric=metric), method=name, name=name)
         for name, folder in folders.items()
     ]
     return ranks_picture(runs, path, title=title)

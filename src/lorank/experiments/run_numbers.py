@@ -47,11 +47,12 @@ class Notes:
             return None
 
 
-def read_run(source: Source) -> RunNumbers:
+def read_run(source: Source, *, metric: str = "") -> RunNumbers:
     """The numbers of one run.
 
     Args:
         source: its history and its folder.
+        metric: by what runs are compared, "test loss" or "validation loss"; "": the first of the two that there is.
 
     Raises:
         HistoryError: the history cannot be read, or holds no record.
@@ -81,7 +82,7 @@ def read_run(source: Source) -> RunNumbers:
         cost=cost_rows(metrics, records, folder),
         notes=tuple(notes.lines),
         curve=curve,
-        quality=_quality(config, metrics, validation),
+        quality=_quality(config, metrics, validation, metric),
     )
 
 
@@ -123,7 +124,7 @@ def _estimate(row: Mapping[str, Any]) -> Estimate:
     more = {"learning rate": _text(row.get("lr")), "seeds": str(len(row.get("seeds") or values))}
     difference = row.get("difference")
     if isinstance(difference, Mapping) and all(_is_number(difference.get(key)) for key in ("mean", "low", "high")):
-        more["difference"] = f"{difference['mean']:+.4g} ({difference['low']:+.4g} to {difference['high']:+.4g})"
+        more["difference"] = f"{difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"
         more["p"] = f"{difference['p']:.2g}" if _is_number(difference.get("p")) else ""
     if _is_number(row.get("equivalent_k")):
         more["as LoRA with k times the parameters"] = f"{row['equivalent_k']:.2g}"
@@ -190,7 +191,7 @@ def _read_curve(path: Path) -> CurveNumbers:
 
 
 def _quality(
-    config: Mapping[str, Any], metrics: Mapping[str, Any], validation: Sequence[tuple[int, float]]
+    config: Mapping[str, Any], metrics: Mapping[str, Any], validation: Sequence[tuple[int, float]], wanted: str
 ) -> Quality | None:
     task = f"{_text(metrics.get('data'))} with {_text(metrics.get('model'))}" if metrics else ""
     training = _mapping(config.get("training"))
@@ -202,7 +203,7 @@ def _quality(
         ("validation loss", _mapping(metrics.get("validation")).get("loss_after")),
         ("validation loss", validation[-1][1] if validation else None),
     ):
-        if _is_number(value):
+        if _is_number(value) and wanted in ("", metric):
             return Quality(metric, float(value), task, setting, seed if isinstance(seed, int) else None)
     return None
 

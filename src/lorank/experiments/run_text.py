@@ -16,6 +16,9 @@ from lorank.training.history import Record
 
 Rows = list[tuple[str, str]]
 
+UNITS = {"percent": "% of the base model", "percent_of_adapter": "% of the adapter as it was made"}
+"""Units of a budget as text, where the name of the field is not the text."""
+
 
 def asked_rows(config: Mapping[str, Any], numbers: RunNumbers) -> Rows:
     """What was asked: from the configuration, as far as there is one."""
@@ -50,7 +53,7 @@ def came_out_rows(metrics: Mapping[str, Any], numbers: RunNumbers, records: Sequ
             f"{first.total:,} → {last.total:,} in {len(last.ranks)} modules"
             + (f", {empty} at rank 0" if empty else ""),
         ),
-        ("numbers in A and B", f"{first.parameters:,} → {last.parameters:,}" if last.parameters else ""),
+        ("LoRA parameters", f"{first.parameters:,} → {last.parameters:,}" if last.parameters else ""),
         ("budget used", _budget(records)),
         ("moved", f"{pruned:,} ranks pruned, {added:,} added, in {moved} allocations"),
     ]
@@ -86,7 +89,7 @@ def cost_rows(metrics: Mapping[str, Any], records: Sequence[Record], folder: Pat
         rows.append(("final evaluation", duration(evaluation)))
     if records[-1].shapes:
         widest = max(records, key=lambda record: record.parameters)
-        rows.append(("numbers in A and B when largest", f"{widest.parameters:,}, at step {widest.step:,}"))
+        rows.append(("LoRA parameters when largest", f"{widest.parameters:,}, at step {widest.step:,}"))
     trained = _section(metrics, "final").get("trainable_parameters")
     if _number(trained) is not None:
         rows.append(("trained parameters at the end", f"{trained:,}"))
@@ -128,7 +131,7 @@ def _chosen(allocator: Mapping[str, Any]) -> dict[str, Any]:
 
 def _asked_budget(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "; ".join(f"{_shown(amount)} {str(unit).replace('_', ' ')}" for unit, amount in value.items() if amount)
+        return "; ".join(f"{_shown(amount)} {_unit(unit)}" for unit, amount in value.items() if amount)
     return _shown(value)
 
 
@@ -137,13 +140,17 @@ def _budget(records: Sequence[Record]) -> str:
         budget = record.details.get("budget")
         if isinstance(budget, Mapping):
             parts = [
-                f"{amount['used']:,.6g} of {amount['limit']:,.6g} {str(unit).replace('_', ' ')}"
+                f"{amount['used']:,.6g} of {amount['limit']:,.6g} {_unit(unit)}"
                 for unit, amount in budget.items()
                 if isinstance(amount, Mapping)
                 and None not in (_number(amount.get("used")), _number(amount.get("limit")))
             ]
             return "; ".join(parts)
     return ""
+
+
+def _unit(unit: Any) -> str:
+    return UNITS.get(str(unit), str(unit).replace("_", " "))
 
 
 def _bytes(size: int) -> str:

@@ -32,11 +32,11 @@ def comparison_chart(comparison: Comparison, group: str, *, width: Width = CONTA
     seeds = [{"label": one.label, "value": value} for one in estimates for value in one.values]
     means = [{"label": one.label, "value": one.mean, "low": one.low, "high": one.high} for one in estimates]
     layers = [
-        alt.Chart(data(seeds)).mark_point(style="faint-point").encode(x=x, y=y),
         alt.Chart(data(means))
         .transform_filter("isValid(datum.low)")
         .mark_rule(style="strong")
         .encode(x=alt.X("low:Q", title=title_of_x, scale=scale), x2="high:Q", y=y),
+        alt.Chart(data(seeds)).mark_point(style="faint-point").encode(x=x, y=y),
         alt.Chart(data(means))
         .mark_point(style="strong-point")
         .encode(
@@ -144,10 +144,10 @@ def _compare(task: str, metric: str, runs: Sequence[RunNumbers]) -> Comparison:
 def _sentence(estimates: Sequence[Estimate], metric: str) -> str:
     if len(estimates) == 1:
         one = estimates[0]
-        interval = f", 95 % interval {one.low:.4g} to {one.high:.4g}" if math.isfinite(one.low) else ""
-        return f"{one.label} has a mean {metric} of {one.mean:.4g}{interval}."
+        interval = f", 95 % interval {one.low:#.4g} to {one.high:#.4g}" if math.isfinite(one.low) else ""
+        return f"{one.label} has a mean {metric} of {one.mean:#.4g}{interval}."
     first, second = estimates[:2]
-    text = f"{first.label} has the best {metric}, {first.mean:.4g}; {second.label} follows with {second.mean:.4g}."
+    text = f"{first.label} has the best {metric}, {first.mean:#.4g}; {second.label} follows with {second.mean:#.4g}."
     if math.isfinite(first.low) and math.isfinite(second.low):
         apart = first.high < second.low or second.high < first.low
         text += (

@@ -82,9 +82,7 @@ def curve_chart(
         marked = alt.Chart(data([{"parameters": knee[0], "loss": knee[1], "text": f"knee: {short(knee[0])}"}]))
         layers = [
             marked.mark_rule(style="event").encode(x=x),
-            marked.mark_text(style="label", align="left", baseline="bottom", dx=7, dy=-7).encode(
-                x=x, y=y, text="text:N"
-            ),
+            marked.mark_text(style="label", align="left", dx=6).encode(x=x, y=alt.value(9), text="text:N"),
         ]
     # the first is drawn last, above the others; a layer without data would have no extent
     for first in (False, True) if several else (True,):

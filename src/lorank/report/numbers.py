@@ -17,10 +17,10 @@ class Frame:
     Args:
         step: the number of optimiser steps before it. ≥ 0.
         ranks: per module, the ranks in use. ≥ 0.
-        parameters: numbers in A and B that are stored and trained.
+        parameters: LoRA parameters that are stored and trained.
         pruned: ranks that the allocation removed.
         added: ranks that it added.
-        limit: numbers in A and B that the budget allowed at this step; None: no such budget.
+        limit: LoRA parameters that the budget allowed at this step; None: no such budget.
         heads: per module with a LoRA per attention head, the rank of each head; empty for other methods.
     """
 
@@ -186,6 +186,11 @@ class Comparison:
     higher_is_better: bool = False
     sentence: str = ""
     warning: str = ""
+
+    @property
+    def notes(self) -> list[str]:
+        """The sentences about single estimates."""
+        return [one.note for some in self.groups.values() for one in some if one.note]
 
 
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

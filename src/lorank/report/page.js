@@ -93,7 +93,7 @@
   function say(number) {
     const run = DATA.runs[number];
     const at = position[number];
-    const size = run.parameters[at] ? `, ${run.parameters[at].toLocaleString("en")} numbers in A and B` : "";
+    const size = run.parameters[at] ? `, ${run.parameters[at].toLocaleString("en")} LoRA parameters` : "";
     const text = `step ${run.steps[at].toLocaleString("en")}: ${run.totals[at].toLocaleString("en")} ranks${size}`;
     const controls = document.querySelector(`.controls[data-run="${number}"]`);
     controls.querySelector(".where").textContent = text;

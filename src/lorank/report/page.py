@@ -83,7 +83,7 @@ def report_page(runs: Sequence[RunNumbers], comparisons: Sequence[Comparison] = 
     Raises:
         MissingPackageError: a package of the extra `report` is not installed.
     """
-    require("The report", "altair", "vl_convert", "jinja2")
+    require("The report", "altair", "vl_convert")
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -140,7 +140,7 @@ def run_figures(run: RunNumbers) -> list[Figure]:
                 words.size_sentence(run),
                 words.size_table(run),
                 size_chart(run),
-                "Numbers in A and B that are trained. Dashed: what the budget allows at that step.",
+                "Numbers in A and B, all modules. Dashed: what the budget allows at that step.",
             )
         )
     if any(run.changes.values()):
@@ -194,7 +194,7 @@ def comparison_figures(comparison: Comparison) -> list[Figure]:
                 f"The best {comparison.metric}, {best.mean:.4g}, has {round(best.parameters or 0):,} parameters.",
                 (
                     ("", "parameters", comparison.metric),
-                    [[o.label, f"{o.parameters:,.0f}", f"{o.mean:.4g}"] for o in sized],
+                    [[o.label, f"{o.parameters:,.0f}", f"{o.mean:#.4g}"] for o in sized],
                 ),
                 comparison_size_chart(comparison),
                 "Each dot is one row of the tables above.",

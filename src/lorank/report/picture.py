@@ -75,9 +75,7 @@ def _map(run: RunNumbers) -> ChartLike:
 
     changed = any(run.changes.values())
     width = CELL * max(5, len(grid_of(list(run.last.ranks)).columns))
-    total = f"{run.last.total:,} ranks" + (
-        f", {run.last.parameters:,} numbers in A and B" if run.last.parameters else ""
-    )
+    total = f"{run.last.total:,} ranks" + (f", {run.last.parameters:,} LoRA parameters" if run.last.parameters else "")
     lines = [f"counted from {run.reference_name}" if changed else "no rank has moved", total]
     if run.quality is not None:
         lines.append(f"{run.quality.metric} {run.quality.value:.4f}")

@@ -85,7 +85,7 @@ def _steps(run: RunNumbers) -> Any:
         1,
     )
     return alt.X("step:Q", title="step", scale=alt.Scale(domain=[0, end], nice=False)).axis(
-        grid=False, format="~s", labelOverlap=True
+        grid=False, format="~s", tickCount=6
     )
 
 

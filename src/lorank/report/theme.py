@@ -108,7 +108,7 @@ def config(theme: Theme, font: str = PAPER_FONT) -> dict[str, Any]:
             "on-high": {"color": colour.on_high, "fontSize": 11},
             "strong": {"color": colour.gained, "strokeWidth": 2},
             "strong-point": {"color": colour.gained, "filled": True, "size": 55, "opacity": 1},
-            "faint-point": {"color": colour.second, "filled": True, "size": 26, "opacity": 0.75},
+            "faint-point": {"color": colour.second, "filled": True, "size": 26, "opacity": 1},
             "limit": {"color": colour.lost, "strokeDash": [5, 4], "strokeWidth": 1.5},
             "event": {"color": colour.second, "strokeDash": [2, 3], "strokeWidth": 1},
             "shown": {"color": colour.text, "strokeWidth": 1.5},

@@ -33,7 +33,7 @@ def lead(run: RunNumbers) -> str:
     if run.last.parameters:
         limit = next((frame.limit for frame in reversed(run.frames) if frame.limit), None)
         used = f", {run.last.parameters / limit:.1%} of its budget" if limit else ""
-        parts.append(f"The adapter has {run.last.parameters:,} numbers in A and B{used}.")
+        parts.append(f"The adapter has {run.last.parameters:,} LoRA parameters{used}.")
     return " ".join(parts)
 
 
@@ -52,7 +52,7 @@ def ranks_sentence(run: RunNumbers) -> str:
     top = max(ranks, key=ranks.__getitem__)
     empty = sum(not rank for rank in ranks.values())
     none = f", and {empty} of {len(ranks)} modules have none" if empty else ""
-    return f"At step {run.last.step:,} there are {run.last.total:,} ranks. {top} has the most, {ranks[top]}{none}."
+    return f"At the end, after step {run.last.step:,}, there are {run.last.total:,} ranks. {top} has the most, {ranks[top]}{none}."
 
 
 def ranks_table(run: RunNumbers) -> Table:
@@ -99,8 +99,8 @@ def size_sentence(run: RunNumbers) -> str:
     budget = next((frame.limit for frame in reversed(run.frames) if frame.limit), None)
     limit = f" The budget allows {round(budget):,}." if budget else ""
     if first.parameters == last.parameters:
-        return f"The adapter has {last.parameters:,} numbers in A and B throughout.{limit}"
-    return f"The adapter begins with {first.parameters:,} numbers in A and B and ends with {last.parameters:,}.{limit}"
+        return f"The adapter has {last.parameters:,} LoRA parameters throughout.{limit}"
+    return f"The adapter begins with {first.parameters:,} LoRA parameters and ends with {last.parameters:,}.{limit}"
 
 
 def size_table(run: RunNumbers) -> Table:
@@ -115,7 +115,7 @@ def size_table(run: RunNumbers) -> Table:
         ]
         for frame in thinned(run.frames, 2 * MOST_ROWS)
     ]
-    return ("step", "ranks", "numbers in A and B", "allowed", "pruned", "added"), rows
+    return ("step", "ranks", "LoRA parameters", "allowed", "pruned", "added"), rows
 
 
 def change_sentence(run: RunNumbers) -> str:
@@ -181,16 +181,16 @@ def comparison_table(comparison: Comparison, group: str) -> Table:
 
 def comparison_sentence(comparison: Comparison, group: str) -> str:
     return "; ".join(
-        f"{one.label}: {one.mean:.4g}" + (f" ({one.low:.4g} to {one.high:.4g})" if math.isfinite(one.low) else "")
+        f"{one.label}: {one.mean:#.4g}" + (f" ({one.low:#.4g} to {one.high:#.4g})" if math.isfinite(one.low) else "")
         for one in comparison.groups[group]
     )
 
 
 def _comparison_row(one: Estimate, more: Sequence[str], *, sized: bool) -> list[str]:
-    interval = f"{one.low:.4g} to {one.high:.4g}" if math.isfinite(one.low) else "one seed: none"
+    interval = f"{one.low:#.4g} to {one.high:#.4g}" if math.isfinite(one.low) else "one seed: none"
     size = [f"{round(one.parameters):,}" if one.parameters is not None else ""] if sized else []
-    values = ", ".join(f"{value:.4g}" for value in one.values)
-    return [one.label, f"{one.mean:.4g}", interval, values, *size, *(one.more.get(key, "") for key in more)]
+    values = ", ".join(f"{value:#.4g}" for value in one.values)
+    return [one.label, f"{one.mean:#.4g}", interval, values, *size, *(one.more.get(key, "") for key in more)]
 
 
 def _worth_rows(run: RunNumbers, worth: Worth) -> list[tuple[str, float, float, float, int, int]]:
