@@ -10,11 +10,13 @@ import pytest
 
 from lorank.errors import LorankError
 from lorank.experiments.errors import SettingsError
+from lorank.experiments.folder import remove_run
 from lorank.experiments.report_sources import Source, find_sources
 from lorank.experiments.run_numbers import read_comparison, read_run
 from lorank.experiments.run_report import Report, check_out
 from lorank.experiments.run_text import duration
 from lorank.report.comparison import compare_runs
+from lorank.report.page import comparison_figures
 from lorank.training.history import HistoryError
 from tests.experiments.run_folders import records, write_history, write_run
 from tests.report.runs import NAMES, made_run
@@ -176,6 +178,21 @@ def test_the_numbers_are_json(tmp_path: Path) -> None:
     found = json.loads(json.dumps(Report([run], compare_runs([run])).to_dict(), allow_nan=False))
     assert found["runs"][0]["allocations"][-1]["ranks"] == dict(run.last.ranks)
     assert found["runs"][0]["summary"].startswith("BalancedLoRA pruned 6 and added 6 ranks in 3 allocations")
+
+
+def test_overwriting_a_run_removes_its_log_and_its_picture_too(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "ranks.png").write_bytes(b"")
+    remove_run(folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_comparison_in_which_everything_diverged_is_still_shown(tmp_path: Path) -> None:
+    path = tmp_path / "comparison.json"
+    row = {"title": "LoRA", "values": [float("inf")], "parameters": float("inf")}
+    path.write_text(json.dumps({"rows": [row, {**row, "title": "ALoRA"}]}))
+    (figure,) = comparison_figures(read_comparison(path))
+    assert json.dumps(figure.chart.to_dict(), allow_nan=False)
 
 
 def test_durations() -> None:

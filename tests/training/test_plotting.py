@@ -66,6 +66,7 @@ def test_ranks_that_are_switched_off_do_not_count_but_are_stored() -> None:
     [
         {"budget": 3, "head_ranks": [1]},
         {"budget": {"percent": None, "parameters": {"used": 0, "limit": 5}}, "head_ranks": {"a.0.q": ["x"], "b": [1]}},
+        {"budget": {"percent": {"used": 1, "limit": float("inf")}, "parameters": {"used": float("nan"), "limit": 1}}},
         {"budget": {"percent": {"used": "1"}}, "head_ranks": {"a.0.q": [], "a.0.v": [True]}},
     ],
 )

@@ -130,7 +130,10 @@ def _estimate(row: Mapping[str, Any]) -> Estimate:
         more["as LoRA with k times the parameters"] = f"{row['equivalent_k']:.2g}"
     size = row.get("parameters")
     return replace(
-        found, parameters=float(size) if _is_number(size) else None, note=_text(row.get("sentence")), more=more
+        found,
+        parameters=float(size) if _is_number(size) and math.isfinite(size) else None,
+        note=_text(row.get("sentence")),
+        more=more,
     )
 
 

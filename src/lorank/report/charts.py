@@ -32,9 +32,14 @@ def data(rows: Iterable[Mapping[str, Any]], name: str | None = None) -> altair.I
 
 def spec(chart: ChartLike, theme: Theme = "light", **changes: Any) -> dict[str, Any]:
     """The chart as a Vega-Lite specification with the colours of a theme."""
-    found = cast("dict[str, Any]", chart.to_dict())
+    found = unchecked(chart)
     found["config"] = config(theme, **changes)
     return found
+
+
+def unchecked(chart: ChartLike) -> dict[str, Any]:
+    """The chart as a specification. Altair's check of it against the schema takes seconds for thousands of rows."""
+    return cast("dict[str, Any]", chart.to_dict(validate=False))
 
 
 def themed(chart: ChartLike, theme: Theme = "light") -> Any:

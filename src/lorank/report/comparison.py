@@ -22,7 +22,7 @@ def comparison_chart(comparison: Comparison, group: str, *, width: Width = CONTA
     estimates = comparison.groups[group]
     order = [one.label for one in estimates]
     everyone = [one for some in comparison.groups.values() for one in some]
-    ends = [v for one in everyone for v in (one.mean, one.low, one.high, *one.values) if math.isfinite(v)]
+    ends = [v for one in everyone for v in (one.mean, one.low, one.high, *one.values) if math.isfinite(v)] or [0.0]
     margin = (max(ends) - min(ends)) * 0.04 or 0.01
     y = alt.Y("label:N", sort=order, title=None).axis(labelLimit=170, ticks=False, domain=False, grid=True)
     scale = alt.Scale(domain=[min(ends) - margin, max(ends) + margin], zero=False, nice=False)

@@ -13,7 +13,7 @@ from lorank.report.numbers import RunNumbers, Worth
 MOST_BARS = 10
 """Modules that gained, and modules that lost, in a picture."""
 SIDES: tuple[tuple[str, Literal["left", "right"], int], ...] = ((">", "left", 4), ("<", "right", -4))
-MOST_TICKS = 12_000
+MOST_TICKS = 5000
 WIDE = 100.0
 """If the largest score is more than this multiple of the median, the scale is logarithmic."""
 

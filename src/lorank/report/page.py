@@ -20,13 +20,13 @@ from typing import Any
 from lorank._version import __version__
 from lorank.extras import require
 from lorank.report import words
-from lorank.report.charts import ChartLike, thinned
+from lorank.report.charts import ChartLike, thinned, unchecked
 from lorank.report.comparison import comparison_chart
 from lorank.report.comparison import size_chart as comparison_size_chart
 from lorank.report.curve import Line, curve_chart
 from lorank.report.grid import grid_of
 from lorank.report.heatmap import head_chart, head_projections, head_rows, highest, rank_chart
-from lorank.report.modules import change_chart, worth_chart
+from lorank.report.modules import MOST_TICKS, change_chart, worth_chart
 from lorank.report.numbers import Comparison, RunNumbers, Table
 from lorank.report.steps import loss_chart, size_chart
 from lorank.report.theme import PAGE_FONT, config
@@ -37,7 +37,7 @@ CELLS = "cells"
 MOST_LABELS = 14
 """Dots with labels in one figure."""
 MOST_NUMBERS = 300_000
-"""Ranks in the page, over all frames of a run."""
+"""Ranks in the page, over all frames of all runs."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def report_page(runs: Sequence[RunNumbers], comparisons: Sequence[Comparison] = 
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    sections = [_section(run) for run in runs]
+    sections = [_section(run, MOST_NUMBERS // len(runs)) for run in runs]
     compared = [(one, comparison_figures(one)) for one in comparisons]
     here = Path(__file__).parent
     environment = Environment(
@@ -97,9 +97,9 @@ def report_page(runs: Sequence[RunNumbers], comparisons: Sequence[Comparison] = 
     scripts = [_script(_vega()), _script(code)]
     numbers = {
         "themes": {theme: config(theme, PAGE_FONT) for theme in ("light", "dark")},
-        "comparisons": [[figure.chart.to_dict() for figure in figures] for _, figures in compared],
+        "comparisons": [[unchecked(figure.chart) for figure in figures] for _, figures in compared],
         "runs": [
-            {"specs": {figure.name: figure.chart.to_dict() for figure in section.figures}, **section.slider}
+            {"specs": {figure.name: unchecked(figure.chart) for figure in section.figures}, **section.slider}
             for section in sections
         ],
     }
@@ -129,7 +129,8 @@ def run_figures(run: RunNumbers) -> list[Figure]:
                 words.loss_sentence(run),
                 words.loss_table(run),
                 loss_chart(run),
-                "Dotted lines: allocations that moved ranks. Solid line: the step at which the slider stands.",
+                "Dotted lines, or marks on the axis if there are many: allocations that moved ranks. "
+                "Solid line: the step at which the slider stands.",
             )
         )
     if run.last.parameters:
@@ -154,7 +155,8 @@ def run_figures(run: RunNumbers) -> list[Figure]:
                 f"The ten that gained most and the ten that lost most, compared with {run.reference_name}.",
             )
         )
-    if run.worth is not None and any(map(len, run.worth.scores.values())) and words.worth_table(run, run.worth)[1]:
+    if run.worth is not None and words.worth_table(run, run.worth)[1]:
+        count = sum(map(len, run.worth.scores.values()))
         found.append(
             Figure(
                 "worth",
@@ -163,7 +165,8 @@ def run_figures(run: RunNumbers) -> list[Figure]:
                 words.worth_table(run, run.worth),
                 worth_chart(run, run.worth),
                 "One mark per rank: its score at the last allocation, in the method's own unit. Higher is better. "
-                "On a logarithmic axis the lowest stand at its left edge.",
+                "On a logarithmic axis the lowest stand at its left edge."
+                + (f" Of {count:,} ranks, {MOST_TICKS:,} are drawn." if count > MOST_TICKS else ""),
             )
         )
     if run.curve is not None:
@@ -214,8 +217,8 @@ def _group_figure(comparison: Comparison, group: str) -> Figure:
     )
 
 
-def _section(run: RunNumbers) -> Section:
-    grid, frames = grid_of(list(run.last.ranks)), _kept_frames(run)
+def _section(run: RunNumbers, most: int) -> Section:
+    grid, frames = grid_of(list(run.last.ranks)), _kept_frames(run, most)
     names = list(grid.cells)
     heads = head_projections(run)
     slider: dict[str, Any] = {
@@ -228,7 +231,8 @@ def _section(run: RunNumbers) -> Section:
         ],
         "ranks": [[frame.ranks.get(name, 0) for name in names] for frame in frames],
         "maps": {
-            shown: rank_chart(run, shown, top=highest(run, shown), name=CELLS).to_dict() for shown in ("rank", "change")
+            shown: _without_cells(rank_chart(run, shown, top=highest(run, shown), name=CELLS))
+            for shown in ("rank", "change")
         },
         "heads": {projection: _heads(run, frames, projection) for projection in heads},
     }
@@ -243,15 +247,22 @@ def _heads(run: RunNumbers, frames: Sequence[Any], projection: str) -> dict[str,
         rows, _ = head_rows(frame.heads, projection)
         ranks.append([row["rank"] for row in rows] if len(rows) == len(cells) else None)
     return {
-        "map": head_chart(run, projection, name=CELLS).to_dict(),
+        "map": _without_cells(head_chart(run, projection, name=CELLS)),
         "cells": [[cell["block"], cell["projection"]] for cell in cells],
         "ranks": ranks,
     }
 
 
-def _kept_frames(run: RunNumbers) -> list[Any]:
+def _without_cells(chart: ChartLike) -> dict[str, Any]:
+    """A heat map without its data, which the page's code fills in for every position of the slider."""
+    found = unchecked(chart)
+    found["data"]["values"] = []
+    return found
+
+
+def _kept_frames(run: RunNumbers, most: int) -> list[Any]:
     per_frame = len(run.last.ranks) + sum(map(len, run.last.heads.values()))
-    return thinned(run.frames, max(2, MOST_NUMBERS // max(1, per_frame)))
+    return thinned(run.frames, max(2, most // max(1, per_frame)))
 
 
 def _title(runs: Sequence[RunNumbers], comparisons: Sequence[Comparison]) -> str:

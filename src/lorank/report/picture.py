@@ -53,12 +53,12 @@ def _of_one(run: RunNumbers) -> list[ChartLike]:
 
     height = row_height(grid_of(list(run.last.ranks))) * len(grid_of(list(run.last.ranks)).rows)
     beside = height < SIDE_BY_SIDE
-    tall = max(height, 170)
+    tall = min(max(height, 170), 520)
     height = tall if beside else int(0.42 * tall)
     charts = [size_over_steps(run, width=330, title="parameters over steps", height=height)]
     if run.losses or run.validation:
         height = tall if beside else int(0.5 * tall)
-        charts.insert(0, loss_chart(run, width=330, title="loss over steps; dotted: ranks move", height=height))
+        charts.insert(0, loss_chart(run, width=330, title="loss over steps; marked: ranks move", height=height))
     return [_map(run), *(charts if beside else [alt.vconcat(*charts).resolve_scale(color="independent")])]
 
 

@@ -9,6 +9,8 @@ from lorank.report.numbers import RunNumbers
 
 MOST_POINTS = 1500
 """Points of a line. A screen is narrower."""
+MOST_LINES = 24
+"""Allocations that are marked by a line over the whole height, and by a dot."""
 SHOWN = "shown"
 """The parameter of a chart that holds the step at which the page's slider stands."""
 
@@ -38,7 +40,7 @@ def loss_chart(run: RunNumbers, *, width: Width = CONTAINER, height: int = 190, 
     }
     # a layer without data would have no extent
     lines_drawn = [drawn[name].transform_filter(f"datum.of == '{name}'").encode(color=colour) for name in there]
-    return alt.layer(*_events(run), *lines_drawn).properties(width=width, height=height, title=title)
+    return alt.layer(*_events(run, height), *lines_drawn).properties(width=width, height=height, title=title)
 
 
 def size_chart(run: RunNumbers, *, width: Width = CONTAINER, height: int = 150, title: Any = "") -> ChartLike:
@@ -58,11 +60,11 @@ def size_chart(run: RunNumbers, *, width: Width = CONTAINER, height: int = 150, 
     size = base.mark_line(interpolate="step-after", style="strong").encode(
         y=alt.Y("parameters:Q", title="parameters", scale=alt.Scale(zero=True)).axis(format="~s"),
     )
-    dots = base.mark_point(style="strong-point").encode(
+    dots = base.mark_point(style="strong-point", opacity=1 if len(frames) <= MOST_LINES else 0).encode(
         y="parameters:Q",
         tooltip=["step:Q", alt.Tooltip("parameters:Q", format=","), alt.Tooltip("ranks:Q", format=",")],
     )
-    layers: list[Any] = [*_events(run), size, dots]
+    layers: list[Any] = [*_events(run, height), size, dots]
     if any(frame.limit is not None for frame in frames):
         limits = base.transform_filter("isValid(datum.limit)")
         layers.insert(-2, limits.mark_line(interpolate="step-after", style="limit").encode(y="limit:Q"))
@@ -89,14 +91,19 @@ def _steps(run: RunNumbers) -> Any:
     )
 
 
-def _events(run: RunNumbers) -> list[Any]:
-    """A thin line at each allocation that moved ranks, and a strong one at the step that the slider shows."""
+def _events(run: RunNumbers, height: int) -> list[Any]:
+    """The allocations that moved ranks, and a line at the step that the slider shows.
+
+    An allocation is a dotted line; if there are many, a short mark on the axis.
+    """
     import altair as alt
 
     moved = [frame for frame in run.frames if frame.pruned or frame.added]
     rows = [{"step": frame.step, "pruned": frame.pruned, "added": frame.added} for frame in thinned(moved, 200)]
     shown = alt.param(name=SHOWN, value=-1)
-    marks = alt.Chart(data(rows)).mark_rule(style="event").encode(x="step:Q", tooltip=["step:Q", "pruned:Q", "added:Q"])
+    base = alt.Chart(data(rows)).encode(x="step:Q", tooltip=["step:Q", "pruned:Q", "added:Q"])
+    few = len(moved) <= MOST_LINES
+    marks = base.mark_rule(style="event") if few else base.mark_tick(style="event-tick").encode(y=alt.value(height - 4))
     steps = [{"step": frame.step} for frame in thinned(run.frames, MOST_POINTS)]
     here = (
         alt.Chart(data(steps))

@@ -111,6 +111,7 @@ def config(theme: Theme, font: str = PAPER_FONT) -> dict[str, Any]:
             "faint-point": {"color": colour.second, "filled": True, "size": 26, "opacity": 1},
             "limit": {"color": colour.lost, "strokeDash": [5, 4], "strokeWidth": 1.5},
             "event": {"color": colour.second, "strokeDash": [2, 3], "strokeWidth": 1},
+            "event-tick": {"color": colour.second, "thickness": 1, "size": 8, "opacity": 1},
             "shown": {"color": colour.text, "strokeWidth": 1.5},
             "zero": {"color": colour.second, "strokeWidth": 1},
             "note": {"color": colour.faint, "fontSize": 12},

@@ -52,7 +52,8 @@ def ranks_sentence(run: RunNumbers) -> str:
     top = max(ranks, key=ranks.__getitem__)
     empty = sum(not rank for rank in ranks.values())
     none = f", and {empty} of {len(ranks)} modules have none" if empty else ""
-    return f"At the end, after step {run.last.step:,}, there are {run.last.total:,} ranks. {top} has the most, {ranks[top]}{none}."
+    total = f"At the end, after step {run.last.step:,}, there are {run.last.total:,} ranks."
+    return f"{total} {top} has the most, {ranks[top]}{none}."
 
 
 def ranks_table(run: RunNumbers) -> Table:

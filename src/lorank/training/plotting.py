@@ -117,7 +117,7 @@ def _heads(record: Record) -> dict[str, list[int]]:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100  # not NaN either
 
 
 def _is_count(value: Any) -> bool:
