@@ -25,9 +25,11 @@ Width = int | str
 def data(rows: Iterable[Mapping[str, Any]], name: str | None = None) -> altair.InlineData:
     """Rows as a chart's data. Numbers that are NaN or infinite become null, which JSON can hold."""
     import altair
+    from altair.utils.schemapi import debug_mode
 
     values = [{key: _finite(value) for key, value in row.items()} for row in rows]
-    return altair.InlineData(values=cast(Any, values), name=name or altair.Undefined)
+    with debug_mode(False):  # a check of every row against the schema
+        return altair.InlineData(values=cast(Any, values), name=name or altair.Undefined)
 
 
 def spec(chart: ChartLike, theme: Theme = "light", **changes: Any) -> dict[str, Any]:

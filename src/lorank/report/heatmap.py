@@ -31,7 +31,7 @@ def rank_chart(
         shown: what the colour and the number of a cell show: its rank; or its change from `run.reference`.
         width: in pixels.
         top: the end of the colour scale; None: the largest value at the end of the run.
-        name: a name of the chart's data, by which the page replaces them.
+        name: a name of the chart's data, which the page's code fills in; the chart itself has none then.
         title: a line above it, or Altair's `TitleParams`.
     """
     grid = grid_of(list(run.last.ranks))
@@ -163,7 +163,7 @@ def _cells(
         scale = alt.Scale(type="symlog", constant=2, range="diverging", domain=[-top, top], interpolate="rgb")
         shade = f"log(1 + abs(datum.change) / 2) / log(1 + {top} / 2) > 0.6"
     wide = len(grid.columns) > MOST_COLUMNS_WITH_NUMBERS
-    base = alt.Chart(data(rows, name)).encode(
+    base = alt.Chart(data([] if name else rows, name)).encode(
         x=alt.X("projection:N", sort=list(grid.columns), title=column_title).axis(
             labelAngle=0 if column_title else -40, orient="bottom", labelOverlap=bool(column_title), labelLimit=140
         ),

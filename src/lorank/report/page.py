@@ -231,7 +231,7 @@ def _section(run: RunNumbers, most: int) -> Section:
         ],
         "ranks": [[frame.ranks.get(name, 0) for name in names] for frame in frames],
         "maps": {
-            shown: _without_cells(rank_chart(run, shown, top=highest(run, shown), name=CELLS))
+            shown: unchecked(rank_chart(run, shown, top=highest(run, shown), name=CELLS))
             for shown in ("rank", "change")
         },
         "heads": {projection: _heads(run, frames, projection) for projection in heads},
@@ -247,17 +247,10 @@ def _heads(run: RunNumbers, frames: Sequence[Any], projection: str) -> dict[str,
         rows, _ = head_rows(frame.heads, projection)
         ranks.append([row["rank"] for row in rows] if len(rows) == len(cells) else None)
     return {
-        "map": _without_cells(head_chart(run, projection, name=CELLS)),
+        "map": unchecked(head_chart(run, projection, name=CELLS)),
         "cells": [[cell["block"], cell["projection"]] for cell in cells],
         "ranks": ranks,
     }
-
-
-def _without_cells(chart: ChartLike) -> dict[str, Any]:
-    """A heat map without its data, which the page's code fills in for every position of the slider."""
-    found = unchecked(chart)
-    found["data"]["values"] = []
-    return found
 
 
 def _kept_frames(run: RunNumbers, most: int) -> list[Any]:
