@@ -76,6 +76,16 @@ def test_every_picture_is_drawn_and_only_in_open_parts(open_page: Any) -> None:
     )
     assert len(drawn) >= 7
     assert set(drawn) == {1}
+    clipped = page.evaluate(
+        """() => [...document.querySelectorAll('.chart svg')].flatMap(svg => {
+            const outer = svg.getBoundingClientRect();
+            return [...svg.querySelectorAll('text')].filter(text => {
+                const inner = text.getBoundingClientRect();
+                return inner.left < outer.left - 1 || inner.bottom > outer.bottom + 1 || inner.right > outer.right + 1;
+            }).map(text => text.textContent);
+        })"""
+    )
+    assert clipped == []  # every label is inside its picture
     page.locator("#run2 > summary").click()  # with names that are markup
     page.wait_for_selector("#run2 [data-map=modules] svg")
     assert page.locator("b").count() == 0

@@ -55,6 +55,7 @@
     place.turn = turn;
     const spec = JSON.parse(JSON.stringify(specOf(place)));
     spec.config = DATA.themes[theme()];
+    if (place.dataset.map) spec.data.values = rows(place); // from the start, because the labels' sizes come from them
     const holder = document.createElement("div");
     holder.className = "holder";
     const old = views.get(place);
