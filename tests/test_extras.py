@@ -17,7 +17,8 @@ from lorank.config import make_config
 from lorank.experiments.planted.metrics import mean_and_interval
 from lorank.experiments.planted.table import picture
 from lorank.extras import PACKAGES, MissingPackageError, require
-from lorank.report import rank_heatmap
+from lorank.report import ranks_picture
+from lorank.report.numbers import Frame, RunNumbers
 from lorank.report.pareto import Point, pareto_picture
 from lorank.tasks import load_rows, text_scores
 from lorank.tasks.generation import GenerationTask
@@ -62,7 +63,8 @@ MINIMAL = {
 
 
 def heatmap(folder: Path) -> object:
-    return rank_heatmap({"before": {"layers.0.q": 1}}, folder / "ranks.png")
+    frame = Frame(0, {"layers.0.q": 1}, 8)
+    return ranks_picture([RunNumbers("x", "LoRA", [frame], frame.ranks)], folder / "ranks.png")
 
 
 def pareto(folder: Path) -> object:
@@ -72,7 +74,8 @@ def pareto(folder: Path) -> object:
 @pytest.mark.parametrize(
     ("module", "use", "message"),
     [
-        ("matplotlib", heatmap, r'rank_heatmap needs the package matplotlib: pip install "lorank\[report\]"'),
+        ("altair", heatmap, r'ranks_picture needs the package altair: pip install "lorank\[report\]"'),
+        ("vl_convert", heatmap, "ranks_picture needs the package vl-convert-python"),
         ("matplotlib", pareto, "pareto_picture needs the package matplotlib"),
         ("matplotlib", lambda folder: picture([], folder / "gap.png", ""), "a study needs the package matplotlib"),
         (
@@ -107,16 +110,19 @@ def test_a_generation_task_tells_before_training_that_its_metrics_are_missing(mo
         _ = task.test
 
 
-@pytest.mark.parametrize("command", [["demo"], ["sweep", "any.yaml"], ["planted"]])
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [(["demo"], "altair"), (["sweep", "any.yaml"], "matplotlib"), (["planted"], "matplotlib")],
+)
 def test_commands_that_draw_pictures_tell_it_before_they_begin(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: list[str], package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # type: ignore[arg-type]  # None: there is no such module
+    monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]  # None: there is no such module
     result = CliRunner(env={"COLUMNS": "400"}).invoke(app, command)
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
-        f'Error: lorank {command[0]} needs the package matplotlib: pip install "lorank[report]"'
+        f'Error: lorank {command[0]} needs the package {package}: pip install "lorank[report]"'
     ]
     assert not list(tmp_path.iterdir())
 

@@ -22,14 +22,16 @@ class Package(NamedTuple):
 
 
 # bitsandbytes, torchao, deepspeed and trl are not listed: lorank uses them only if the user's model, optimiser or
-# trainer was made with them. pyyaml is not listed either: transformers and peft depend on it.
+# trainer was made with them. pyyaml and jinja2 are not listed either: transformers, peft and torch depend on them.
 PACKAGES: Mapping[str, Package] = {
     "datasets": Package("datasets", "cli"),
     "omegaconf": Package("omegaconf", "cli"),
     "rich": Package("rich", "cli"),
     "typer": Package("typer", "cli"),
+    "altair": Package("altair", "report"),
     "matplotlib": Package("matplotlib", "report"),
     "optuna": Package("optuna", "sweep"),
+    "vl_convert": Package("vl-convert-python", "report"),
     "rouge_score": Package("rouge-score", "metrics"),
     "sacrebleu": Package("sacrebleu", "metrics"),
     "scipy": Package("scipy", "metrics"),

@@ -46,7 +46,7 @@ def test_a_finished_run(run: Path, values: dict[str, Any], tmp_path: Path) -> No
     assert [point["ranks"] for point in written["points"]] == [dict(point.ranks) for point in curve.points]
     assert written["loss"] == pytest.approx(curve.loss)
     assert written["worth"].keys() == loaded.layers.keys()
-    assert imread(out / "curve.png").shape == (720, 1125, 4)
+    assert imread(out / "curve.png")[..., :3].min() < 0.5
     for point in curve.points:
         (line,) = [
             line

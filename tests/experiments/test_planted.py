@@ -20,7 +20,7 @@ from lorank.experiments.planted.metrics import energy_found, gap_closed, mean_an
 from lorank.experiments.planted.problem import last_hidden
 from lorank.experiments.planted.student import lr_factor, train_student, updates_of
 from lorank.experiments.planted.study import PlantedError, Row
-from lorank.experiments.planted.table import closed_by_seed, rich_table, write_results
+from lorank.experiments.planted.table import closed_by_seed, rich_table, warning, write_results
 from lorank.lora import find_layers, make_peft_model, plan_for_rank, resize_
 
 SIZES: dict[str, Any] = {
@@ -307,6 +307,16 @@ def test_tables_and_picture(tmp_path: Path) -> None:
     assert imread(picture).ndim == 3
     assert rich_table(rows, TINY).row_count == 3
     assert [path.name for path in write_results(rows[1:], TINY, tmp_path)] == ["table.md"]
+
+
+def test_the_picture_warns_of_few_seeds_and_few_steps() -> None:
+    rows = hand_made()
+    assert warning(rows, 60).startswith("Only 2 seeds of 60 steps")
+    assert warning(rows, 2400).startswith("Only 2 seeds: ")
+    for row in rows:
+        row.runs[2] = row.runs[0]
+    assert warning(rows, 60).startswith("Only 60 steps: ")
+    assert warning(rows, 2400) == ""
 
 
 @pytest.mark.parametrize(

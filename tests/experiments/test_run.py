@@ -19,6 +19,7 @@ from lorank.config.settings import RunConfig, load_config
 from lorank.errors import LorankError
 from lorank.experiments import ModelError, RunFolderError, SettingsError, train
 from lorank.experiments.models import load_tokenizer, resolve
+from lorank.experiments.pictures import draw_run
 from lorank.experiments.run import total_steps
 from lorank.lora import AdapterLayers, find_layers, save_adapter
 from lorank.tasks import build_task
@@ -43,6 +44,12 @@ def test_a_run_leaves_everything_a_user_needs(make: Make) -> None:
     records = read_history(out / "rank_history.jsonl")
     assert [record.step for record in records] == [0, 3, 7][: metrics["allocations"] + 1]
     assert f"| Data | {config.task.data} |" in (out / "adapter" / "README.md").read_text(encoding="utf-8")
+    log = [json.loads(line) for line in (out / "log_history.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "loss" in entry] == [2, 4, 6, 8, 10, 12]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [4, 8, 12]
+    picture = draw_run(out)
+    assert picture == out / "ranks.png"
+    assert picture.read_bytes()[:4] == b"\x89PNG"
 
     # the adapter is plain PEFT: loaded without lorank it does what the run says
     task = build_task(config.task, load_tokenizer(config.model))

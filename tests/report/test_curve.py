@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.image import imread
 
 from lorank.report import Line, curve_picture
-from lorank.report.curve import short
+from lorank.report.charts import short
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
@@ -14,7 +14,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
         [Line("predicted", points), Line("trained", points[1:])], tmp_path / "new" / "curve.png", knee=(200, 2.2)
     )
     picture = imread(path)
-    assert picture.shape[:2] == (720, 1125)
+    assert picture.shape[1] > picture.shape[0] > 500
     assert picture[..., :3].min() < 0.5
     assert curve_picture([Line("one point", points[:1])], tmp_path / "one.png").is_file()
 

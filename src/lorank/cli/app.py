@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorank._version import __version__
-from lorank.cli import curve, planted, posthoc, resize, sweep
+from lorank.cli import curve, planted, posthoc, report, resize, sweep
 from lorank.cli.common import console, one_message, quiet_libraries
 from lorank.extras import require
 
@@ -37,6 +37,8 @@ Try it offline in a few minutes: `lorank demo`
 Train from a recipe, with changes: `lorank train e2e_alora training.lr=3e-4 output_dir=runs/mine`
 
 Resume an interrupted run: `lorank train e2e_alora --resume`
+
+See what came out, in one HTML file: `lorank report runs/mine --open`
 
 Halve any trained LoRA adapter: `lorank prune ADAPTER --data e2e_nlg --budget 50% --out smaller`
 
@@ -102,7 +104,12 @@ def train(
         progress = console(stderr=True)
         quiet_libraries(progress)
         result = experiments.train(settings, resume=resume, overwrite=overwrite, console=progress)
+        from lorank.experiments.pictures import draw_run
+
         console().print(_summary(result))
+        picture = draw_run(result.folder)
+        if picture is not None:
+            console().print(f"picture of the ranks: {picture}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -115,7 +122,7 @@ def demo(
     Runs offline, in minutes on two cores. Writes both adapters, their histories and a picture of the ranks.
     """
     with one_message(interrupted="The same command starts again from the beginning."):
-        require("lorank demo", "matplotlib")
+        require("lorank demo", "altair", "vl_convert")
         from lorank.experiments.demo import main as run_demo
 
         quiet_libraries(console(stderr=True))
@@ -140,6 +147,7 @@ app.command()(posthoc.prune)
 app.command()(resize.resize)
 app.command()(curve.curve)
 app.command()(sweep.sweep)
+app.command()(report.report)
 app.command()(planted.planted)
 
 

@@ -75,7 +75,7 @@ def curve(
     """
     with one_message():
         if out is not None or not _is_adapter(source):
-            require("lorank curve --out", "matplotlib")
+            require("lorank curve --out", "altair", "vl_convert")
         folder = Path(source) if _is_adapter(source) else None
         if folder is not None and (rank is not None or fraction is not None):
             raise SettingsError("--rank and --fraction are for the run of a recipe; an adapter is measured as it is")

@@ -17,9 +17,8 @@ from rich.table import Table
 
 from lorank.config.settings import RunConfig, make_config
 from lorank.experiments.folder import ADAPTER, CONFIG, HISTORY, check_results
+from lorank.experiments.pictures import draw_runs
 from lorank.experiments.run import RunResult, train
-from lorank.report import rank_heatmap
-from lorank.training import read_history
 
 RANK = 4
 SETTINGS: Mapping[str, Any] = {
@@ -64,11 +63,11 @@ def main(output: str | Path = "lorank-demo", *, seed: int = 0, console: Console 
     for number, method in enumerate(METHODS, 1):
         console.print(f"[bold]{number} of {len(METHODS)}: {TITLES[method]}[/]")
         results[method] = train(demo_config(method, output, seed), overwrite=(output / method).exists())
-    ends = {
-        TITLES[name]: read_history(results[name].folder / HISTORY)[-1].ranks for name in METHODS if name not in RANKS
-    }
-    picture = rank_heatmap(
-        ends, output / PICTURE, title="Where the ranks are after training, on Python's reference manual"
+    picture = draw_runs(
+        {TITLES[name]: result.folder for name, result in results.items()},
+        output / PICTURE,
+        title="Where the ranks went, and what it brought, on Python's reference manual (one seed)",
+        metric="validation loss",
     )
     console.print(comparison(results))
     console.print(conclusion({name: result.metrics["validation"]["loss_after"] for name, result in results.items()}))

@@ -3,7 +3,9 @@
 config.yaml          the configuration with every default
 checkpoint-<step>/   everything that the Trainer needs to resume, including a plain PEFT adapter
 rank_history.jsonl   one line per allocation
+log_history.jsonl    the Trainer's logs, one line each
 adapter/             the result: a plain PEFT adapter
+ranks.png            where the ranks went, if the packages of the extra `report` are installed
 metrics.json         the metrics; written last, so this file exists only if the run is complete
 """
 
@@ -26,9 +28,23 @@ from lorank.training.checkpoint.integrity import checkpoints, files_of_others, l
 
 logger = logging.getLogger("lorank")
 
-__all__ = ["ADAPTER", "CONFIG", "FULL_MODEL", "HISTORY", "METRICS", "abandon", "differences", "prepare", "remove_run"]
+__all__ = [
+    "ADAPTER",
+    "CONFIG",
+    "FULL_MODEL",
+    "HISTORY",
+    "LOG",
+    "METRICS",
+    "PICTURE",
+    "abandon",
+    "differences",
+    "prepare",
+    "remove_run",
+]
 
 HISTORY = "rank_history.jsonl"
+LOG = "log_history.jsonl"
+PICTURE = "ranks.png"
 FULL_MODEL = "model"
 _HISTORIES = re.compile(r"rank_history(\.\d+)?\.jsonl")
 
@@ -129,7 +145,7 @@ def remove_run(folder: Path) -> None:
 def _remove_records(folder: Path) -> None:
     # remove the configuration last: if this is interrupted, the folder can still be recognised as a run's folder
     histories = [path for path in folder.iterdir() if _HISTORIES.fullmatch(path.name)]
-    for path in [*histories, folder / METRICS, folder / CONFIG]:
+    for path in [*histories, folder / PICTURE, folder / LOG, folder / METRICS, folder / CONFIG]:
         path.unlink(missing_ok=True)
 
 

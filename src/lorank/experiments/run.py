@@ -104,6 +104,7 @@ def train(
     trained = time.perf_counter() - began
 
     out = Path(config.output_dir)
+    write_text(out / folder.LOG, "".join(f"{json.dumps(entry)}\n" for entry in trainer.state.log_history))
     if ranks:
         about = {**(ranks.ranks.about() if ranks.ranks else {}), "Data": config.task.data}
         save_adapter(find_layers(model), out / folder.ADAPTER, about)

@@ -1,6 +1,6 @@
-"""Pictures of ranks and of results, drawn from plain numbers."""
+"""Pictures of ranks and of results, and the report page, drawn from plain numbers."""
 
 from lorank.report.curve import Line, curve_picture
-from lorank.report.heatmap import rank_heatmap
+from lorank.report.picture import ranks_picture
 
-__all__ = ["Line", "curve_picture", "rank_heatmap"]
+__all__ = ["Line", "curve_picture", "ranks_picture"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorank.extras import require
-
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
+from lorank.report.charts import CONTAINER, ChartLike, Width, data, short, write_chart
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Line:
 def curve_picture(
     lines: Sequence[Line], path: str | Path, *, knee: tuple[int, float] | None = None, title: str = ""
 ) -> Path:
-    """Writes a PNG: the lines, and the knee of the first.
+    """Writes a PNG or SVG: the lines, and the knee of the first.
 
     Args:
         lines: at least one, each with at least one point. The first is drawn with the strongest stroke.
@@ -39,64 +39,65 @@ def curve_picture(
         The file's path.
 
     Raises:
-        MissingPackageError: matplotlib is not installed.
+        MissingPackageError: altair or vl-convert-python is not installed.
     """
-    require("curve_picture", "matplotlib")
-    # The object interface, not pyplot: it has no global state and needs no window system with any user's backend.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    require("curve_picture", "altair", "vl_convert")
+    return write_chart(curve_chart(lines, knee=knee, title=title, width=620, height=330), path)
 
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for index, line in enumerate(lines):
-        axis.plot(
-            [parameters for parameters, _ in line.points],
-            [loss for _, loss in line.points],
-            marker="o",
-            markersize=5 if index else 6,
-            lw=1.4 if index else 2.2,
-            linestyle="-" if index == 0 else "--",
-            color=COLOURS[index % len(COLOURS)],
-            label=line.label,
-            zorder=3 - min(index, 2),
-        )
+
+def curve_chart(
+    lines: Sequence[Line],
+    *,
+    knee: tuple[int, float] | None = None,
+    title: str = "",
+    width: Width = CONTAINER,
+    height: int = 260,
+) -> ChartLike:
+    """The chart of :func:`curve_picture`."""
+    import altair as alt
+
+    rows = [
+        {"line": line.label, "parameters": parameters, "loss": loss, "first": not index}
+        for index, line in enumerate(lines)
+        for parameters, loss in line.points
+    ]
+    x = alt.X(
+        "parameters:Q",
+        title="parameters of the adapter (numbers in A and B)",
+        scale=alt.Scale(type="log", base=2, nice=False, padding=12),
+    ).axis(values=_ticks(lines), format=".3~s", grid=True, labelOverlap=True)
+    y = alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False, padding=12))
+    names = [line.label for line in lines]
+    several = len(lines) > 1
+    colour = alt.Color("line:N", title=None, sort=names).legend(
+        alt.Legend(orient="top", direction="vertical", labelLimit=0, symbolType="stroke", symbolStrokeWidth=2)
+        if several
+        else None
+    )
+    base = alt.Chart(data(rows)).encode(
+        x=x, y=y, tooltip=["line:N", alt.Tooltip("parameters:Q", format=","), alt.Tooltip("loss:Q", format=".4f")]
+    )
+    layers: list[Any] = []
     if knee is not None:
-        axis.axvline(knee[0], color="black", lw=0.8, ls=":", zorder=1)
-        axis.annotate(
-            f"knee: {short(knee[0])}",
-            knee,
-            xytext=(-90, -28),
-            textcoords="offset points",
-            fontsize=9,
-            arrowprops={"arrowstyle": "->", "lw": 0.8},
-        )
-    axis.set_xscale("log", base=2)
-    # the largest adapter and its halves are the budgets that people name
-    largest = max(parameters for line in lines for parameters, _ in line.points)
-    smallest = min(parameters for line in lines for parameters, _ in line.points)
-    ticks = [float(largest)]
-    while ticks[-1] / 2 >= smallest * 0.99:
+        marked = alt.Chart(data([{"parameters": knee[0], "loss": knee[1], "text": f"knee: {short(knee[0])}"}]))
+        layers = [
+            marked.mark_rule(style="event").encode(x=x),
+            marked.mark_text(style="label", align="left", dx=6).encode(x=x, y=alt.value(9), text="text:N"),
+        ]
+    # the first is drawn last, above the others; a layer without data would have no extent
+    for first in (False, True) if several else (True,):
+        some = base.transform_filter(f"datum.first == {str(first).lower()}").encode(color=colour)
+        layers += [
+            some.mark_line(strokeWidth=2.4 if first else 1.6, strokeDash=[1, 0] if first else [5, 3]),
+            some.mark_point(filled=True, size=50 if first else 34, opacity=1),
+        ]
+    return alt.layer(*layers).properties(width=width, height=height, title=title)
+
+
+def _ticks(lines: Sequence[Line]) -> list[float]:
+    """The largest adapter and its halves: the budgets that people name."""
+    sizes = [parameters for line in lines for parameters, _ in line.points]
+    ticks = [float(max(sizes))]
+    while ticks[-1] / 2 >= min(sizes) * 0.99:
         ticks.append(ticks[-1] / 2)
-    axis.set_xticks(ticks)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(round(value))))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("parameters of the adapter (numbers in A and B)")
-    axis.set_ylabel("loss")
-    axis.set_title(title, fontsize=11)
-    axis.grid(alpha=0.25)
-    axis.margins(0.05, 0.08)
-    axis.legend(fontsize=9)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
-
-
-def short(count: int) -> str:
-    """A number of parameters, short: 830, 41.5k, 2.1M."""
-    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{letter}"
-    return str(count)
+    return ticks[::-1]

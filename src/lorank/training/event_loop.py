@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -76,10 +76,14 @@ from lorank.training.model_card import about_run
 from lorank.training.parallel import find_backend, inner_model
 from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.process_group import ProcessGroup, is_first_process
+from lorank.training.plotting import plot
 from lorank.training.progress import Report, scoring_progress
 from lorank.training.retry import continue_with_ranks_, split_
 from lorank.training.run_state import RunState, TrainBatches
 from lorank.training.step_hooks import StepHooks
+
+if TYPE_CHECKING:
+    import altair
 
 logger = logging.getLogger("lorank")
 
@@ -306,6 +310,17 @@ class Ranks:
     def about(self) -> dict[str, str]:
         """What the adapter's model card says of this run, label → text: method with settings, budget, steps."""
         return about_run(self._run)
+
+    def plot(self, show: Literal["rank", "change"] = "rank") -> altair.Chart:
+        """The ranks of every module over the run, with a slider, as a chart that notebooks show and ``save`` writes.
+
+        Args:
+            show: "rank", or "change": gained and lost (:func:`~lorank.training.plotting.numbers_of` says from where).
+
+        Raises:
+            MissingPackageError: altair is not installed.
+        """
+        return plot(list(self.history), show=show, made=self.info.initial_ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for an exact resume, in addition to weights and optimiser. Plain types and tensors.

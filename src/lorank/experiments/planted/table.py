@@ -18,6 +18,8 @@ from lorank.extras import require
 from lorank.files import write_text
 
 TABLE, PICTURE = "table.md", "gap.png"
+ENOUGH_SEEDS, ENOUGH_STEPS = 3, 1000
+"""With fewer, the picture warns its readers."""
 HEAD = (
     "method",
     "share of the gap closed",
@@ -121,11 +123,29 @@ def write_results(rows: Sequence[Row], scenario: Scenario, out: Path) -> list[Pa
     write_text(out / TABLE, "\n".join(lines) + "\n")
     if closed_by_seed(rows[0], rows) is None:
         return [out / TABLE]
-    return [out / TABLE, picture(rows, out / PICTURE, _title(rows, scenario))]
+    return [out / TABLE, picture(rows, out / PICTURE, _title(rows, scenario), steps=scenario.steps)]
 
 
-def picture(rows: Sequence[Row], path: Path, title: str) -> Path:
-    """Writes a PNG: per method, the share of the gap closed (every seed, mean, interval), overlap and energy found."""
+def warning(rows: Sequence[Row], steps: int) -> str:
+    """Why the shares show less than they seem to; "" if every method has enough seeds and steps."""
+    seeds = min((len(row.runs) for row in rows), default=0)
+    few = [
+        *([f"{seeds} seed{'s' if seeds != 1 else ''}"] if seeds < ENOUGH_SEEDS else []),
+        *([f"{steps} steps"] if steps < ENOUGH_STEPS else []),
+    ]
+    if not few:
+        return ""
+    return (
+        f"Only {' of '.join(few)}: this shows that the command works, not which method is better "
+        f"(at least {ENOUGH_SEEDS} seeds, {ENOUGH_STEPS} steps)"
+    )
+
+
+def picture(rows: Sequence[Row], path: Path, title: str, *, steps: int = ENOUGH_STEPS) -> Path:
+    """Writes a PNG: per method, the share of the gap closed (every seed, mean, interval), overlap and energy found.
+
+    With few seeds or few steps, a line under the picture warns of it.
+    """
     require("the picture of a study", "matplotlib")
     # The object interface, not pyplot: it has no global state and needs no window system with any user's backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -158,6 +178,9 @@ def picture(rows: Sequence[Row], path: Path, title: str) -> Path:
     right.set_xlim(0, 1)
     right.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     figure.suptitle(title, fontsize=10)
+    doubt = warning(rows, steps)
+    if doubt:
+        figure.supxlabel(doubt, fontsize=10, color="tab:red")
     figure.savefig(path, dpi=150)
     return path
 

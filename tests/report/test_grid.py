@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
-from lorank.report import rank_heatmap
 from lorank.report.grid import grid_of
 
 
@@ -39,9 +36,3 @@ def test_values_leave_gaps_where_no_module_stands() -> None:
     values = grid.values({"a.0.q": 3, "a.1.q": 0, "a.1.k": 2})
     assert np.isnan(values[0, 1])
     assert values[1].tolist() == [0, 2]
-
-
-def test_a_png_is_written(tmp_path: Path) -> None:
-    ranks = {f"model.layers.{i}.{part}_proj": i for i in range(4) for part in "qkvo"}
-    path = rank_heatmap({"before": dict.fromkeys(ranks, 4), "after": ranks}, tmp_path / "new" / "ranks.png", title="x")
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
