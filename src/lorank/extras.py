@@ -30,6 +30,7 @@ PACKAGES: Mapping[str, Package] = {
     "typer": Package("typer", "cli"),
     "matplotlib": Package("matplotlib", "report"),
     "rouge_score": Package("rouge-score", "metrics"),
+    "pyarrow": Package("pyarrow", "cli"),
     "sacrebleu": Package("sacrebleu", "metrics"),
     "scipy": Package("scipy", "metrics"),
 }
