@@ -21,6 +21,7 @@ from lorank.experiments.planted.problem import last_hidden
 from lorank.experiments.planted.student import lr_factor, train_student, updates_of
 from lorank.experiments.planted.study import PlantedError, Row
 from lorank.experiments.planted.table import closed_by_seed, rich_table, write_results
+from lorank.experiments.study.trials import StudyError
 from lorank.lora import find_layers, make_peft_model, plan_for_rank, resize_
 
 SIZES: dict[str, Any] = {
@@ -250,7 +251,7 @@ def test_a_study_does_what_is_missing_and_no_more(calls: Calls, tmp_path: Path) 
 @pytest.mark.parametrize("theirs", ['{"loss": 1}\n{"loss": 2}', "a line", '{"fingerprint": "a"}\n{"loss": 2}'])
 def test_a_file_that_is_of_no_study_is_left_alone(theirs: str, calls: Calls, tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text(theirs)
-    with pytest.raises(PlantedError, match=r"runs\.jsonl is not of a study of planted ranks"):
+    with pytest.raises(StudyError, match=r"runs\.jsonl does not hold the runs of a study"):
         run_study(TINY, ["uniform"], tmp_path, seeds=[0], tuning_seeds=[9])
     assert (tmp_path / "runs.jsonl").read_text() == theirs
     assert calls == []

@@ -186,8 +186,8 @@ def sentence(
     """One plain sentence: is the difference real, and how large is it?"""
     if math.isnan(difference.mean) or math.isinf(difference.mean):
         return f"{title}: a run failed, so there is no difference to {baseline} to tell."
-    amount = f"{abs(difference.mean):.3g} {'higher' if difference.mean > 0 else 'lower'}"
-    told = f"{title}: the {metric.replace('_', ' ')} is {amount} than {baseline}'s"
+    amount = f"{abs(difference.mean):.3g} {'higher' if difference.mean > 0 else 'lower'} than"
+    told = f"{title}: the {metric.replace('_', ' ')} is {amount if difference.mean else 'equal to'} {baseline}'s"
     if math.isnan(difference.low):
         return f"{told}, but one seed gives no interval: run at least {FEW_SEEDS} seeds to know whether it is real."
     better = (difference.mean > 0) == higher_is_better

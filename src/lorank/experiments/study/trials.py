@@ -211,8 +211,10 @@ def run_trials(
 
 
 def _missing(wanted: Wanted, known: Mapping[str, Line]) -> list[Trial]:
-    unique = {trial.fingerprint: trial for trial in reversed(wanted.trials)}
-    return [trial for name, trial in reversed(unique.items()) if name not in known]
+    unique: dict[str, Trial] = {}
+    for trial in wanted.trials:
+        unique.setdefault(trial.fingerprint, trial)
+    return [trial for name, trial in unique.items() if name not in known]
 
 
 def _progress(wanted: Wanted, known: Mapping[str, Line], last: str, jobs: int) -> Progress:
