@@ -105,11 +105,11 @@ def _compare(comparison: Comparison, *, jobs: int | None, dry_run: bool, as_json
     notices.print(f"[bold]{escape(comparison.name)}[/]: {_content(comparison)}", highlight=False)
     if comparison.quick:
         notices.print("[yellow]A quick look, not a result:[/] fewer rates, seeds and steps.", highlight=False)
+    # a run's own messages, such as a method's warnings, would be repeated for every run
+    logging.getLogger("lorank").setLevel(logging.ERROR)
     if dry_run:
         _show_plan(comparison, subject, count)
         return
-    # a run's own messages, such as a method's warnings, would be repeated for every run
-    logging.getLogger("lorank").setLevel(logging.ERROR)
     with StudyProgress(notices) as progress:
         known = run_comparison(comparison, subject, jobs=count, devices=devices, report=progress)
     result = assess(comparison, subject, known)

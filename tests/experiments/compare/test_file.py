@@ -110,6 +110,14 @@ def test_all_mistakes_are_told_together(write: Write) -> None:
     assert all(part in str(caught.value) for part in ("lora.rank", "training.seed cannot differ", "start: "))
 
 
+def test_mistakes_in_the_base_are_told_once(write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"mine\.yaml: base: 2 errors") as caught:
+        read_comparison(write(), ["lora.rank=2", "training.lr=fast"])
+    assert str(caught.value).count("lora.rank") == 1
+    with pytest.raises(ConfigError, match=r"budget=\[2\]: budget is a key of neither .*; did you mean budgets\?"):
+        read_comparison(write(), ["budget=[2]"])
+
+
 def test_the_recipe_of_one_run_is_no_comparison() -> None:
     with pytest.raises(ConfigError, match=r"e2e_lora is the recipe of one run. .*compare_e2e"):
         read_comparison("e2e_lora")

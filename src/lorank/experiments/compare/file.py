@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -193,14 +194,34 @@ def read_comparison(
     base = _base(content, file)
     if quick:
         base = _fewer_steps(base)
-    methods_made = _checked(content, base, for_base, str(path))
-    return Comparison(name, content, apply_overrides(base, for_base), methods_made, quick)
+    _check_names(for_base)
+    changed = apply_overrides(base, for_base)
+    try:
+        RunSections.model_validate(changed)
+    except ValidationError as error:  # told once, not again for every method
+        raise ConfigError(explain(error, RunSections, f"{path}: base")) from error
+    return Comparison(name, content, changed, _checked(content, base, for_base, str(path)), quick)
 
 
 def _is_own(override: str) -> bool:
     return override.partition("=")[0].strip().split(".")[0] in CompareFile.model_fields and not override.startswith(
         "task."
     )
+
+
+def _check_names(overrides: Sequence[str]) -> None:
+    """Raises ConfigError if an override names a key of neither the comparison nor its base."""
+    known = [*CompareFile.model_fields, *RunSections.model_fields]
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        section = key.strip().split(".")[0]
+        if equals and section not in known:
+            near = get_close_matches(section, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"{override}: {section} is a key of neither the comparison ({', '.join(CompareFile.model_fields)}) nor "
+                f"its base ({', '.join(RunSections.model_fields)}){hint}"
+            )
 
 
 def _selected(content: CompareFile, methods: Sequence[str] | None) -> CompareFile:

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from lorank.config.settings import ConfigError, FullSettings, RunConfig, make_config
 from lorank.errors import BudgetError, LorankError, ScheduleError
@@ -168,7 +169,9 @@ def _train_and_measure(config: RunConfig, task: Task, trial: RecipeTrial, out: P
     return {**measured, "test": {name: _finite(value) for name, value in test.items()}}
 
 
-def train_adapter(config: RunConfig, task: Task) -> tuple[nn.Module, RankCallback, float]:
+def train_adapter(
+    config: RunConfig, task: Task, callbacks: Sequence[TrainerCallback] = ()
+) -> tuple[nn.Module, RankCallback, float]:
     """Trains an adapter without checkpoints. Returns (the model with the finished adapter, the callback, seconds)."""
     set_seed(config.training.seed)
     model = adapted_model(config, task)
@@ -184,7 +187,7 @@ def train_adapter(config: RunConfig, task: Task) -> tuple[nn.Module, RankCallbac
         fused=config.training.fused,
     )
     arguments = training_arguments(config, len(task.train), checkpoints=False)
-    trainer = make_trainer(config, arguments, task, model, [callback])
+    trainer = make_trainer(config, arguments, task, model, [callback, *callbacks])
     began = time.perf_counter()
     trainer.train()
     return model, callback, time.perf_counter() - began
@@ -243,19 +246,26 @@ def selection_loss(line: Mapping[str, Any]) -> float:
     return math.inf if loss is None else float(loss)
 
 
-def seconds_per_run(config: RunConfig, steps: int = 6) -> float:
-    """An estimate from a few steps of training and an evaluation of a few examples."""
+def seconds_per_run(config: RunConfig, steps: int = 12) -> float:
+    """An estimate from a few steps of training, the first ones not counted, and an evaluation of a few examples."""
+    task, clock = task_of(config), _Clock()
     with tempfile.TemporaryDirectory() as folder:
-        task = task_of(config)
-        short = config.model_copy(
-            update={
-                "output_dir": folder,
-                "training": config.training.model_copy(update={"max_steps": steps, "epochs": 1e6, "patience": None}),
-            }
-        )
-        model, _, seconds = train_adapter(short, task)
-        sample = task.validation[: 2 * config.training.eval_batch_size]
-        began = time.perf_counter()
-        mean_loss(model, sample, task.collator, batch_size=config.training.eval_batch_size, progress=False)
-        evaluating_seconds = (time.perf_counter() - began) / len(sample) * len(task.validation)
-    return seconds / steps * total_steps(config.training, len(task.train)) + evaluating_seconds
+        training = config.training.model_copy(update={"max_steps": steps, "epochs": 1e6, "patience": None})
+        short = config.model_copy(update={"output_dir": folder, "training": training})
+        model, _, _ = train_adapter(short, task, [clock])
+    step = statistics.median(after - before for before, after in itertools.pairwise(clock.times[steps // 3 :]))
+    batch = config.training.eval_batch_size
+    sample, began = task.validation[: 2 * batch], time.perf_counter()
+    mean_loss(model, sample, task.collator, batch_size=batch, progress=False)
+    evaluation = (time.perf_counter() - began) / len(sample) * len(task.validation)
+    return step * total_steps(config.training, len(task.train)) + evaluation
+
+
+class _Clock(TrainerCallback):
+    """The time at the end of every step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.times.append(time.perf_counter())

@@ -127,7 +127,7 @@ class Processes:
         settings = dict.fromkeys(_THREADS, str(threads_per_job(self._count)))
         if self._devices:
             settings["CUDA_VISIBLE_DEVICES"] = self._devices[place % len(self._devices)]
-        process = self._context.Process(target=_serve, args=(theirs, self._work, self.log), daemon=True)
+        process = self._context.Process(target=_serve, args=(theirs, pickle.dumps(self._work), self.log), daemon=True)
         with _environment(settings):  # libraries read these when they are loaded
             process.start()
         theirs.close()
@@ -155,7 +155,7 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _serve(connection: Connection, work: Callable[[Any], Any], log: Path) -> None:
+def _serve(connection: Connection, pickled: bytes, log: Path) -> None:
     """The life of a process: trial after trial, until its parent closes the connection or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -164,7 +164,8 @@ def _serve(connection: Connection, work: Callable[[Any], Any], log: Path) -> Non
         sys.stderr.flush()
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    if "torch" in sys.modules:  # loaded with `work`; later loads read the environment
+    work: Callable[[Any], Any] = pickle.loads(pickled)  # now, since what this imports may print
+    if "torch" in sys.modules:  # later loads read the environment
         sys.modules["torch"].set_num_threads(int(os.environ[_THREADS[0]]))
     while True:
         try:
