@@ -171,8 +171,8 @@ def _show_plan(comparison: Comparison, subject: Any, jobs: int) -> None:
         output.print(f"… and {len(missing) - LISTED} more", highlight=False)
     total, done = len(trials) + wanted.later, len(trials) - len(missing)
     output.print(
-        f"{total} runs, {done} of them finished; {wanted.later} more are test runs, whose rates are chosen first. "
-        "Grids that must grow add a few.",
+        f"{total} runs, {done} of them finished. {wanted.later} are test runs whose rates are not chosen yet. Grids "
+        "that must grow add a few.",
         highlight=False,
     )
     later = [*wanted.kinds]

@@ -28,7 +28,7 @@ from typing_extensions import Self
 
 from lorank.config.errors import ConfigError, explain
 from lorank.config.recipes import find_file, with_absolute_paths
-from lorank.config.sections import RunSections
+from lorank.config.sections import RunSections, TrainingSettings
 from lorank.config.yaml_files import apply_overrides, read_yaml
 from lorank.tasks.settings import Settings
 
@@ -257,11 +257,14 @@ def _quick(content: CompareFile) -> CompareFile:
 
 def _fewer_steps(base: Mapping[str, Any]) -> dict[str, Any]:
     """The base with a third of its training. Overrides come later, and win."""
-    training = dict(base.get("training") or {})
-    if training.get("max_steps"):
-        training["max_steps"] = max(1, round(training["max_steps"] / 3))
-    training["epochs"] = training.get("epochs", 3.0) / 3
-    return {**base, "training": training}
+    training = base.get("training") or {}
+    if not isinstance(training, Mapping):
+        return dict(base)  # a mistake, which is told when the base is checked
+    given = {"epochs": TrainingSettings().epochs, **training}
+    shorter = {key: given[key] / 3 for key in ("epochs", "max_steps") if isinstance(given.get(key), int | float)}
+    if "max_steps" in shorter:
+        shorter["max_steps"] = max(1, round(shorter["max_steps"]))
+    return {**base, "training": {**training, **shorter}}
 
 
 def _base(content: CompareFile, file: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from lorank.config.settings import ConfigError, FullSettings, RunConfig, make_config
 from lorank.errors import BudgetError, LorankError, ScheduleError
@@ -121,6 +122,7 @@ def run_trial(trial: RecipeTrial, out: Path) -> dict[str, Any]:
         out: the folder of the comparison, which receives the losses of test examples.
     """
     logging.getLogger("lorank").setLevel(logging.ERROR)
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # it has no annotations
     line: dict[str, Any] = {
         "method": trial.method,
         "budget": trial.budget,
