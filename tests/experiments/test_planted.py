@@ -335,3 +335,21 @@ def test_the_command_refuses_what_it_does_not_know(tmp_path: Path) -> None:
         done = run.invoke(app, ["planted", "--out", str(tmp_path / "new"), *arguments])
         assert done.exit_code == 2
         assert message in done.stderr
+
+
+def test_a_quick_look_is_smaller_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def stop(scenario: Scenario, methods: list[str], out: Path, **options: Any) -> Any:
+        asked.update(options, steps=scenario.steps, methods=methods, out=out)
+        raise PlantedError("that is all")
+
+    monkeypatch.setattr(study_module, "run_study", stop)
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["planted", "--quick", "--seeds", "5", "--out", str(tmp_path)])
+    assert "A quick look, not a result" in done.stderr
+    assert (asked["steps"], asked["seeds"], asked["tuning_seeds"]) == (400, [5], [100])
+    assert {"uniform", "oracle"} < set(asked["methods"]) < set(METHODS)
+    assert asked["out"] == tmp_path / "quick"
+    rows = hand_made()
+    assert "a quick look" in write_results(rows, TINY, tmp_path, quick=True)[0].read_text()
+    assert "a quick look" not in write_results(rows, TINY, tmp_path)[0].read_text()

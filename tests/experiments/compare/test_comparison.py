@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,6 @@ import yaml
 from typer.testing import CliRunner
 
 from lorank.cli.app import app
-from lorank.config.errors import ConfigError
 from lorank.errors import BudgetError, NonFiniteError
 from lorank.experiments.compare import recipe_runs
 from lorank.experiments.compare.comparison import assess, make_subject, run_comparison, tidy_rows, wanted_runs
@@ -94,7 +94,7 @@ def test_a_comparison_from_end_to_end(file: Path, tmp_path: Path) -> None:
     result = json.loads((out / "comparison.json").read_text())
     assert (result["baseline"], result["budgets"], result["metric"]) == ("LoRA", ["1 per module"], "accuracy")
     assert [row["title"] for row in result["rows"]][:2] == ["LoRA", "BalancedLoRA"]
-    assert [row["reference"] for row in result["rows"]] == [None, None, 1, 2]
+    assert [row["reference"] for row in result["rows"]] == [None, None, 2]
     lines = Results(out / "results.jsonl").read()
     size = result["rows"][0]["parameters"]
     for row in result["rows"][:2]:
@@ -114,7 +114,7 @@ def test_a_comparison_from_end_to_end(file: Path, tmp_path: Path) -> None:
     assert {line["seed"] for line in lines.values() if line["test"]} == {0, 1}
     assert {line["seed"] for line in lines.values() if not line["test"]} == {100}
     table = pq.read_table(out / "runs.parquet").to_pylist()
-    assert len(table) == 4 * 4
+    assert len(table) == 3 * 4
     assert {row["stage"] for row in table} == {"tuning", "test"}
     first = next(row for row in table if row["stage"] == "test")
     assert sum(rank for _, rank in first["ranks"]) == 4
@@ -236,7 +236,7 @@ def test_what_is_told(file: Path, tmp_path: Path) -> None:
     text = markdown(result)
     assert "| BalancedLoRA * | 0.6100 ± 0.0058 | +0.1 | +0.1 to +0.1 |" in text
     assert "| AdaLoRA * | failed | |" in text.replace("|  |", "| |")
-    assert rich_tables(result)[0].row_count == 5
+    assert rich_tables(result)[0].row_count == 4
     files = write_results(result, tidy_rows(comparison, subject, known), tmp_path / "told")
     assert [path.name for path in files] == ["comparison.json", "table.md", "runs.parquet"]
 
@@ -288,5 +288,24 @@ def test_planted_ranks_are_a_comparison_too(tmp_path: Path) -> None:
         "LoRA, 2 × the ranks",
     ]
     assert len(subject.contenders) == 3
-    with pytest.raises(ConfigError, match="has no base"):
-        read_comparison(file, ["model.name=x"])
+
+    def work(trial: Any) -> dict[str, Any]:
+        test = {"uniform": 0.5, "oracle": 0.1, "uniform*2": 0.2}[trial.method]
+        return {
+            **{"scenario": "modules", "method": trial.method, "lr": trial.lr, "knob": None, "seed": trial.seed},
+            **{"failure": None, "test": test + trial.seed / 100, "selection": trial.lr, "ranks": {"a": 1}},
+            **{"parameters": [20, 10], "overlap": 0.5, "scoring": 0.1, "seconds": 1.0},
+        }
+
+    result, rows = finished(comparison, dataclasses.replace(subject, work=work))
+    assert [row["title"] for row in result["rows"]] == ["LoRA, uniform", "LoRA, true ranks", "LoRA, 2 × the ranks"]
+    assert [row["mean"] for row in result["rows"]] == [0.5, 0.1, 0.2]
+    assert "one seed gives no interval" in result["rows"][1]["sentence"]
+    assert result["rows"][0]["lr_grid"] == {"0.01": 0.01, "0.02": 0.02}
+    assert {row["stage"] for row in rows} == {"tuning", "test"}
+    assert {row["parameters"] for row in rows} == {10}
+
+
+def finished(comparison: Comparison, subject: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    known = run_comparison(comparison, subject)
+    return assess(comparison, subject, known), tidy_rows(comparison, subject, known)

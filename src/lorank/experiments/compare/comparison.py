@@ -88,7 +88,7 @@ def assess(comparison: Comparison, subject: Subject, known: Mapping[str, Line]) 
         }
         baseline = found[comparison.file.baseline or next(iter(found))]
         references = [(one.entry.reference, one.mean) for one in found.values() if one.entry.reference is not None]
-        rows += [_row(one, baseline, references, subject) for one in found.values()]
+        rows += [_row(one, baseline, references, subject) for one in found.values() if one.entry in subject.shown]
     summary = _summary(rows, subject, baseline.entry.title, len(comparison.file.seeds))
     result: dict[str, Any] = _finite(
         {
@@ -111,7 +111,7 @@ def assess(comparison: Comparison, subject: Subject, known: Mapping[str, Line]) 
 def tidy_rows(comparison: Comparison, subject: Subject, known: Mapping[str, Line]) -> list[dict[str, Any]]:
     """One row per run, for tables: an entry's tuning runs, then its test runs."""
     file, rows = comparison.file, []
-    for entry in subject.entries:
+    for entry in subject.shown:
         tuned = tune(entry.contender, file.tuning_seeds, known)
         trials = [
             ("tuning", entry.contender.trial(s, seed, "tuning")) for s in tuned.asked for seed in file.tuning_seeds

@@ -6,6 +6,7 @@ and encodes them once, for all its runs.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
@@ -78,8 +79,8 @@ class RecipeTrial:
 
     @property
     def kind(self) -> str:
-        """Runs of one method and budget in one stage take about the same time."""
-        return f"{self.method} {self.budget} {self.stage}"
+        """Runs of one method and budget take about the same time."""
+        return f"{self.method} {self.budget}"
 
     def run_config(self, folder: str) -> RunConfig:
         """The configuration of the run, with a folder."""
@@ -131,6 +132,7 @@ def run_trial(trial: RecipeTrial, out: Path) -> dict[str, Any]:
         "stage": trial.stage,
         "failure": None,
     }
+    gc.collect()  # a Trainer and its callbacks refer to each other: without it, two models would be in memory
     began = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -65,7 +65,7 @@ def recipe_subject(comparison: Comparison) -> Subject:
         _, parameters = layers.even(plain, budget)
         for name, config in configs.items():
             keys = comparison.methods[name][0]
-            contender = make(config, name, keys, parameters, label)
+            contender = make(config, name, keys, parameters, label, budget.max_lora_rank)
             entries.append(Entry(name, keys.title or name, label, contender, parameters))
         for k in sorted(file.references):
             size = round(k * parameters)
@@ -163,15 +163,17 @@ def _contender(
     keys: MethodKeys,
     parameters: int,
     label: str,
+    cap: int | None = None,
     *,
     lrs: Sequence[float],
     layers: _Layers,
     growth: int,
     shared: _Shared,
 ) -> Contender:
-    rank, _ = layers.even(config, Budget(parameters=parameters))
+    limits = {"parameters": parameters, **({} if cap is None else {"max_lora_rank": cap})}
+    rank, _ = layers.even(config, Budget.parse(limits))
     start = keys.start or WIDE_STARTS.get(config.allocator.name, 1.0)
-    text = config_text(_at_budget(config, parameters, math.ceil(rank * start)))
+    text = config_text(_at_budget(config, limits, math.ceil(rank * start)))
     grid = tuple(sorted(keys.lrs or lrs))
     if (text, grid) not in shared:
 
@@ -189,13 +191,13 @@ def _contender(
     return shared[text, grid]
 
 
-def _at_budget(config: RunConfig, parameters: int, rank: int) -> RunConfig:
+def _at_budget(config: RunConfig, limits: Mapping[str, int], rank: int) -> RunConfig:
     """The configuration with this budget, made with this rank; the factor s of the update does not change."""
     lora, ratio = config.lora, rank / config.lora.r
     alpha = lora.alpha * (math.sqrt(ratio) if lora.use_rslora else ratio)
     values = config.model_dump(mode="json")
     values["lora"] |= {"r": rank, "alpha": alpha}
-    values["allocator"]["budget"] = {"parameters": parameters}
+    values["allocator"]["budget"] = dict(limits)
     return make_config(values)
 
 

@@ -63,6 +63,12 @@ class Subject:
     estimate: Callable[[], float]
 
     @property
+    def shown(self) -> list[Entry]:
+        """The entries of tables: without references that are one of the methods at the same budget."""
+        methods = {(e.budget, id(e.contender)) for e in self.entries if e.reference is None}
+        return [e for e in self.entries if e.reference is None or (e.budget, id(e.contender)) not in methods]
+
+    @property
     def contenders(self) -> list[Contender]:
         """Every contender once."""
         return list({id(entry.contender): entry.contender for entry in self.entries}.values())
