@@ -70,9 +70,8 @@ def recipe_subject(comparison: Comparison) -> Subject:
         for k in sorted(file.references):
             size = round(k * parameters)
             name = f"LoRA × {k:g}"
-            title = f"LoRA, {k:g} × the parameters"
             contender = make(plain, name, MethodKeys(), size, label)
-            entries.append(Entry(name, title, label, contender, size, k))
+            entries.append(Entry(name, name, label, contender, size, k))
     return Subject(
         task=first.task.data,
         metric=file.metric,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -45,16 +46,19 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def rich_tables(result: Mapping[str, Any]) -> list[Table]:
-    """A table for a terminal per budget."""
+    """A table per budget that fits a terminal of 80 columns; table.md has more columns."""
     tables = []
+    head = columns(result)
     for budget in result["budgets"]:
-        table = Table(title=escape(f"{title(result)}: {budget}"))
-        for place, name in enumerate(columns(result)):
-            table.add_column(name, justify="right" if place else "left")
+        table = Table(title=escape(f"{title(result)}: {budget}"), box=SIMPLE_HEAD)
+        for place, name in enumerate([head[0], head[1], "− baseline (95 %)", *head[5:7]]):
+            table.add_column(name, justify="right" if place else "left", no_wrap=True)
         for row in result["rows"]:
             if row["budget"] == budget:
+                method, mean, difference, interval, _, *others = cells(row)
+                together = f"{difference} ({interval})" if interval else difference
                 style = "dim" if row["reference"] is not None else "bold" if _is_better(row, result) else None
-                table.add_row(*map(escape, cells(row)), style=style)
+                table.add_row(*map(escape, [method, mean, together, *others[:2]]), style=style)
         tables.append(table)
     return tables
 
@@ -63,7 +67,7 @@ def sentences(result: Mapping[str, Any], budget: str) -> list[str]:
     """The sentences of the methods at a budget, and all notes."""
     rows = [row for row in result["rows"] if row["budget"] == budget]
     told = [row["sentence"] for row in rows if row["reference"] is None]
-    return [*told, *(f"* {row['title']}: {note}." for row in rows for note in row["notes"])]
+    return [*told, *(f"{row['title']} *: {note}." for row in rows for note in row["notes"])]
 
 
 def title(result: Mapping[str, Any]) -> str:
@@ -91,8 +95,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     tuning, seeds = (", ".join(map(str, some)) for some in (result["tuning_seeds"], result["rows"][0]["seeds"]))
     lines += [
         f"Means over seeds {seeds} on test data; ± is the standard error. Intervals and p: paired bootstrap over seeds "
-        f"and test examples. k: LoRA with k times the parameters is as good. Learning rates were chosen on seeds "
-        f"{tuning} by validation data:",
+        f"and test examples. k: LoRA with k times the parameters is as good; LoRA × k is that LoRA. Rates were "
+        f"chosen on seeds {tuning} by validation data:",
         "",
     ]
     for row in result["rows"]:
