@@ -25,6 +25,9 @@ from typing import Any
 ATTEMPTS = 2
 """How often a trial is begun if its process is killed. After that, the study ends with an error."""
 
+PATIENCE = 10.0
+"""Seconds for a process without a trial to end by itself, so that its libraries can clean up."""
+
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -62,7 +65,9 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for worker in self._workers:
-            worker.connection.close()
+            worker.connection.close()  # ends a process that has no trial
+        for worker in self._workers:
+            worker.process.join(0 if worker.trial is not None else PATIENCE)
             worker.process.kill()
             worker.process.join()
 
