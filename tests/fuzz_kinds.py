@@ -15,6 +15,7 @@ import yaml
 import lorank
 from lorank.config.recipes import FOLDER as RECIPES
 from lorank.config.settings import load_config
+from lorank.experiments.compare.file import read_comparison
 from lorank.experiments.sweep import load_sweep
 from lorank.lora import LayerPlan, find_layers, load_adapter, resize_, save_adapter
 from lorank.lora.io.adapter_validation import CONFIG, WEIGHTS
@@ -62,6 +63,9 @@ def yaml_kind() -> Kind:
         text = path.read_bytes()
         if b"\nvariants:" in text or b"\nspace:" in text:
             load_sweep(path)
+        elif b"\nmethods:" in text:
+            read_comparison(path)
+            read_comparison(path, quick=True)
         else:
             load_config(path)
 

@@ -33,6 +33,7 @@ PACKAGES: Mapping[str, Package] = {
     "optuna": Package("optuna", "sweep"),
     "vl_convert": Package("vl-convert-python", "report"),
     "rouge_score": Package("rouge-score", "metrics"),
+    "pyarrow": Package("pyarrow", "cli"),
     "sacrebleu": Package("sacrebleu", "metrics"),
     "scipy": Package("scipy", "metrics"),
 }

@@ -28,7 +28,7 @@ from lorank.config.settings import (
 from lorank.errors import ScheduleError
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(FOLDER.glob("*.yaml"))
+FILES = [path for path in sorted(FOLDER.glob("*.yaml")) if not path.stem.startswith("compare_")]
 SWEEPS = [path for path in FILES if "base" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 RECIPES = [path for path in FILES if path not in SWEEPS]
 MINIMAL: dict[str, Any] = {

@@ -21,6 +21,7 @@ from lorank.experiments.planted.problem import last_hidden
 from lorank.experiments.planted.student import lr_factor, train_student, updates_of
 from lorank.experiments.planted.study import PlantedError, Row
 from lorank.experiments.planted.table import closed_by_seed, rich_table, warning, write_results
+from lorank.experiments.study.trials import StudyError
 from lorank.lora import find_layers, make_peft_model, plan_for_rank, resize_
 
 SIZES: dict[str, Any] = {
@@ -250,7 +251,7 @@ def test_a_study_does_what_is_missing_and_no_more(calls: Calls, tmp_path: Path) 
 @pytest.mark.parametrize("theirs", ['{"loss": 1}\n{"loss": 2}', "a line", '{"fingerprint": "a"}\n{"loss": 2}'])
 def test_a_file_that_is_of_no_study_is_left_alone(theirs: str, calls: Calls, tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text(theirs)
-    with pytest.raises(PlantedError, match=r"runs\.jsonl is not of a study of planted ranks"):
+    with pytest.raises(StudyError, match=r"runs\.jsonl does not hold the runs of a study"):
         run_study(TINY, ["uniform"], tmp_path, seeds=[0], tuning_seeds=[9])
     assert (tmp_path / "runs.jsonl").read_text() == theirs
     assert calls == []
@@ -344,3 +345,21 @@ def test_the_command_refuses_what_it_does_not_know(tmp_path: Path) -> None:
         done = run.invoke(app, ["planted", "--out", str(tmp_path / "new"), *arguments])
         assert done.exit_code == 2
         assert message in done.stderr
+
+
+def test_a_quick_look_is_smaller_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def stop(scenario: Scenario, methods: list[str], out: Path, **options: Any) -> Any:
+        asked.update(options, steps=scenario.steps, methods=methods, out=out)
+        raise PlantedError("that is all")
+
+    monkeypatch.setattr(study_module, "run_study", stop)
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["planted", "--quick", "--seeds", "5", "--out", str(tmp_path)])
+    assert "A quick look, not a result" in done.stderr
+    assert (asked["steps"], asked["seeds"], asked["tuning_seeds"]) == (400, [5], [100])
+    assert {"uniform", "oracle"} < set(asked["methods"]) < set(METHODS)
+    assert asked["out"] == tmp_path / "quick"
+    rows = hand_made()
+    assert "a quick look" in write_results(rows, TINY, tmp_path, quick=True)[0].read_text()
+    assert "a quick look" not in write_results(rows, TINY, tmp_path)[0].read_text()

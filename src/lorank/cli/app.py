@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorank._version import __version__
-from lorank.cli import curve, planted, posthoc, report, resize, sweep
+from lorank.cli import compare, curve, planted, posthoc, report, resize, sweep
 from lorank.cli.common import console, one_message, quiet_libraries
 from lorank.extras import require
 
@@ -148,6 +148,7 @@ app.command()(resize.resize)
 app.command()(curve.curve)
 app.command()(sweep.sweep)
 app.command()(report.report)
+app.command()(compare.compare)
 app.command()(planted.planted)
 
 

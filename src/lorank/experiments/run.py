@@ -79,10 +79,10 @@ def train(
         _ = task.test  # report a missing split or column now, not after hours of training
     # the new weights of the classifier and of the adapter are drawn from the run's seed
     set_seed(config.training.seed)
-    model = _adapted(config, task)
-    _spread_ranks(config, task, model)
+    model = adapted_model(config, task)
+    spread_ranks(config, task, model)
     started_with = _size(model)
-    arguments = _arguments(config, len(task.train))
+    arguments = training_arguments(config, len(task.train))
     # after every check of the input: an error above makes no folder and removes no earlier run
     checkpoint = folder.prepare(config, resume=resume, overwrite=overwrite)
 
@@ -91,7 +91,7 @@ def train(
     before = mean_loss(model, task.validation, task.collator, batch_size=batch, progress=console.is_terminal)
     progress = TrainingProgress(console)
     ranks = _rank_callback(config, task, progress)
-    trainer = _trainer(config, arguments, task, model, [*([ranks] if ranks else []), progress, *callbacks])
+    trainer = make_trainer(config, arguments, task, model, [*([ranks] if ranks else []), progress, *callbacks])
     began = time.perf_counter()
     try:
         with progress:
@@ -175,7 +175,7 @@ def _rank_callback(config: RunConfig, task: Task, progress: TrainingProgress) ->
     )
 
 
-def _adapted(config: RunConfig, task: Task) -> nn.Module:
+def adapted_model(config: RunConfig, task: Task) -> nn.Module:
     """The base model with a new adapter; for full fine-tuning, the base model with all weights trainable."""
     base = load_model(config.model, task)
     if isinstance(config.allocator, FullSettings):
@@ -198,7 +198,7 @@ def _adapted(config: RunConfig, task: Task) -> nn.Module:
         raise SettingsError(f"lora.target_modules {targets!r} does not fit {config.model.name!r}: {error}") from error
 
 
-def _spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:
+def spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:
     """Sets initial ranks and directions from data, if the configuration asks for it.
 
     A resumed run computes the same ones again.
@@ -303,7 +303,7 @@ def _size(model: nn.Module) -> dict[str, int]:
     return {**ranks, "trainable_parameters": trainable}
 
 
-def _trainer(
+def make_trainer(
     config: RunConfig,
     arguments: TrainingArguments,
     task: Task,
@@ -349,7 +349,7 @@ def total_steps(settings: TrainingSettings, examples: int) -> int:
     return min(steps, settings.max_steps or steps)
 
 
-def _arguments(config: RunConfig, examples: int) -> TrainingArguments:
+def training_arguments(config: RunConfig, examples: int, *, checkpoints: bool = True) -> TrainingArguments:
     settings = config.training
     checkpointing: dict[str, Any] = {}
     if settings.gradient_checkpointing:
@@ -372,12 +372,12 @@ def _arguments(config: RunConfig, examples: int) -> TrainingArguments:
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.bf16,
-            eval_strategy="steps",
+            eval_strategy="steps" if checkpoints else "no",
             eval_steps=settings.eval_steps,
-            save_strategy="steps",
+            save_strategy="steps" if checkpoints else "no",
             save_steps=settings.save_steps or settings.eval_steps,
             save_total_limit=settings.keep_checkpoints,
-            load_best_model_at_end=settings.load_best_model_at_end,
+            load_best_model_at_end=settings.load_best_model_at_end and checkpoints,
             metric_for_best_model="eval_loss",
             greater_is_better=False,
             # a resumed run continues to count the evaluations without a better loss

@@ -8,7 +8,7 @@ are not reported (docs/planted.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,3 +139,14 @@ METHODS: Mapping[str, Method] = {
         (3e-2, 1e-1),
     ),
 }
+
+
+def method_of(name: str) -> Method:
+    """The method of this name: a key of ``METHODS``, or ``uniform*k``, LoRA with k times as many ranks."""
+    base, _, factor = name.partition("*")
+    if not factor:
+        return METHODS[name]
+    times = float(factor)
+    return replace(
+        METHODS[base], title=f"LoRA, {times:g} × the ranks", ranks=lambda p: uniform(p, round(p.budget * times))
+    )

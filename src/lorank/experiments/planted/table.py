@@ -85,9 +85,9 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def rich_table(rows: Sequence[Row], scenario: Scenario) -> Table:
+def rich_table(rows: Sequence[Row], scenario: Scenario, *, quick: bool = False) -> Table:
     """The table for a terminal."""
-    table = Table(title=_title(rows, scenario))
+    table = Table(title=_title(rows, scenario, quick))
     for number, name in enumerate(HEAD):
         table.add_column(name, justify="left" if not number else "right")
     for row in rows:
@@ -95,11 +95,12 @@ def rich_table(rows: Sequence[Row], scenario: Scenario) -> Table:
     return table
 
 
-def write_results(rows: Sequence[Row], scenario: Scenario, out: Path) -> list[Path]:
+def write_results(rows: Sequence[Row], scenario: Scenario, out: Path, *, quick: bool = False) -> list[Path]:
     """Writes table.md, and the picture if the rows have both references. Returns the files."""
     lines = [
-        f"{_title(rows, scenario)}. Means over seeds {', '.join(map(str, sorted(rows[0].runs)))}; ± is the standard "
-        "error, the interval a bootstrap's. Learning rates (and one knob, where named) were chosen on other seeds.",
+        f"{_title(rows, scenario, quick)}. Means over seeds {', '.join(map(str, sorted(rows[0].runs)))}; ± is the "
+        "standard error, the interval a bootstrap's. Learning rates (and one knob, where named) were chosen on other "
+        "seeds.",
         "",
         _markdown(HEAD),
         _markdown(["---"] * len(HEAD)),
@@ -123,7 +124,7 @@ def write_results(rows: Sequence[Row], scenario: Scenario, out: Path) -> list[Pa
     write_text(out / TABLE, "\n".join(lines) + "\n")
     if closed_by_seed(rows[0], rows) is None:
         return [out / TABLE]
-    return [out / TABLE, picture(rows, out / PICTURE, _title(rows, scenario), steps=scenario.steps)]
+    return [out / TABLE, picture(rows, out / PICTURE, _title(rows, scenario, quick), steps=scenario.steps)]
 
 
 def warning(rows: Sequence[Row], steps: int) -> str:
@@ -185,11 +186,12 @@ def picture(rows: Sequence[Row], path: Path, title: str, *, steps: int = ENOUGH_
     return path
 
 
-def _title(rows: Sequence[Row], scenario: Scenario) -> str:
+def _title(rows: Sequence[Row], scenario: Scenario, quick: bool) -> str:
     budgets = [run["budget"] for run in rows[0].runs.values()]
     modules = len(next(iter(rows[0].runs.values()))["true"])
     planted = f"{min(budgets)} to {max(budgets)}" if min(budgets) < max(budgets) else f"{budgets[0]}"
-    return f"Ranks planted in {scenario.where}: {planted} in {modules} modules, {scenario.steps} steps"
+    title = f"Ranks planted in {scenario.where}: {planted} in {modules} modules, {scenario.steps} steps"
+    return f"{title}, a quick look" if quick else title
 
 
 def _settings(row: Row, settings: tuple[float, Any]) -> str:

@@ -1,0 +1,275 @@
+"""The runs of a comparison on the task of a recipe: each trains one adapter, and measures it where it is.
+
+A run keeps no checkpoint and writes no adapter: the comparison needs only what it measures. A process reads the data
+and encodes them once, for all its runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import json
+import logging
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from lorank.config.settings import ConfigError, FullSettings, RunConfig, make_config
+from lorank.errors import BudgetError, LorankError, ScheduleError
+from lorank.experiments.errors import ModelError, SettingsError
+from lorank.experiments.models import load_tokenizer
+from lorank.experiments.run import adapted_model, make_trainer, spread_ranks, total_steps, training_arguments
+from lorank.experiments.study.tuning import Stage
+from lorank.extras import MissingPackageError
+from lorank.files import replacing_file
+from lorank.lora import find_layers
+from lorank.tasks import DataError, Task, build_task, mean_loss
+from lorank.tasks.base import evaluating
+from lorank.tasks.collate import IGNORED, Example
+from lorank.training import RankCallback
+
+LOSSES = "losses"
+"""The subfolder with the losses of every test example, one file per test run."""
+
+_MISTAKES = (ConfigError, ModelError, SettingsError, DataError, ScheduleError, BudgetError, MissingPackageError)
+"""Errors that say that the comparison itself is wrong. They end it; any other of lorank's errors is a run's result."""
+
+
+@dataclass(frozen=True)
+class RecipeTrial:
+    """One run.
+
+    Args:
+        method: its key in the file.
+        budget: the budget as it is told to users.
+        config: the whole configuration as JSON, without its folder, learning rate and seed.
+    """
+
+    method: str
+    budget: str
+    lr: float
+    seed: int
+    stage: Stage
+    config: str = field(repr=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the configuration, the rate, the seed and the stage."""
+        described = json.dumps([self.config, self.lr, self.seed, self.stage])
+        return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """The run in a few words."""
+        return f"{self.method}, budget {self.budget}, lr {self.lr:g}, seed {self.seed}, {self.stage}"
+
+    @property
+    def kind(self) -> str:
+        """Runs of one method and budget take about the same time."""
+        return f"{self.method} {self.budget}"
+
+    def run_config(self, folder: str) -> RunConfig:
+        """The configuration of the run, with a folder."""
+        values = json.loads(self.config)
+        values["training"] |= {"lr": self.lr, "seed": self.seed}
+        return make_config({**values, "output_dir": folder})
+
+
+def config_text(config: RunConfig) -> str:
+    """A configuration for :class:`RecipeTrial`. Keys that do not matter here have one value, so that they do not make
+    another trial: there are no checkpoints, and the weights after the last step are measured."""
+    values = config.model_dump(mode="json", exclude={"output_dir"})
+    for key in ("lr", "seed", "eval_steps", "save_steps", "keep_checkpoints", "logging_steps"):
+        del values["training"][key]
+    values["training"] |= {"load_best_model_at_end": False, "patience": None}
+    return json.dumps(values, sort_keys=True)
+
+
+@lru_cache(maxsize=2)
+def _task(model: str, task: str) -> Task:
+    config = make_config(
+        {"model": json.loads(model), "task": json.loads(task), "allocator": {"name": "static"}, "output_dir": "-"}
+    )
+    return build_task(config.task, load_tokenizer(config.model))
+
+
+def task_of(config: RunConfig) -> Task:
+    """The task of a configuration, read once per process."""
+    return _task(json.dumps(config.model.model_dump(mode="json")), json.dumps(config.task.model_dump(mode="json")))
+
+
+def run_trial(trial: RecipeTrial, out: Path) -> dict[str, Any]:
+    """Trains and measures one adapter, and returns its line of results.
+
+    A method that fails on purpose, such as one that diverged, is a result: its losses are None, and ``failure`` says
+    why. So is a NaN or infinite loss.
+
+    Args:
+        trial: the run.
+        out: the folder of the comparison, which receives the losses of test examples.
+    """
+    logging.getLogger("lorank").setLevel(logging.ERROR)
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # it has no annotations
+    line: dict[str, Any] = {
+        "method": trial.method,
+        "budget": trial.budget,
+        "lr": trial.lr,
+        "seed": trial.seed,
+        "stage": trial.stage,
+        "failure": None,
+    }
+    gc.collect()  # a Trainer and its callbacks refer to each other: without it, two models would be in memory
+    began = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config = trial.run_config(folder)
+            task = task_of(config)
+            line |= {"task": config.task.data, **_train_and_measure(config, task, trial, out)}
+    except _MISTAKES:
+        raise
+    except (LorankError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # it is documented
+        line |= {"failure": f"{type(error).__name__}: {error}", "validation_loss": None, "test": {}}
+    return {**line, "seconds": time.perf_counter() - began}
+
+
+def _train_and_measure(config: RunConfig, task: Task, trial: RecipeTrial, out: Path) -> dict[str, Any]:
+    settings = config.training
+    model, callback, trained = train_adapter(config, task)
+    assert callback.ranks is not None
+    layers = find_layers(model)
+    records = callback.ranks.history
+    measured: dict[str, Any] = {
+        "parameters": layers.parameters,
+        "most_parameters": max([layers.parameters, *(record.parameters for record in records)]),
+        "ranks": layers.ranks,
+        "steps": callback.ranks.step,
+        "training_seconds": trained,
+        "allocation_seconds": sum(record.seconds for record in records.allocations),
+    }
+    batch = settings.eval_batch_size
+    measured["validation_loss"] = _finite(
+        mean_loss(model, task.validation, task.collator, batch_size=batch, progress=False)
+    )
+    if trial.stage == "tuning":
+        return {**measured, "test": {}}
+    test = task.evaluate(model, "test", batch_size=batch, progress=False)
+    examples = example_losses(model, task.test, task, batch_size=batch)
+    with replacing_file(out / LOSSES / f"{trial.fingerprint}.npz") as path, path.open("wb") as file:
+        np.savez_compressed(file, **examples)  # type: ignore[arg-type]  # its other arguments have defaults
+    return {**measured, "test": {name: _finite(value) for name, value in test.items()}}
+
+
+def train_adapter(
+    config: RunConfig, task: Task, callbacks: Sequence[TrainerCallback] = ()
+) -> tuple[nn.Module, RankCallback, float]:
+    """Trains an adapter without checkpoints. Returns (the model with the finished adapter, the callback, seconds)."""
+    set_seed(config.training.seed)
+    model = adapted_model(config, task)
+    spread_ranks(config, task, model)
+    assert not isinstance(config.allocator, FullSettings)  # refused in the file of a comparison
+    allocator = config.allocator.build()
+    samples = config.allocator_samples or allocator.validation_samples
+    callback = RankCallback(
+        allocator,
+        validation_batch=task.collator(task.validation[:samples]),
+        seed=config.training.seed,
+        progress=False,
+        fused=config.training.fused,
+    )
+    arguments = training_arguments(config, len(task.train), checkpoints=False)
+    trainer = make_trainer(config, arguments, task, model, [callback, *callbacks])
+    began = time.perf_counter()
+    trainer.train()
+    return model, callback, time.perf_counter() - began
+
+
+def example_losses(
+    model: nn.Module, examples: Sequence[Example], task: Task, *, batch_size: int
+) -> dict[str, NDArray[Any]]:
+    """What the bootstrap resamples: for every example, in the given order,
+
+    losses: (examples,) the sum over its labels of −log p, in nats;
+    labels: (examples,) the number of its labels;
+    correct: (examples,) 1 if its class is found (classification only);
+    groups: (examples,) a number that examples with the same prompt share, since they are not independent.
+    """
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
+    losses, labels = np.zeros(len(examples)), np.zeros(len(examples))
+    correct = np.zeros(len(examples)) if task.model_kind == "sequence_classification" else None
+    with evaluating(model) as device:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            batch = {k: v.to(device) for k, v in task.collator([examples[index] for index in part]).items()}
+            logits, wanted = model(**batch).logits.float(), batch["labels"]
+            if correct is None:
+                logits, wanted = logits[:, :-1], wanted[:, 1:]  # (batch, length − 1, vocabulary), (batch, length − 1)
+            each = nn.functional.cross_entropy(
+                logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1), ignore_index=IGNORED, reduction="none"
+            ).view(len(part), -1)  # (batch · length,) → (batch, length), or (batch, 1) for classes
+            losses[part] = each.double().sum(1).cpu().numpy()
+            labels[part] = (wanted.view(len(part), -1) != IGNORED).sum(1).cpu().numpy()
+            if correct is not None:
+                correct[part] = (logits.argmax(-1) == wanted).cpu().numpy()
+    found = {"losses": losses, "labels": labels, "groups": _groups(examples)}
+    return found if correct is None else {**found, "correct": correct}
+
+
+def _groups(examples: Sequence[Example]) -> NDArray[Any]:
+    """Numbers that examples with the same prompt share; every example without a prompt has its own."""
+    numbers: dict[tuple[int, ...], int] = {}
+    groups = []
+    for place, example in enumerate(examples):
+        labels = example["labels"]
+        ignored = [] if isinstance(labels, int) else [label == IGNORED for label in labels]
+        prompt = itertools.compress(example["input_ids"], ignored)
+        groups.append(numbers.setdefault(tuple(prompt) or (-1, place), len(numbers)))
+    return np.array(groups)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def selection_loss(line: Mapping[str, Any]) -> float:
+    """The validation loss in a line; infinite for a run that failed."""
+    loss = line["validation_loss"]
+    return math.inf if loss is None else float(loss)
+
+
+def seconds_per_run(config: RunConfig, steps: int = 12) -> float:
+    """An estimate from a few steps of training, the first ones not counted, and an evaluation of a few examples."""
+    task, clock = task_of(config), _Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        training = config.training.model_copy(update={"max_steps": steps, "epochs": 1e6, "patience": None})
+        short = config.model_copy(update={"output_dir": folder, "training": training})
+        model, _, _ = train_adapter(short, task, [clock])
+    step = statistics.median(after - before for before, after in itertools.pairwise(clock.times[steps // 3 :]))
+    batch = config.training.eval_batch_size
+    sample, began = task.validation[: 2 * batch], time.perf_counter()
+    mean_loss(model, sample, task.collator, batch_size=batch, progress=False)
+    evaluation = (time.perf_counter() - began) / len(sample) * len(task.validation)
+    return step * total_steps(config.training, len(task.train)) + evaluation
+
+
+class _Clock(TrainerCallback):
+    """The time at the end of every step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.times.append(time.perf_counter())
