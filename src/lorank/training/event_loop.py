@@ -28,7 +28,6 @@ from lorank.errors import LorankError, ValidationBatchError
 from lorank.lora import (
     AdapterLayers,
     LayersSnapshot,
-    compensate_gates_,
     fold_gates_,
     is_compiled,
     merge_heads_,
@@ -41,7 +40,6 @@ from lorank.scoring.loss import LossFn
 from lorank.training import attached_runs
 from lorank.training.attached_runs import RunBeginning
 from lorank.training.budget_enforcement import prune_to_budget_
-from lorank.training.checkpoint.base_fingerprint import base_fingerprint
 from lorank.training.checkpoint.rank_state import (
     STATE_KEY,
     check_resumable,
@@ -50,14 +48,11 @@ from lorank.training.checkpoint.rank_state import (
     restore_progress_,
 )
 from lorank.training.checks import (
-    check_batch,
     check_in_use,
     check_optimizer_state,
     check_run,
     check_state_follows,
-    check_weight_copies,
     require_trainable,
-    try_scoring,
 )
 from lorank.training.history import RankHistory, Record, log_record, record_of
 from lorank.training.integrations.base import Integrations, StepSkipped
@@ -76,7 +71,7 @@ from lorank.training.parallel import find_backend, inner_model
 from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.process_group import ProcessGroup, is_first_process
 from lorank.training.progress import Report, scoring_progress
-from lorank.training.retry import continue_with_ranks_, split_
+from lorank.training.run_start import start_
 from lorank.training.run_state import RunState, TrainBatches
 from lorank.training.step_hooks import StepHooks
 
@@ -161,7 +156,7 @@ class Ranks:
                 saved = run.optimizer.param_groups[0].get(STATE_KEY)
                 if saved is not None:
                     restore_on_error.callback(run.optimizer.param_groups[0].__setitem__, STATE_KEY, saved)
-                self._start(saved)
+                start_(run, self._integrations, saved, make_plain=self._make_plain, restore=self._restore)
                 # Last, because an error must leave the history of an earlier run as it was.
                 if saved is None:
                     self.history.begin(self._initial_record())
@@ -371,47 +366,6 @@ class Ranks:
         beginning = attached_runs.interrupted_beginning(layers)
         if heads and beginning is not None:
             attached_runs.remember_beginning(layers, dataclasses.replace(beginning, heads=heads))
-
-    def _start(self, saved: Mapping[str, Any] | None) -> None:
-        """Gives the layers the form and the ranks with which the method begins, or with which a saved run continues."""
-        run = self._run
-        layers, allocator, optimizer = run.layers, run.allocator, run.optimizer
-        self._make_plain()  # a run that was garbage-collected has left its gates
-        if saved is None:
-            self._integrations.before_read(run)
-        check_batch(run)
-        run.base = base_fingerprint(layers)
-        retried = attached_runs.interrupted_beginning(layers) if saved is None else None
-        if saved is not None:
-            check_resumable(saved, run)
-            restore_layers_(run, saved)
-        elif groups := allocator.heads_of(layers):
-            split_(run, groups, retried)
-        run.budget = allocator.resolve_budget(layers, run.info)
-        if saved is None:
-            check_optimizer_state(run)
-            if any(layer.A in optimizer.state or layer.B in optimizer.state for layer in layers.values()):
-                check_state_follows(run)
-            run.load_train_batches()
-            if retried is None:
-                resize_(layers, allocator.initial_plan(run.context()), optimizer, seed=run.seed)
-            else:
-                continue_with_ranks_(run, retried)
-        # The weights of a finished run are final: the method must not start again.
-        run.memory = {} if saved and saved["finished"] else allocator.start(layers, run.info)
-        check_weight_copies(run)
-        run.learns_gates = layers.gates is not None
-        if saved is None:
-            compensate_gates_(layers)
-            check_optimizer_state(run)
-            try_scoring(run)
-            self._integrations.after_resize(run)
-            run.train_batches = ()  # they are not needed again
-        else:
-            self._restore(saved)
-            del optimizer.param_groups[0][STATE_KEY]  # only now: a state that is refused stays in the optimiser
-            try_scoring(run)
-        self._integrations.after_allocation(run)
 
     # The hooks of the optimiser, in the order in which they run.
 
