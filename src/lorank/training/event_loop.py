@@ -54,7 +54,7 @@ from lorank.training.checks import (
     check_state_follows,
     require_trainable,
 )
-from lorank.training.history import RankHistory, Record, log_record, record_of
+from lorank.training.history import RankHistory, Record, record_of
 from lorank.training.integrations.base import Integrations, StepSkipped
 from lorank.training.integrations.budget_notice import BudgetNotice
 from lorank.training.integrations.fused_forward import FusedForward
@@ -67,6 +67,7 @@ from lorank.training.integrations.quantised_base import QuantisedBase
 from lorank.training.integrations.torch_compile import TorchCompile
 from lorank.training.learning_rate import ScaledRate
 from lorank.training.load_hook import LoadHook
+from lorank.training.log_lines import AllocationLines, log_summary, show_lines
 from lorank.training.parallel import find_backend, inner_model
 from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.process_group import ProcessGroup, is_first_process
@@ -74,12 +75,15 @@ from lorank.training.progress import Report, scoring_progress
 from lorank.training.run_start import start_
 from lorank.training.run_state import RunState, TrainBatches
 from lorank.training.step_hooks import StepHooks
+from lorank.training.summary import Summary, summarise
 
 logger = logging.getLogger("lorank")
 
 
 class Ranks:
     """A run of rank allocation, made by :func:`~lorank.training.attach.attach`.
+
+    ``print(ranks)`` says where the run is; :meth:`summary` what has come out of it so far.
 
     Attributes:
         history: the allocations so far, one :class:`~lorank.training.history.Record` each.
@@ -103,7 +107,9 @@ class Ranks:
         grad_scaler: Any = None,
         replace: bool = False,
         train_batches: TrainBatches = (),
+        logs_summary: bool = True,
     ) -> None:
+        show_lines()
         attached_runs.require_detached(layers, optimizer, replace=replace)
         model = model if model is not None else layers.model
         compiled = compiled or is_compiled(model)
@@ -175,7 +181,8 @@ class Ranks:
             ):
                 undo.callback(handle.remove)
             self._hooks = undo.pop_all()
-        self._attached = True
+        self._attached, self._logs_summary = True, logs_summary and is_first_process()
+        self._lines = AllocationLines(self.history[-1], run.info.total_steps) if is_first_process() else None
         attached_runs.add(self)
         self._remember_beginning()
 
@@ -198,6 +205,28 @@ class Ranks:
     def info(self) -> TrainingInfo:
         """The length, seed and initial ranks of the run."""
         return self._run.info
+
+    @property
+    def by_module(self) -> dict[str, int]:
+        """The present rank of each module."""
+        return self._run.layers.ranks
+
+    def summary(self) -> Summary:
+        """What has come out of the run so far: what moved, where to, what it cost. ``print`` it, or show it in a
+        notebook; ``summary().data`` has the numbers."""
+        present = self._record(Allocation({}), {}, 0.0)
+        return summarise(self.history, None if present.ranks == self.history[-1].ranks else present)
+
+    def __repr__(self) -> str:
+        method, layers = type(self.allocator).__name__, self.layers
+        state = "finished" if self.finished else "attached" if self._attached else "detached"
+        return (
+            f"<Ranks: {method}, step {self.step} of {self.info.total_steps}, {state}; {layers.total_rank} ranks and "
+            f"{layers.parameters:,} parameters in {len(layers)} modules>"
+        )
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
 
     @property
     def step(self) -> int:
@@ -246,6 +275,8 @@ class Ranks:
                 self._make_plain()
         finally:
             self._hooks.close()
+        if self._run.step:
+            self._log_summary()
 
     def finish(self) -> None:
         """Ends the method: carries out its last decision, folds gates into B, and turns the adapter into plain LoRA.
@@ -275,9 +306,10 @@ class Ranks:
         if run.budget is not None and not run.budget.fits(run.layers.ranks):
             before = run.layers.ranks
             allocation = prune_to_budget_(run.layers, run.budget, run.optimizer)
-            self.history.append(self._record(allocation, before, 0.0))
+            self._note(self._record(allocation, before, 0.0))
         self._integrations.after_resize(run)
         self._integrations.after_allocation(run)
+        self._log_summary()
 
     def save_adapter(self, directory: str | Path) -> None:
         """Saves the present adapter in plain PEFT form, like :func:`lorank.save_adapter`, also with several processes.
@@ -457,15 +489,27 @@ class Ranks:
             self._integrations.after_resize(run)
         run.allocations += 1
         self._integrations.after_allocation(run)
-        record = self._record(allocation, before, seconds + time.perf_counter() - began)
+        self._note(self._record(allocation, before, seconds + time.perf_counter() - began))
+
+    def _note(self, record: Record) -> None:
         self.history.append(record)
-        log_record(record)
+        if self._lines is not None:
+            self._lines.add(record)
+
+    def _log_summary(self) -> None:
+        """Logs the summary once, of a run whose method moves ranks."""
+        if self._logs_summary and self.allocator.moves_ranks:
+            log_summary(self.summary())
+        self._logs_summary = False
 
     def _context(self) -> Context:
         return self._run.context()
 
     def _initial_record(self) -> Record:
-        return self._record(Allocation({}, details={"begins": True}), {}, 0.0)
+        made = dict(self.info.initial_ranks)
+        details: dict[str, Any] = {"begins": True, "total_steps": self.info.total_steps}
+        details |= {} if made == self.layers.ranks else {"made": made}
+        return self._record(Allocation({}, details=details), {}, 0.0)
 
     def _record(self, allocation: Allocation, before: Mapping[str, int], seconds: float) -> Record:
-        return record_of(self.step, self.allocator, self.layers, allocation, before, seconds)
+        return record_of(self.step, self.allocator, self.layers, allocation, before, seconds, self.budget)
