@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorank._version import __version__
-from lorank.cli import curve, planted, posthoc, resize, sweep
+from lorank.cli import curve, planted, posthoc, resize, show, sweep
 from lorank.cli.common import console, one_message, quiet_libraries
 from lorank.extras import require
 
@@ -135,6 +135,7 @@ def schema() -> None:
         typer.echo(json.dumps(json_schema(), indent=2))
 
 
+app.command()(show.show)
 app.command()(posthoc.score)
 app.command()(posthoc.prune)
 app.command()(resize.resize)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +15,28 @@ from lorank.errors import LorankError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON to standard output, for scripts, and nothing else there.")
+]
+"""The option that every command with results has."""
+
+
+def print_json(values: Any) -> None:
+    """Prints values as JSON on standard output."""
+    typer.echo(json.dumps(values, indent=2, ensure_ascii=False, default=_as_json))
+
+
+def _as_json(value: Any) -> Any:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def console(*, stderr: bool = False, soft_wrap: bool = False) -> Console:
