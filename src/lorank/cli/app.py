@@ -118,8 +118,9 @@ def demo(
         require("lorank demo", "matplotlib")
         from lorank.experiments.demo import main as run_demo
 
-        quiet_libraries(console(stderr=True))
-        run_demo(output, seed=seed)
+        progress = console(stderr=True)
+        quiet_libraries(progress)
+        run_demo(output, seed=seed, progress=progress)
 
 
 @app.command()

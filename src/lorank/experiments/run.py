@@ -84,7 +84,7 @@ def train(
     batch = settings.eval_batch_size
     before = mean_loss(model, task.validation, task.collator, batch_size=batch, progress=console.is_terminal)
     progress = TrainingProgress(console)
-    ranks = _rank_callback(config, task, progress)
+    ranks = progress.ranks = _rank_callback(config, task, progress)
     trainer = _trainer(config, arguments, task, model, [*([ranks] if ranks else []), progress])
     began = time.perf_counter()
     try:
