@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorank.cli.common import Json, console, one_message, print_json
+from lorank.cli.common import Json, console, json_output, one_message
 from lorank.errors import LorankError
 
 if TYPE_CHECKING:
@@ -48,14 +48,14 @@ def show(
 
     `lorank show my/adapter --json`
     """
-    with one_message():
+    with one_message(), json_output(as_json) as write_json:
         history, adapter = _find(run)
         if history is None:
-            _show_adapter(adapter, every=every, as_json=as_json)
+            _show_adapter(adapter, every=every, write_json=write_json if as_json else None)
             return
         summary = _summary(history, _last_step(run))
         if as_json:
-            print_json(summary.data)
+            write_json(summary.data)
             return
         output = console(soft_wrap=True)
         output.print(str(summary), highlight=False, markup=False)
@@ -115,15 +115,15 @@ def _summary(history: Path, last_step: int | None) -> Summary:
     return summarise(records, [record for record in records if record.step <= last_step or record is records[0]][-1])
 
 
-def _show_adapter(adapter: Path, *, every: bool, as_json: bool) -> None:
+def _show_adapter(adapter: Path, *, every: bool, write_json: Callable[[Any], None] | None) -> None:
     from lorank.lora import open_standalone
     from lorank.training.summary import by_projection, projections
 
     layers = open_standalone(adapter).layers
     ranks = layers.ranks
     sums = by_projection({name: {"rank": rank} for name, rank in ranks.items()})
-    if as_json:
-        print_json(
+    if write_json is not None:
+        write_json(
             {
                 "adapter": str(adapter),
                 "ranks": layers.total_rank,
