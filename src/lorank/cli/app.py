@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from lorank._version import __version__
-from lorank.cli import curve, planted, posthoc, resize, show, sweep, train
+from lorank.cli import curve, planted, prune, resize, score, show, sweep, train
 from lorank.cli.common import console, one_message, quiet_libraries
 from lorank.cli.hints import Command
 from lorank.extras import require
@@ -90,8 +90,8 @@ def schema() -> None:
 
 
 app.command(cls=Command)(show.show)
-app.command(cls=Command)(posthoc.score)
-app.command(cls=Command)(posthoc.prune)
+app.command(cls=Command)(score.score)
+app.command(cls=Command)(prune.prune)
 app.command(cls=Command)(resize.resize)
 app.command(cls=Command)(curve.curve)
 app.command()(sweep.sweep)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorank.cli.adapter_options import Data, Kind, Model, progress_bar
 from lorank.cli.common import console, one_message, quiet_libraries
-from lorank.cli.posthoc import Data, Kind, Model, progress_bar
 from lorank.experiments.adapter_folder import adapter_of_run, check_adapter
 from lorank.experiments.errors import SettingsError
 from lorank.extras import require

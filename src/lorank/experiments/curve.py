@@ -15,8 +15,8 @@ from lorank.allocators import RankCurve, rank_curve
 from lorank.config.settings import FullSettings, RunConfig, load_config
 from lorank.experiments.adapter_session import LoadedAdapter, load_finished
 from lorank.experiments.errors import SettingsError
-from lorank.experiments.posthoc import gramian_batches
 from lorank.experiments.run import train
+from lorank.experiments.scores import gramian_batches
 from lorank.files import write_text
 from lorank.report import Line, curve_picture
 

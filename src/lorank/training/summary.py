@@ -22,6 +22,7 @@ UNITS = {
     "percent": "{} % of base",
     "percent_of_adapter": "{} % of adapter",
     "bytes": "{} bytes",
+    "max_lora_rank": "a rank of at most {} in each module",
 }
 """Amounts of a budget as text. A percentage always says of what."""
 
@@ -196,6 +197,15 @@ def budget_text(budget: Mapping[str, Mapping[str, float]]) -> str:
         + f" ({100 * share(amount):.1f} % used)"
         for unit, amount in budget.items()
     )
+
+
+def named_budget_text(named: Mapping[str, float]) -> str:
+    """A budget as a user named it, as text: 50 % of adapter, 120 ranks.
+
+    Args:
+        named: the limits by name (:attr:`lorank.Budget.named`).
+    """
+    return " and ".join(UNITS.get(unit, "{} " + unit).format(_number(value)) for unit, value in named.items())
 
 
 def share(amount: Mapping[str, float]) -> float:
