@@ -15,8 +15,8 @@ from typing import Annotated
 import typer
 
 from lorank._version import __version__
-from lorank.cli import curve, planted, prune, resize, score, show, sweep, train
-from lorank.cli.common import console, one_message, quiet_libraries
+from lorank.cli import curve, doctor, init, planted, prune, resize, score, show, sweep, train
+from lorank.cli.common import console, one_message, quiet_imports, quiet_libraries
 from lorank.cli.hints import Command
 from lorank.extras import require
 
@@ -30,6 +30,10 @@ app = typer.Typer(
 Try it offline in a few minutes: `lorank demo`
 
 Train from a recipe, with changes: `lorank train e2e_alora training.lr=3e-4 output_dir=runs/mine`
+
+What came out of it: `lorank show runs/mine`
+
+A recipe of your own: `lorank init mine.yaml`. What works on this machine: `lorank doctor`
 
 Resume an interrupted run: `lorank train e2e_alora --resume`
 
@@ -52,7 +56,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    quiet_imports()
 
 
 app.command(cls=Command)(train.train)
@@ -90,6 +94,8 @@ def schema() -> None:
 
 
 app.command(cls=Command)(show.show)
+app.command(cls=Command)(init.init)
+app.command(cls=Command)(doctor.doctor)
 app.command(cls=Command)(score.score)
 app.command(cls=Command)(prune.prune)
 app.command(cls=Command)(resize.resize)

@@ -84,6 +84,12 @@ def one_message(interrupted: str = "Nothing was written.") -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def quiet_imports() -> None:
+    """Hides warnings that libraries log while they are imported, about parts of them that lorank does not use."""
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def quiet_libraries(notices: Console) -> None:
     """Shows lorank's own log messages above the progress bar, and other libraries' messages only if they are errors."""
     from rich.logging import RichHandler

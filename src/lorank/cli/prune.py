@@ -150,7 +150,8 @@ def prune(
             console().print(_one_table(loaded, done[0]))
         else:
             console().print(_table(loaded, done))
-            console().print(f"written to {out}", highlight=False, markup=False)
+            for pruned in done:
+                console(soft_wrap=True).print(f"written to {pruned.folder}", highlight=False, markup=False)
 
 
 def _as_json(loaded: LoadedAdapter, done: Sequence[Pruned]) -> dict[str, Any]:
@@ -204,7 +205,6 @@ def _table(loaded: LoadedAdapter, done: Sequence[Pruned]) -> Table:
     table.add_column("budget")
     for column in ("parameters", "% of adapter", "ranks", "highest", "loss", "increase", "predicted"):
         table.add_column(column, justify="right")
-    table.add_column("folder", overflow="fold")
     whole = [pair[0] for pair in first.ranks.values()]
     table.add_row(
         "the whole adapter", f"{first.parameters[0]:,}", "100", str(sum(whole)), str(max(whole)), f"{first.loss[0]:.4f}"
@@ -220,7 +220,6 @@ def _table(loaded: LoadedAdapter, done: Sequence[Pruned]) -> Table:
             f"{pruned.loss[1]:.4f}",
             f"{pruned.loss[1] - pruned.loss[0]:+.4f}",
             "" if pruned.predicted is None else f"{pruned.predicted:+.4f}",
-            escape(pruned.folder.name),
         )
     return table
 
