@@ -117,10 +117,14 @@ def init(
 def _answer(given: str | None, option: str, question: str, default: str) -> str:
     if given is not None:
         return given
-    if not sys.stdin.isatty():
+    if not _on_terminal():
         raise SettingsError(f"{option} is missing, and there is no terminal to ask on: give {option}")
     answer: str = typer.prompt(question, default=default)
     return answer.strip()
+
+
+def _on_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _kind(data: str) -> str:

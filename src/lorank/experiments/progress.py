@@ -137,7 +137,8 @@ class TrainingProgress(TrainerCallback):
         if self._estimate is None:
             return "–:––"
         seconds = max(0, round(self._estimate - (time.perf_counter() - self._estimated_at)))
-        text = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}".removeprefix("0:")
+        hours, minutes = seconds // 3600, seconds // 60 % 60
+        text = f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
         unknown = 0 if self._left.knows_allocations or self._scoring_since else self._left.allocations(self._step)
         return f"{text} left" + (f" and {unknown} × scoring" if unknown else "")
 
