@@ -75,6 +75,14 @@ def test_show_an_adapter_without_a_history(run: Path) -> None:
     assert "has no rank_history.jsonl and no adapter_config.json" in refused.stderr
 
 
+def test_resize_as_json(run: Path, tmp_path: Path) -> None:
+    done = call("resize", run.parent / "alone", "--budget", "50%", "--out", tmp_path / "half", "--json")
+    assert done.exit_code == 0, done.output
+    values = json.loads(done.stdout)
+    assert values["parameters"][1] <= values["parameters"][0] / 2
+    assert values["folder"] == str(tmp_path / "half")
+
+
 def test_doctor_lists_what_is_there_and_how_to_get_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     from lorank.cli import doctor
 
