@@ -135,7 +135,7 @@ def test_base_parameters_of_a_four_bit_model_are_its_real_numbers() -> None:
     ("budget", "message"),
     [
         ("1 params", "1 parameters is less than the 48 parameters that 14 modules need at least"),
-        ({"percent": 0.0001}, "per cent of the base model is less than the"),
+        ({"percent": 0.0001}, r"budget of 0.0001 per cent of the base model \(0 parameters\) is less than the 0.2446"),
         (0.01, "ranks per module is less than"),
         (33, r"33 ranks per module is more than the 2\d.* modules can hold"),
         ({"ranks_per_module": 8, "max_lora_rank": 4}, "8 ranks per module is more than the 4 .* at most 4 in each"),

@@ -55,6 +55,7 @@ def test_a_finished_run(run: Path, values: dict[str, Any], tmp_path: Path) -> No
         ]
         assert f"{point.loss:.4f}" in line
         assert ("knee" in line) is (point is curve.knee)
+    assert json.loads(lorank("curve", run, "--samples", 12, "--json").stdout)["points"] == written["points"]
     for at in ("knee", "50%"):
         printed = json.loads(lorank("curve", run, "--samples", 12, "--at", at).stdout)
         assert printed == json.loads(json.dumps(curve.lora_config(at)))

@@ -16,8 +16,9 @@ from typer.testing import CliRunner, Result
 from lorank.allocators import Budget
 from lorank.cli.app import app
 from lorank.experiments.adapter_session import load_finished
-from lorank.experiments.posthoc import prune, score
-from lorank.lora import AdapterLayers, LayerPlan, resize_, save_adapter
+from lorank.experiments.posthoc import prune
+from lorank.experiments.scores import score
+from lorank.lora import AdapterLayers, LayerPlan, find_layers, resize_, save_adapter
 from lorank.scoring import balanced_scores
 from lorank.tasks import mean_loss
 from tests.elsewhere import Case, reload
@@ -124,7 +125,8 @@ def test_every_unit_of_a_budget(adapter: Path, texts: Path, tmp_path: Path, opti
 def test_scores_are_shown_and_written_and_change_nothing(adapter: Path, texts: Path, tmp_path: Path) -> None:
     before = contents(adapter)
     written = tmp_path / "scores.json"
-    result = lorank("score", adapter, "--data", texts, "--samples", 4, "--terms", "without", "--out", written)
+    result = lorank("score", adapter, "--data", texts, "--samples", 4, "--by", "ablation", "--terms",
+                    "without", "--out", written)  # fmt: skip
     assert result.exit_code == 0, result.output
     assert contents(adapter) == before
     scores = json.loads(written.read_text())
@@ -161,7 +163,7 @@ def test_balanced_scores_are_of_the_balanced_basis(adapter: Path, texts: Path, t
     for name, values in scores["scores"].items():
         assert values == sorted(values, reverse=True)
         line = next(line for line in result.stdout.splitlines() if name in line)
-        assert f"{max(values):.3g}" in line
+        assert f"{max(values) / 2:.3g}" in line  # Δloss
         held = next(k for k in range(1, 5) if sum(values[:k]) >= 0.95 * sum(values))
         assert line.split("│")[-2].strip() == str(held)
     found = balanced_scores(
@@ -323,7 +325,8 @@ def test_the_figures_are_those_of_the_files(
     assert pruned.loss[1] == pytest.approx(found, abs=1e-5)
     assert pruned.parameters[1] == size(tmp_path / "out")
     after = {name: rank for name, (_, rank) in pruned.ranks.items()}
-    assert after == loaded.layers.ranks
+    assert {name: rank for name, rank in after.items() if rank} == find_layers(written).ranks
+    assert set(loaded.layers.ranks.values()) == {4}  # the model in memory is as it was, for the next budget
     assert after[next(iter(after))] == 0
 
 
@@ -428,3 +431,88 @@ def test_an_adapter_that_names_no_model(adapter: Path, texts: Path, tmp_path: Pa
     assert "does not name its base model: give --model" in result.stderr
     assert lorank("score", tmp_path, "--data", texts, "--by", "saliency", "--model",
                   config["base_model_name_or_path"]).exit_code == 0  # fmt: skip
+
+
+def test_several_budgets_from_one_scoring_are_those_of_each_alone(adapter: Path, texts: Path, tmp_path: Path) -> None:
+    options = ["--data", texts, "--samples", 4, "task.block_size=32"]
+    result = lorank("prune", adapter, *options, "--budget", "75%,9 ranks", "--budget", "0.2% of base",
+                    "--out", tmp_path / "cuts", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    budgets = [one["budget"] for one in values["pruned"]]
+    assert budgets == ["75 % of adapter", "9 ranks", "0.2 % of base"]  # a percentage says of what
+    assert values["loss"] < min(one["loss"] for one in values["pruned"])
+    alone = lorank("prune", adapter, *options, "--budget", "9 ranks", "--out", tmp_path / "alone")
+    assert alone.exit_code == 0, alone.output
+    assert "9 ranks" in alone.stdout
+    assert "% of adapter)" in alone.stdout
+    folder = Path(values["pruned"][1]["folder"])
+    assert contents(folder)["adapter_model.safetensors"] == contents(tmp_path / "alone")["adapter_model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "cuts").iterdir()) == [
+        "0.2_percent_of_base", "75_percent_of_adapter", "9_ranks",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("by", ["balanced", "first_order"])
+def test_scores_are_reused(
+    adapter: Path, texts: Path, tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--data", texts, "--samples", 4, "task.block_size=32"]
+    file = tmp_path / "scores.json"
+    assert lorank("score", adapter, *options, "--by", by, "--out", file).exit_code == 0
+    new = lorank("prune", adapter, *options, "--by", by, "--budget", "50%", "--out", tmp_path / "new")
+    assert new.exit_code == 0, new.output
+    monkeypatch.setattr("lorank.experiments.scores.score", None)  # not called again
+    old = lorank("prune", adapter, *options, "--scores", file, "--budget", "50%", "--out", tmp_path / "old")
+    assert old.exit_code == 0, old.output
+    assert contents(tmp_path / "old") == contents(tmp_path / "new")
+    # of another state of the adapter, they are refused
+    changed = shutil.copytree(tmp_path / "new", tmp_path / "changed")
+    refused = lorank("prune", changed, *options, "--scores", file, "--budget", "50%", "--out", tmp_path / "no")
+    assert refused.exit_code == 2
+    assert "whose weights are not those of" in refused.stderr
+    file.write_text("{}")
+    broken = lorank("prune", adapter, *options, "--scores", file, "--budget", "50%", "--out", tmp_path / "no")
+    assert "cannot be read as scores" in broken.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_scores_are_what_the_loss_rises_by_sorted_and_summed(adapter: Path, texts: Path, tmp_path: Path) -> None:
+    """By default: fast, and it says how long the slow way takes. Both terms are what their names say."""
+    options = ["--data", texts, "--samples", 4]
+    fast = lorank("score", adapter, *options)
+    assert fast.exit_code == 0, fast.output
+    assert "exact ablation (--by ablation): 49 evaluations, up to" in " ".join(fast.stdout.split())
+    assert "Δloss" in fast.stdout
+    exact = lorank("score", adapter, *options, "--by", "ablation", "--json")
+    values = json.loads(exact.stdout)
+    first = json.loads(lorank("score", adapter, *options, "--json").stdout)
+    sums = list(values["projections"].values())
+    assert sums == sorted(sums, reverse=True)
+    assert sum(sums) == pytest.approx(sum(map(sum, values["delta_loss"].values())))
+    for name, row in values["delta_loss"].items():
+        for rank, without in enumerate(row):
+            alone = values["gain_alone"][name][rank]
+            score = values["scores"][name][rank]
+            # IS = Δloss − L(r alone) = Δloss + gain − L(no rank): the same constant for all
+            assert score - without - alone == pytest.approx(
+                values["scores"][next(iter(values["scores"]))][0]
+                - next(iter(values["delta_loss"].values()))[0]
+                - next(iter(values["gain_alone"].values()))[0],
+                abs=1e-4,
+            )
+    assert first["by"] == "first_order"
+    opened = load_finished(adapter, data=str(texts))
+    batch = opened.task.collator(opened.task.validation[:4])
+    name, layer = next(iter(opened.layers.items()))
+    with torch.no_grad():
+        whole = float(opened.model(**batch).loss)
+        for other in opened.layers.values():
+            if other is not layer:
+                other.B.zero_()
+        layer.B[:, 1:] = 0
+        alone = float(opened.model(**batch).loss)
+        layer.B.zero_()
+        empty = float(opened.model(**batch).loss)
+    assert values["loss"] == pytest.approx(whole, abs=1e-5)
+    assert values["gain_alone"][name][0] == pytest.approx(empty - alone, abs=1e-5)

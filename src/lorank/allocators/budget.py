@@ -131,19 +131,19 @@ class Budget:
         constraints: list[Constraint] = []
         if self.ranks_per_module is not None:
             limit = _floor(self.ranks_per_module * len(layers))
-            constraints.append(Constraint("ranks_per_module", each, limit, len(layers)))
+            constraints.append(Constraint("ranks_per_module", each, limit, len(layers), self.ranks_per_module))
         if self.ranks is not None:
             constraints.append(Constraint("ranks", each, self.ranks))
         if self.parameters is not None:
             constraints.append(Constraint("parameters", trained, self.parameters))
         if self.percent is not None:
             per_cent = base_parameters(layers.model) / 100
-            constraints.append(Constraint("percent", trained, _floor(self.percent * per_cent), per_cent))
+            constraints.append(Constraint("percent", trained, _floor(self.percent * per_cent), per_cent, self.percent))
         if self.percent_of_adapter is not None:
             ranks = made or layers.ranks
             per_cent = sum(rank * (layers[name].d_in + layers[name].d_out) for name, rank in ranks.items()) / 100
             limit = _floor(self.percent_of_adapter * per_cent)
-            constraints.append(Constraint("percent_of_adapter", trained, limit, per_cent))
+            constraints.append(Constraint("percent_of_adapter", trained, limit, per_cent, self.percent_of_adapter))
         if self.bytes is not None:
             constraints.append(Constraint("bytes", saved, self.bytes))
         cap = math.inf if self.max_lora_rank is None else self.max_lora_rank
@@ -217,14 +217,14 @@ def _check(budget: ResolvedBudget) -> None:
         if constraint.limit < least:
             why = " (one rank each: DoRA and trained biases need one)" if any(budget.minima.values()) else ""
             raise BudgetError(
-                f"the budget of {constraint.amount(constraint.limit)} is less than the "
+                f"the budget of {constraint.text} is less than the "
                 f"{constraint.amount(least)} that {modules} modules need at least{why}: give a larger budget"
             )
     over = [c for c in budget.constraints if c.limit > c.cost(budget.caps)]
     if len(over) == len(budget.constraints):
         first = over[0]
         raise BudgetError(
-            f"the budget of {first.amount(first.limit)} is more than the {first.amount(first.cost(budget.caps))} "
+            f"the budget of {first.text} is more than the {first.amount(first.cost(budget.caps))} "
             f"that {modules} modules can hold, with a rank of at most {max(budget.caps.values())} in each "
             "(min(d_in, d_out), or max_lora_rank): give a smaller budget, or adapt more modules"
         )

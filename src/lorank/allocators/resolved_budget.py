@@ -30,12 +30,23 @@ class Constraint:
         costs: per module, the cost of one rank, ≥ 1.
         limit: the highest total cost of all ranks.
         unit_size: the cost of one unit that the user thinks in (one rank per module, one per cent of the base model).
+        named: the limit as the user named it, in this unit. ``limit`` is a whole number, so it may be a little less.
+            None: it was not named.
     """
 
     unit: str
     costs: Mapping[str, int]
     limit: int
     unit_size: float = 1.0
+    named: float | None = None
+
+    @property
+    def text(self) -> str:
+        """The limit as text, as the user named it; a part of something also in parameters."""
+        if self.named is None:
+            return self.amount(self.limit)
+        whole = f" ({self.limit:,} parameters)" if self.unit.startswith("percent") else ""
+        return f"{self.named:.6g} {_UNITS.get(self.unit, self.unit)}{whole}"
 
     def cost(self, ranks: Mapping[str, int]) -> int:
         return sum(self.costs[name] * rank for name, rank in ranks.items())
@@ -71,8 +82,8 @@ class ResolvedBudget:
         return {c.unit: {"used": c.cost(ranks) / c.unit_size, "limit": c.limit / c.unit_size} for c in self.constraints}
 
     def describe(self) -> str:
-        """The limits as text: ``84 ranks and 0.32 per cent of the base model``."""
-        return " and ".join(constraint.amount(constraint.limit) for constraint in self.constraints)
+        """The limits as text: ``84 ranks and 0.32 per cent of the base model (10,310 parameters)``."""
+        return " and ".join(constraint.text for constraint in self.constraints)
 
     def room(self, ranks: Mapping[str, int], name: str) -> int:
         """How many more ranks module ``name`` may receive if all other modules keep their ranks. ≥ 0."""
@@ -150,7 +161,7 @@ class ResolvedBudget:
         """
         return replace(
             self,
-            constraints=tuple(replace(c, limit=int(c.limit * factor)) for c in self.constraints),
+            constraints=tuple(replace(c, limit=int(c.limit * factor), named=None) for c in self.constraints),
             caps={name: max(cap, min(most[name], int(cap * factor))) for name, cap in self.caps.items()},
         )
 
@@ -187,7 +198,9 @@ class ResolvedBudget:
 
         return replace(
             self,
-            constraints=tuple(replace(c, limit=between(c.limit, c.cost(start_ranks))) for c in self.constraints),
+            constraints=tuple(
+                replace(c, limit=between(c.limit, c.cost(start_ranks)), named=None) for c in self.constraints
+            ),
             caps={name: between(cap, start_ranks[name]) for name, cap in self.caps.items()},
         )
 

@@ -122,6 +122,6 @@ def stage_budget(budget: ResolvedBudget, start: Mapping[str, int], position: flo
 
     return replace(
         budget,
-        constraints=tuple(replace(c, limit=between(c.limit, c.cost(start))) for c in budget.constraints),
+        constraints=tuple(replace(c, limit=between(c.limit, c.cost(start)), named=None) for c in budget.constraints),
         caps={name: between(cap, start[name]) for name, cap in budget.caps.items()},
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +17,44 @@ from lorank.errors import LorankError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON to standard output, for scripts, and nothing else there.")
+]
+"""The option that every command with results has."""
+
+
+@contextmanager
+def json_output(wanted: bool) -> Iterator[Callable[[Any], None]]:
+    """Yields a function that prints values as JSON on standard output.
+
+    Args:
+        wanted: whether the command prints JSON. Then whatever else prints to standard output meanwhile, also other
+            libraries, goes to standard error.
+    """
+    output = sys.stdout
+
+    def write(values: Any) -> None:
+        output.write(json.dumps(values, indent=2, ensure_ascii=False, default=_plain) + "\n")
+
+    with redirect_stdout(sys.stderr) if wanted else nullcontext():
+        yield write
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def duration(seconds: float) -> str:
+    """A duration as text, to two digits or so: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def console(*, stderr: bool = False, soft_wrap: bool = False) -> Console:
@@ -41,6 +82,12 @@ def one_message(interrupted: str = "Nothing was written.") -> Iterator[None]:
     except KeyboardInterrupt:
         console(stderr=True, soft_wrap=True).print(f"Interrupted. {interrupted}")
         raise typer.Exit(130) from None
+
+
+def quiet_imports() -> None:
+    """Hides warnings that libraries log while they are imported, about parts of them that lorank does not use."""
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def quiet_libraries(notices: Console) -> None:

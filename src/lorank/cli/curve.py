@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorank.cli.common import console, one_message, quiet_libraries
-from lorank.cli.posthoc import Data, Kind, Model, progress_bar
+from lorank.cli.adapter_options import Data, Kind, Model, progress_bar
+from lorank.cli.common import Json, console, json_output, one_message, quiet_libraries
 from lorank.experiments.adapter_folder import adapter_of_run, check_adapter
 from lorank.experiments.errors import SettingsError
 from lorank.extras import require
@@ -58,6 +57,7 @@ def curve(
         typer.Option(help="Recipes only: the part of the recipe's steps. A part shows too few ranks. [default: 1]"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the curve, and the run, in --out.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Which rank do I need? Predict the loss for every budget, from one wide adapter and a few batches.
 
@@ -73,7 +73,7 @@ def curve(
 
     `lorank curve e2e_lora --rank 16`
     """
-    with one_message():
+    with one_message(), json_output(as_json) as write_json:
         if out is not None or not _is_adapter(source):
             require("lorank curve --out", "altair", "vl_convert")
         folder = Path(source) if _is_adapter(source) else None
@@ -83,7 +83,8 @@ def curve(
             _check_recipe(source, data, task, model, config)
         from lorank.experiments import curve as curves
 
-        quiet_libraries(console(stderr=True))
+        progress = console(stderr=True)  # one: log lines must not break the view of a run
+        quiet_libraries(progress)
         steps = None
         if folder is not None:
             if out is not None:
@@ -101,7 +102,7 @@ def curve(
                 rank=16 if rank is None else rank,
                 fraction=1.0 if fraction is None else fraction,
                 overwrite=overwrite,
-                console=console(stderr=True),
+                console=progress,
             )
         with progress_bar("Measuring") as report:
             measured = curves.measure(loaded, samples=samples, progress=report)
@@ -109,11 +110,13 @@ def curve(
             from dataclasses import replace
 
             measured = replace(measured, steps=steps)
-        chosen = None if at is None else json.dumps(measured.curve.lora_config(at), indent=2)
+        chosen = None if at is None else measured.curve.lora_config(at)
         if out is not None:
             curves.write(measured, out)
-        if chosen is not None:
-            typer.echo(chosen)
+        if chosen is not None:  # it is JSON in any case
+            write_json(chosen)
+        elif as_json:
+            write_json(curves.as_json(measured))
         else:
             console().print(_table(measured))
             if out is not None:
@@ -155,7 +158,7 @@ def _table(measured: Measured) -> Table:
         title=f"Rank curve of {escape(str(measured.adapter))}{wide}, on {measured.samples} examples of "
         f"{escape(measured.data)}: predicted loss"
     )
-    for column in ("budget", "parameters", "ranks", "modules", "highest rank", "loss", "increase", ""):
+    for column in ("of adapter", "parameters", "ranks", "modules", "highest rank", "loss", "increase", ""):
         table.add_column(column, justify="right")
     for point in sorted(curve.points, key=lambda one: -one.parameters):
         ranks = [rank for rank in point.ranks.values() if rank]

@@ -28,4 +28,4 @@ def check_sections(path: str | Path, overrides: Sequence[str] = ()) -> RunSectio
     try:
         return RunSections.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(explain(error, RunSections, str(path))) from error
+        raise ConfigError(explain(error, RunSections, str(path), values)) from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from lorank.errors import LorankError
+from lorank.tasks.known import nearest_name
 
 OTHER_NAMES = {
     "batch": "batch_size",
@@ -36,20 +37,31 @@ class ConfigError(LorankError):
     """A configuration cannot be read, or has unknown keys or wrong values; the message lists all of them."""
 
 
-def explain(error: ValidationError, root: type[BaseModel], source: str) -> str:
+def explain(error: ValidationError, root: type[BaseModel], source: str, values: Mapping[str, Any] | None = None) -> str:
     """The message for all errors that pydantic found: one line per error, in the order of the file.
 
     Args:
         error: pydantic's error.
         root: the class that describes the whole file.
         source: the name of the file or of another source; the message begins with it.
+        values: the values with the errors. If their data set has nearly the name of a known one, the message begins
+            with it: a known data set sets further keys, which are missing otherwise.
     """
+    if near := nearest_data((values or {}).get("task")):
+        given = (values or {})["task"]["data"]
+        return f"{source}: task.data: {given!r} is no known data set; did you mean {near}?"
     # without pydantic's links to its own documentation, which do not help the user
     details = error.errors(include_url=False)
     lines = [_short(_line(detail, root)) for detail in details[:MAX_LINES]]
     lines += ["…"] if len(details) > MAX_LINES else []
     count = f"{len(details)} error{'s' if len(details) > 1 else ''}"
     return f"{source}: {count}\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def nearest_data(task: Any) -> str | None:
+    """The known data set whose name is nearly that of a task's data; None: there is none, or the data may exist."""
+    data = task.get("data") if isinstance(task, Mapping) else None
+    return nearest_name(data) if isinstance(data, str) else None
 
 
 def _short(text: str) -> str:
@@ -118,6 +130,27 @@ def _all_keys(root: type[BaseModel]) -> dict[str, str]:
             for key in model.model_fields:
                 keys.setdefault(f"{section}.{key}", owner)
     return keys
+
+
+def known_key(name: str, root: type[BaseModel]) -> str | None:
+    """The dotted key that is meant by a dotted key, or by the name of a key alone, also by transformers' and PEFT's.
+
+    Args:
+        name: `training.lr`, `lr` or `learning_rate`.
+        root: the class that describes the whole file.
+
+    Returns:
+        The key, `training.lr`; None: there is no such key. Keys of an allocator are not known here, and returned as
+        they are.
+    """
+    keys = _all_keys(root)
+    section, dot, leaf = name.rpartition(".")
+    leaf = OTHER_NAMES.get(leaf, leaf)
+    if dot:
+        return f"{section}.{leaf}" if f"{section}.{leaf}" in keys or section == "allocator" else None
+    if leaf in keys:
+        return leaf
+    return next((key for key in keys if key.rpartition(".")[2] == leaf and key.count(".") == 1), None)
 
 
 def _suggest(path: Sequence[str], model: type[BaseModel] | None, root: type[BaseModel]) -> str:

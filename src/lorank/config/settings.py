@@ -173,10 +173,11 @@ def make_config(
     Raises:
         ConfigError: see `load_config`.
     """
+    changed = apply_overrides(values, overrides)
     try:
-        return RunConfig.model_validate(apply_overrides(values, overrides))
+        return RunConfig.model_validate(changed)
     except ValidationError as error:
-        raise ConfigError(explain(error, RunConfig, source)) from error
+        raise ConfigError(explain(error, RunConfig, source, changed)) from error
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -15,8 +15,8 @@ from lorank.allocators import RankCurve, rank_curve
 from lorank.config.settings import FullSettings, RunConfig, load_config
 from lorank.experiments.adapter_session import LoadedAdapter, load_finished
 from lorank.experiments.errors import SettingsError
-from lorank.experiments.posthoc import gramian_batches
 from lorank.experiments.run import train
+from lorank.experiments.scores import gramian_batches
 from lorank.files import write_text
 from lorank.report import Line, curve_picture
 
@@ -137,6 +137,18 @@ def check_files(folder: Path, *, overwrite: bool) -> None:
         raise SettingsError(f"--out {folder} has a rank curve: name another folder, or replace it (--overwrite)")
 
 
+def as_json(measured: Measured) -> dict[str, Any]:
+    """A curve as `curve.json` holds it."""
+    return {
+        "curve of": str(measured.adapter),
+        "data": measured.data,
+        "samples": measured.samples,
+        "steps": measured.steps,
+        **measured.curve.to_dict(),
+        "lora_config_at_knee": measured.curve.lora_config("knee"),
+    }
+
+
 def write(measured: Measured, folder: Path) -> None:
     """Writes `curve.json` and `curve.png`.
 
@@ -145,14 +157,6 @@ def write(measured: Measured, folder: Path) -> None:
         WriteError: no space, no permission.
     """
     curve = measured.curve
-    values = {
-        "curve of": str(measured.adapter),
-        "data": measured.data,
-        "samples": measured.samples,
-        "steps": measured.steps,
-        **curve.to_dict(),
-        "lora_config_at_knee": curve.lora_config("knee"),
-    }
     points = [(point.parameters, point.loss) for point in curve.points]
     curve_picture(
         [Line("predicted: the present loss + ½ Σ σ² of the ranks left out", points)],
@@ -160,4 +164,4 @@ def write(measured: Measured, folder: Path) -> None:
         knee=(curve.knee.parameters, curve.knee.loss),
         title=f"Rank curve: {measured.data}, {measured.samples} examples",
     )
-    write_text(folder / JSON, json.dumps(values, indent=2) + "\n")
+    write_text(folder / JSON, json.dumps(as_json(measured), indent=2) + "\n")

@@ -1,7 +1,4 @@
-"""After training: scores of the ranks of a trained adapter, and a smaller adapter with the best ranks.
-
-Most scores are of the ranks as they were trained. Balanced truncation first turns every module to the basis in which
-what its ranks are worth has an answer (:mod:`lorank.scoring.balanced`), and scores the ranks of that basis.
+"""After training: smaller adapters with the best ranks of a trained adapter.
 
 Any PEFT LoRA adapter works: a folder with adapter_config.json is enough. Nothing is trained, and the files that are
 read are not changed.
@@ -9,14 +6,13 @@ read are not changed.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from torch import Tensor
+import torch
 
 from lorank.allocators import Budget, ResolvedBudget, truncate_
 from lorank.allocators.truncation import STAGES
@@ -29,54 +25,17 @@ from lorank.experiments.adapter_folder import (
 )
 from lorank.experiments.adapter_session import LoadedAdapter
 from lorank.experiments.errors import SettingsError
+from lorank.experiments.scores import Scored, gramian_batches
 from lorank.lora import (
     LayerPlan,
+    LayersSnapshot,
     check_file_can_shrink,
     check_save_directory,
     read_adapter_config,
     resize_,
     save_adapter,
 )
-from lorank.scoring import (
-    Balanced,
-    ablation_scores,
-    balanced_scores,
-    first_order_scores,
-    saliency_scores,
-    screened_scores,
-)
-from lorank.tasks import mean_loss
-
-By = Literal["balanced", "ablation", "first_order", "screen", "saliency"]
-Terms = Literal["both", "without", "alone"]
-SALIENCY_BATCH = 4
-"""Samples per gradient: few, so that gradients of different samples do not cancel."""
-BALANCED_BATCH = 8
-"""Samples per pass for Gramians, which do not depend on it."""
-SCORES_BEGIN = b'{\n  "adapter": '
-"""The first bytes of a file with scores."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Scores of all ranks.
-
-    Args:
-        scores: per module (r,), higher = keep. By `balanced`, they are σ² of the ranks of the balanced basis, which are
-            other ranks than the adapter's own, descending.
-        by: the kind of score.
-        samples: number of validation examples used.
-        loss: mean loss of the unchanged adapter on these examples.
-        seconds: wall-clock time.
-        balanced: by `balanced`, the bases; else None.
-    """
-
-    scores: Mapping[str, Tensor]
-    by: By
-    samples: int
-    loss: float
-    seconds: float
-    balanced: Mapping[str, Balanced] | None = None
+from lorank.training.summary import named_budget_text
 
 
 @dataclass(frozen=True)
@@ -89,6 +48,7 @@ class Pruned:
         parameters: parameters in A and B, (before, after).
         loss: mean loss on validation examples that were not used for scoring, (before, after).
         examples: number of these examples.
+        budget: the budget as text, which says of what a percentage is.
         predicted: by `balanced`, the increase of the loss that was predicted, summed over the stages; else None.
     """
 
@@ -97,79 +57,8 @@ class Pruned:
     parameters: tuple[int, int]
     loss: tuple[float, float]
     examples: int
+    budget: str
     predicted: float | None = None
-
-
-def score(
-    loaded: LoadedAdapter,
-    *,
-    by: By = "ablation",
-    terms: Terms = "both",
-    samples: int = 32,
-    budget: ResolvedBudget | None = None,
-    progress: Any = None,
-) -> Scored:
-    """Scores each rank on the first `samples` validation examples.
-
-    Args:
-        loaded: the adapter; it is not changed.
-        by: `balanced` (σ² in the balanced basis: twice the loss that taking the rank away is predicted to cost; two
-            backward passes per eight samples), `ablation` (AB-LoRA: the loss without the rank and the loss with the
-            rank alone, one evaluation each), `first_order` (estimates of ablation from two backward passes), `screen`
-            (both: estimates, then evaluations until the ranks to prune are certain) or `saliency` (the gradient of the
-            loss with respect to a gate on the rank: one backward pass per four samples).
-        terms: the terms of ablation, or of its estimates, to use: `both`, `without` or `alone`.
-        samples: number of examples, ≥ 1.
-        budget: the budget that decides which ranks are pruned; needed for `screen`.
-        progress: called with (done, total), evaluations or passes over the samples; not for saliency.
-
-    Raises:
-        SettingsError: the kind of score is unknown, `samples` is below 1, or `screen` has no budget.
-        ValidationBatchError: see `lorank.scoring`.
-    """
-    if by not in get_args(By):
-        raise SettingsError(f"--by {by!r}: expected one of {', '.join(get_args(By))}")
-    if terms not in get_args(Terms):
-        raise SettingsError(f"--terms {terms!r}: expected one of {', '.join(get_args(Terms))}")
-    if samples < 1:
-        raise SettingsError(f"--samples {samples}: expected at least 1")
-    if by == "screen" and budget is None:
-        raise SettingsError(
-            "--by screen needs a budget, because it evaluates ranks until the ranks to prune are certain: use it with "
-            "lorank prune, or score --by ablation or first_order"
-        )
-    task, began = loaded.task, time.perf_counter()
-    examples = task.validation[:samples]
-    balanced: Mapping[str, Balanced] | None = None
-    if by == "balanced":
-        balanced = balanced_scores(loaded.model, loaded.layers, gramian_batches(loaded, samples), progress=progress)
-        scores = {name: one.worth for name, one in balanced.items()}
-        loss = mean_loss(loaded.model, examples, task.collator, batch_size=loaded.batch_size, progress=False)
-    elif by != "saliency":
-        scorer: Any = ablation_scores if by == "ablation" else first_order_scores
-        if by == "screen":
-            assert budget is not None  # checked above
-            scorer = partial(screened_scores, choose=partial(_pruned_by, budget))
-        result = scorer(loaded.model, loaded.layers, task.collator(examples), terms=terms, progress=progress)
-        scores, loss = result.scores, result.baseline
-    else:
-        parts = [examples[start : start + SALIENCY_BATCH] for start in range(0, len(examples), SALIENCY_BATCH)]
-        scores = saliency_scores(loaded.model, loaded.layers, (task.collator(part) for part in parts))
-        loss = mean_loss(loaded.model, examples, task.collator, batch_size=loaded.batch_size, progress=False)
-    return Scored(scores, by, len(examples), loss, time.perf_counter() - began, balanced)
-
-
-def gramian_batches(loaded: LoadedAdapter, samples: int) -> list[Mapping[str, Any]]:
-    """The first `samples` validation examples, in batches for Gramians."""
-    examples = loaded.task.validation[:samples]
-    parts = [examples[start : start + BALANCED_BATCH] for start in range(0, len(examples), BALANCED_BATCH)]
-    return [loaded.task.collator(part) for part in parts]
-
-
-def _pruned_by(budget: ResolvedBudget, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-    """The ranks that exceed a budget, (module, index)."""
-    kept = budget.keep_best(scores)
-    return [(name, k) for name, values in scores.items() for k in range(len(values)) if k not in kept[name]]
 
 
 def prune(
@@ -181,6 +70,7 @@ def prune(
     stages: int = STAGES,
     overwrite: bool = False,
     progress: Any = None,
+    loss: float | None = None,
 ) -> Pruned:
     """Keeps the ranks with the highest scores that fit the budget, and saves them as a plain PEFT adapter.
 
@@ -188,13 +78,14 @@ def prune(
     and scored anew before each (:mod:`lorank.allocators.truncation`).
 
     Args:
-        loaded: the adapter; the model in memory is pruned.
+        loaded: the adapter. Its model is pruned meanwhile and then restored, so that other budgets can follow.
         scored: its scores.
         budget: the budget of the smaller adapter.
         out: the folder for the smaller adapter.
         stages: by `balanced`, the number of stages, ≥ 1.
         overwrite: replace an adapter in `out`. The original is never replaced, and other files are never touched.
         progress: by `balanced`, called with (batches done, batches in all); or None.
+        loss: the loss of the whole adapter on the examples that are held apart, if it was measured before.
 
     Raises:
         BudgetError: the adapter already fits the budget, or no adapter can fit it.
@@ -204,25 +95,52 @@ def prune(
     layers, before = loaded.layers, loaded.layers.ranks
     resolved = check_budget(loaded, budget)
     parameters = layers.parameters
-    loss = loaded.loss(scored.samples)
-    predicted = None
-    if scored.balanced is not None:
-        batches = gramian_batches(loaded, scored.samples)
-        done = truncate_(
-            loaded.model, layers, batches, resolved, stages=stages, first=scored.balanced, progress=progress
-        )
-        predicted = sum(stage.predicted for stage in done)
-    else:
-        resize_(layers, {name: LayerPlan(kept) for name, kept in resolved.keep_best(scored.scores).items()})
-    written = loaded.reload(save_adapter(layers, out))  # every figure is measured on the files
+    loss = loaded.loss(scored.samples) if loss is None else loss
+    weights = [weight for layer in layers.values() for weight in (layer.A, layer.B)]
+    snapshot = LayersSnapshot(layers, torch.optim.SGD(weights))  # a snapshot is of weights and an optimiser's state
+    try:
+        predicted = _cut_(loaded, scored, resolved, stages, progress)
+        folder = save_adapter(layers, out)
+    finally:
+        snapshot.restore_()
+    written = loaded.reload(folder)  # every figure is measured on the files
     return Pruned(
         folder=written.adapter,
         ranks={name: (rank, written.layers.ranks.get(name, 0)) for name, rank in before.items()},
         parameters=(parameters, written.layers.parameters),
         loss=(loss, written.loss(scored.samples)),
         examples=len(loaded.held_apart(scored.samples)),
+        budget=named_budget_text(budget.named),
         predicted=predicted,
     )
+
+
+def _cut_(loaded: LoadedAdapter, scored: Scored, budget: ResolvedBudget, stages: int, progress: Any) -> float | None:
+    """Cuts the model in memory. Returns the predicted increase of the loss, by `balanced`."""
+    if scored.balanced is None:
+        kept = budget.keep_best(scored.scores)
+        resize_(loaded.layers, {name: LayerPlan(indices) for name, indices in kept.items()})
+        return None
+    batches = gramian_batches(loaded, scored.samples)
+    done = truncate_(
+        loaded.model, loaded.layers, batches, budget, stages=stages, first=scored.balanced, progress=progress
+    )
+    return sum(stage.predicted for stage in done)
+
+
+def folders_of(out: Path, budgets: Sequence[Budget]) -> list[Path]:
+    """The folder of the smaller adapter of each budget: `out` itself for one budget, else folders in it.
+
+    Raises:
+        SettingsError: two budgets are the same.
+    """
+    if len(budgets) == 1:
+        return [out]
+    names = [re.sub(r"[^\w.]+", "_", named_budget_text(one.named).replace("%", "percent")) for one in budgets]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SettingsError(f"--budget: two of the budgets are {twice.replace('_', ' ')}: give each once")
+    return [out / name for name in names]
 
 
 def pruning_budget(loaded: LoadedAdapter, spec: str | None, max_lora_rank: int | None = None) -> Budget:
@@ -268,22 +186,6 @@ def check_adapter(adapter: Path) -> None:
         AdapterError: there is no LoRA adapter, or its initialisation changed the base weights.
     """
     check_file_can_shrink(read_adapter_config(adapter_of_run(adapter)).get("init_lora_weights"))
-
-
-def check_scores_file(out: Path) -> None:
-    """Checks, before anything slow begins, that the scores may be written to `out`.
-
-    Raises:
-        SettingsError: `out` is a folder, or a file that does not hold scores.
-    """
-    if not out.exists():
-        return
-    if out.is_dir():
-        raise SettingsError(f"--out {out} is a folder: name a file, e.g. {out / 'scores.json'}")
-    with out.open("rb") as file:
-        theirs = not file.read(len(SCORES_BEGIN)).startswith(SCORES_BEGIN)
-    if theirs:
-        raise SettingsError(f"--out {out} exists and does not hold scores: name another file, or remove this one first")
 
 
 def check_out(adapter: Path, out: str | Path, *, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,19 +18,19 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback
 
 from lorank._version import __version__
-from lorank.allocators import Context, TrainingInfo, gradient_start_, initial_ranks_
 from lorank.config.sections import TrainingSettings
 from lorank.config.settings import FullSettings, RunConfig
 from lorank.errors import LorankError
 from lorank.experiments import folder
+from lorank.experiments.adapted_model import adapted_model, size_of, spread_ranks
 from lorank.experiments.errors import SettingsError
 from lorank.experiments.models import load_model, load_onto_new_base, load_tokenizer
 from lorank.experiments.progress import TrainingProgress
 from lorank.files import write_text
-from lorank.lora import find_layers, make_peft_model, save_adapter
+from lorank.lora import find_layers, save_adapter
 from lorank.tasks import Task, build_task, mean_loss
 from lorank.training import RankCallback
-from lorank.training.history import Record
+from lorank.training.summary import moved
 
 logger = logging.getLogger("lorank")
 
@@ -81,7 +81,7 @@ def train(
     set_seed(config.training.seed)
     model = adapted_model(config, task)
     spread_ranks(config, task, model)
-    started_with = _size(model)
+    started_with = size_of(model)
     arguments = training_arguments(config, len(task.train))
     # after every check of the input: an error above makes no folder and removes no earlier run
     checkpoint = folder.prepare(config, resume=resume, overwrite=overwrite)
@@ -90,7 +90,7 @@ def train(
     batch = settings.eval_batch_size
     before = mean_loss(model, task.validation, task.collator, batch_size=batch, progress=console.is_terminal)
     progress = TrainingProgress(console)
-    ranks = _rank_callback(config, task, progress)
+    ranks = progress.ranks = _rank_callback(config, task, progress)
     trainer = make_trainer(config, arguments, task, model, [*([ranks] if ranks else []), progress, *callbacks])
     began = time.perf_counter()
     try:
@@ -110,7 +110,7 @@ def train(
         save_adapter(find_layers(model), out / folder.ADAPTER, about)
     else:
         trainer.save_model(str(out / folder.FULL_MODEL))
-    began, ended_with = time.perf_counter(), _size(model)
+    began, ended_with = time.perf_counter(), size_of(model)
     written = _written_model(config, task, model)  # the metrics are those of the files
     after = mean_loss(written, task.validation, task.collator, batch_size=batch, progress=console.is_terminal)
     test = task.evaluate(written, "test", batch_size=batch, progress=console.is_terminal) if task.has_test else {}
@@ -133,7 +133,7 @@ def train(
         "widest": _widest(ranks),
         "budget": _named_budget(ranks),
         "allocations": len(records),
-        "ranks_moved": sum(map(_moved, records)),
+        "ranks_moved": sum(map(moved, records)),
         "note": _note(config, ranks, best_step),
         "validation": {"loss_before": before, "loss_after": after},
         "test": test,
@@ -175,84 +175,6 @@ def _rank_callback(config: RunConfig, task: Task, progress: TrainingProgress) ->
     )
 
 
-def adapted_model(config: RunConfig, task: Task) -> nn.Module:
-    """The base model with a new adapter; for full fine-tuning, the base model with all weights trainable."""
-    base = load_model(config.model, task)
-    if isinstance(config.allocator, FullSettings):
-        return base.requires_grad_()
-    lora = config.lora
-    targets = lora.target_modules
-    try:
-        return make_peft_model(
-            base,
-            task_type="CAUSAL_LM" if task.model_kind == "causal_lm" else "SEQ_CLS",
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
-            use_rslora=lora.use_rslora,
-            use_dora=lora.use_dora,
-        )
-    except ValueError as error:  # PEFT raises it if no module has such a name
-        raise SettingsError(f"lora.target_modules {targets!r} does not fit {config.model.name!r}: {error}") from error
-
-
-def spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:
-    """Sets initial ranks and directions from data, if the configuration asks for it.
-
-    A resumed run computes the same ones again.
-    """
-    lora = config.lora
-    spread = lora.initial_ranks or ("gradient" if lora.init == "gradient" else "uniform")
-    if (lora.init == "default" and spread == "uniform") or isinstance(config.allocator, FullSettings):
-        return
-    settings, began = config.training, time.perf_counter()
-    examples = task.train[: config.lora.initial_batches * settings.batch_size]
-    parts = [examples[start : start + settings.batch_size] for start in range(0, len(examples), settings.batch_size)]
-    # If the allocator starts at its budget, that budget is distributed. If it starts above its budget and prunes, the
-    # adapter's own ranks are distributed.
-    asked = f"lora.initial_ranks is {spread!r}" + (" and lora.init 'gradient'" if lora.init == "gradient" else "")
-    allocator, run, layers = config.allocator.build(), TrainingInfo(total_steps=1), find_layers(model)
-    if allocator.heads_of(layers):
-        raise SettingsError(
-            f"{asked}, but the allocator {config.allocator.name!r} starts with ranks of its own for every head, which "
-            "would undo them: set lora.initial_ranks to uniform and lora.init to default"
-        )
-    if allocator.wants_train_batches:
-        raise SettingsError(
-            f"{asked}, but the allocator {config.allocator.name!r} itself takes ranks and directions from the "
-            "gradient: leave both out"
-        )
-    budget, plan = allocator.resolve_budget(layers, run), allocator.initial_plan(Context(0, run, model, layers))
-    start = {name: plan[name].rank if name in plan else layer.rank for name, layer in layers.items()}
-    at_budget = budget is not None and start == budget.uniform()
-    batches = [task.collator(part) for part in parts]
-    chosen = getattr(allocator, "budget", None) if at_budget else None
-    if lora.init == "gradient":
-        keep = spread == "uniform"
-        ranks = gradient_start_(
-            model,
-            batches,
-            ranks="keep" if keep else "gradient",
-            budget=None if keep else chosen,
-            seed=settings.seed,
-        )
-    else:
-        method: Literal["gradient", "eva"] = "eva" if spread == "eva" else "gradient"
-        ranks = initial_ranks_(model, batches, method=method, budget=chosen, seed=settings.seed)
-    logger.info(
-        "initial ranks by %s%s on %d batches in %.1f s: %d to %d in %d modules",
-        spread,
-        ", directions by gradient" if lora.init == "gradient" else "",
-        len(parts),
-        time.perf_counter() - began,
-        min(ranks.values()),
-        max(ranks.values()),
-        len(ranks),
-    )
-
-
 def _named_budget(callback: RankCallback | None) -> dict[str, Any] | None:
     """The budget that the configuration names or the method has by default, and how much of it the result uses.
 
@@ -271,16 +193,11 @@ def _widest(callback: RankCallback | None) -> dict[str, int] | None:
     return {"step": record.step, "ranks": record.total_rank, "parameters": record.parameters}
 
 
-def _moved(record: Record) -> int:
-    """The number of ranks that an allocation pruned and added."""
-    return sum(map(len, record.pruned.values())) + sum(record.added.values())
-
-
 def _note(config: RunConfig, callback: RankCallback | None, best_step: int | None) -> str | None:
     """What a reader of the results must know: they say nothing about a method that moved no rank before the result."""
     if callback is None or callback.ranks is None or not callback.allocator.moves_ranks:
         return None
-    steps = [record.step for record in callback.ranks.history.allocations if _moved(record)]
+    steps = [record.step for record in callback.ranks.history.allocations if moved(record)]
     name = config.allocator.name
     if not steps:
         note = f"{name} moved no rank in this run, so the results say nothing about the method"
@@ -293,14 +210,6 @@ def _note(config: RunConfig, callback: RankCallback | None, best_step: int | Non
         return None
     logger.warning("%s", note)
     return note
-
-
-def _size(model: nn.Module) -> dict[str, int]:
-    """Total rank, number of LoRA modules, and trainable parameters (including heads that are trained in full)."""
-    layers = find_layers(model) if hasattr(model, "peft_config") else None
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    ranks = {"ranks": layers.total_rank, "modules": len(layers)} if layers else {"ranks": 0, "modules": 0}
-    return {**ranks, "trainable_parameters": trainable}
 
 
 def make_trainer(

@@ -48,6 +48,7 @@ class AblationResult:
         notice: why the requested engine was not used, or another remark on the scoring; None if there is none.
         seconds: wall-clock time.
         backward_passes: number of backward passes over the whole batch; splitting the batch does not change it.
+        losses: the losses of the variants, of which the scores are made; None for screening, which has some of them.
     """
 
     scores: dict[str, Tensor]
@@ -57,6 +58,7 @@ class AblationResult:
     notice: str | None
     seconds: float
     backward_passes: int = 0
+    losses: VariantLosses | None = None
 
 
 def ablation_scores(
@@ -136,6 +138,7 @@ def ablation_scores(
         engine=evaluate.engine,
         notice=evaluate.notice,
         seconds=time.perf_counter() - start,
+        losses=losses,
     )
 
 

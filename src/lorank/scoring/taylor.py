@@ -336,6 +336,7 @@ def first_order_scores(
         notice=path.notice,
         seconds=time.perf_counter() - start,
         backward_passes=path.passes,
+        losses=losses,
     )
 
 

@@ -4,8 +4,11 @@ A known name shortens the configuration; any other data set works too. The defau
 settings class. The user's own settings replace both.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 
@@ -46,3 +49,19 @@ KNOWN: Mapping[str, KnownData] = {
         },
     ),
 }
+
+PYTHON_REFERENCE = "python_reference"
+
+
+def nearest_name(data: str) -> str | None:
+    """The known name that ``data`` is nearly, as of a spelling mistake.
+
+    Returns:
+        The name; None: there is none, or ``data`` is known, a path, a folder in LORANK_DATA, or has an owner.
+    """
+    names = [*KNOWN, PYTHON_REFERENCE]
+    if data in names or "/" in data or "\0" in data or len(data) > 200:
+        return None
+    if Path(data).expanduser().exists() or (Path(os.environ.get("LORANK_DATA") or os.devnull) / data).is_dir():
+        return None
+    return next(iter(get_close_matches(data.lower(), names, n=1, cutoff=0.7)), None)

@@ -12,7 +12,7 @@ from typing import Any
 from lorank.extras import require
 from lorank.tasks.errors import DataError
 from lorank.tasks.files import SUFFIXES, read_file
-from lorank.tasks.known import KNOWN
+from lorank.tasks.known import KNOWN, nearest_name
 
 Row = Mapping[str, Any]
 
@@ -95,10 +95,12 @@ def _from_hub(data: str, split: str, subset: str | None) -> list[Row]:
     except Exception as error:  # the hub's client raises errors of four libraries; the error is kept as the cause
         folder = os.environ.get("LORANK_DATA")
         searched = f"It is not a folder in LORANK_DATA ({folder}) either." if folder else "LORANK_DATA is not set."
+        near = nearest_name(data)
+        meant = f" Did you mean {near!r}?" if near else ""
         raise DataError(
             f"Data set {data!r}, split {split!r}: there is no such path, and loading {address!r} from the Hugging Face "
             f"hub failed ({type(error).__name__}: {_first_line(error)}). {searched} Check the name and the "
-            "connection, or give the path of a file or folder."
+            f"connection, or give the path of a file or folder.{meant}"
         ) from error
     names = {
         column: feature.names for column, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)

@@ -28,7 +28,6 @@ from lorank.errors import LorankError, ValidationBatchError
 from lorank.lora import (
     AdapterLayers,
     LayersSnapshot,
-    compensate_gates_,
     fold_gates_,
     is_compiled,
     merge_heads_,
@@ -41,7 +40,6 @@ from lorank.scoring.loss import LossFn
 from lorank.training import attached_runs
 from lorank.training.attached_runs import RunBeginning
 from lorank.training.budget_enforcement import prune_to_budget_
-from lorank.training.checkpoint.base_fingerprint import base_fingerprint
 from lorank.training.checkpoint.rank_state import (
     STATE_KEY,
     check_resumable,
@@ -50,16 +48,13 @@ from lorank.training.checkpoint.rank_state import (
     restore_progress_,
 )
 from lorank.training.checks import (
-    check_batch,
     check_in_use,
     check_optimizer_state,
     check_run,
     check_state_follows,
-    check_weight_copies,
     require_trainable,
-    try_scoring,
 )
-from lorank.training.history import RankHistory, Record, log_record, record_of
+from lorank.training.history import RankHistory, Record, record_of
 from lorank.training.integrations.base import Integrations, StepSkipped
 from lorank.training.integrations.budget_notice import BudgetNotice
 from lorank.training.integrations.fused_forward import FusedForward
@@ -72,15 +67,17 @@ from lorank.training.integrations.quantised_base import QuantisedBase
 from lorank.training.integrations.torch_compile import TorchCompile
 from lorank.training.learning_rate import ScaledRate
 from lorank.training.load_hook import LoadHook
+from lorank.training.log_lines import AllocationLines, log_summary, show_lines
 from lorank.training.model_card import about_run
 from lorank.training.parallel import find_backend, inner_model
 from lorank.training.parallel.coordinator import ProcessCoordinator
 from lorank.training.parallel.process_group import ProcessGroup, is_first_process
 from lorank.training.plotting import plot
 from lorank.training.progress import Report, scoring_progress
-from lorank.training.retry import continue_with_ranks_, split_
+from lorank.training.run_start import start_
 from lorank.training.run_state import RunState, TrainBatches
 from lorank.training.step_hooks import StepHooks
+from lorank.training.summary import Summary, summarise
 
 if TYPE_CHECKING:
     import altair
@@ -90,6 +87,8 @@ logger = logging.getLogger("lorank")
 
 class Ranks:
     """A run of rank allocation, made by :func:`~lorank.training.attach.attach`.
+
+    ``print(ranks)`` says where the run is; :meth:`summary` what has come out of it so far.
 
     Attributes:
         history: the allocations so far, one :class:`~lorank.training.history.Record` each.
@@ -113,7 +112,9 @@ class Ranks:
         grad_scaler: Any = None,
         replace: bool = False,
         train_batches: TrainBatches = (),
+        logs_summary: bool = True,
     ) -> None:
+        show_lines()
         attached_runs.require_detached(layers, optimizer, replace=replace)
         model = model if model is not None else layers.model
         compiled = compiled or is_compiled(model)
@@ -166,7 +167,7 @@ class Ranks:
                 saved = run.optimizer.param_groups[0].get(STATE_KEY)
                 if saved is not None:
                     restore_on_error.callback(run.optimizer.param_groups[0].__setitem__, STATE_KEY, saved)
-                self._start(saved)
+                start_(run, self._integrations, saved, make_plain=self._make_plain, restore=self._restore)
                 # Last, because an error must leave the history of an earlier run as it was.
                 if saved is None:
                     self.history.begin(self._initial_record())
@@ -185,7 +186,8 @@ class Ranks:
             ):
                 undo.callback(handle.remove)
             self._hooks = undo.pop_all()
-        self._attached = True
+        self._attached, self._logs_summary = True, logs_summary and is_first_process()
+        self._lines = AllocationLines(self.history[-1], run.info.total_steps) if is_first_process() else None
         attached_runs.add(self)
         self._remember_beginning()
 
@@ -208,6 +210,28 @@ class Ranks:
     def info(self) -> TrainingInfo:
         """The length, seed and initial ranks of the run."""
         return self._run.info
+
+    @property
+    def by_module(self) -> dict[str, int]:
+        """The present rank of each module."""
+        return self._run.layers.ranks
+
+    def summary(self) -> Summary:
+        """What has come out of the run so far: what moved, where to, what it cost. ``print`` it, or show it in a
+        notebook; ``summary().data`` has the numbers."""
+        present = self._record(Allocation({}), {}, 0.0)
+        return summarise(self.history, None if present.ranks == self.history[-1].ranks else present)
+
+    def __repr__(self) -> str:
+        method, layers = type(self.allocator).__name__, self.layers
+        state = "finished" if self.finished else "attached" if self._attached else "detached"
+        return (
+            f"<Ranks: {method}, step {self.step} of {self.info.total_steps}, {state}; {layers.total_rank} ranks and "
+            f"{layers.parameters:,} parameters in {len(layers)} modules>"
+        )
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
 
     @property
     def step(self) -> int:
@@ -256,6 +280,8 @@ class Ranks:
                 self._make_plain()
         finally:
             self._hooks.close()
+        if self._run.step:
+            self._log_summary()
 
     def finish(self) -> None:
         """Ends the method: carries out its last decision, folds gates into B, and turns the adapter into plain LoRA.
@@ -285,9 +311,10 @@ class Ranks:
         if run.budget is not None and not run.budget.fits(run.layers.ranks):
             before = run.layers.ranks
             allocation = prune_to_budget_(run.layers, run.budget, run.optimizer)
-            self.history.append(self._record(allocation, before, 0.0))
+            self._note(self._record(allocation, before, 0.0))
         self._integrations.after_resize(run)
         self._integrations.after_allocation(run)
+        self._log_summary()
 
     def save_adapter(self, directory: str | Path, about: Mapping[str, str] | None = None) -> None:
         """Saves the present adapter in plain PEFT form, like :func:`lorank.save_adapter`, also with several processes.
@@ -394,47 +421,6 @@ class Ranks:
         if heads and beginning is not None:
             attached_runs.remember_beginning(layers, dataclasses.replace(beginning, heads=heads))
 
-    def _start(self, saved: Mapping[str, Any] | None) -> None:
-        """Gives the layers the form and the ranks with which the method begins, or with which a saved run continues."""
-        run = self._run
-        layers, allocator, optimizer = run.layers, run.allocator, run.optimizer
-        self._make_plain()  # a run that was garbage-collected has left its gates
-        if saved is None:
-            self._integrations.before_read(run)
-        check_batch(run)
-        run.base = base_fingerprint(layers)
-        retried = attached_runs.interrupted_beginning(layers) if saved is None else None
-        if saved is not None:
-            check_resumable(saved, run)
-            restore_layers_(run, saved)
-        elif groups := allocator.heads_of(layers):
-            split_(run, groups, retried)
-        run.budget = allocator.resolve_budget(layers, run.info)
-        if saved is None:
-            check_optimizer_state(run)
-            if any(layer.A in optimizer.state or layer.B in optimizer.state for layer in layers.values()):
-                check_state_follows(run)
-            run.load_train_batches()
-            if retried is None:
-                resize_(layers, allocator.initial_plan(run.context()), optimizer, seed=run.seed)
-            else:
-                continue_with_ranks_(run, retried)
-        # The weights of a finished run are final: the method must not start again.
-        run.memory = {} if saved and saved["finished"] else allocator.start(layers, run.info)
-        check_weight_copies(run)
-        run.learns_gates = layers.gates is not None
-        if saved is None:
-            compensate_gates_(layers)
-            check_optimizer_state(run)
-            try_scoring(run)
-            self._integrations.after_resize(run)
-            run.train_batches = ()  # they are not needed again
-        else:
-            self._restore(saved)
-            del optimizer.param_groups[0][STATE_KEY]  # only now: a state that is refused stays in the optimiser
-            try_scoring(run)
-        self._integrations.after_allocation(run)
-
     # The hooks of the optimiser, in the order in which they run.
 
     def _begin_step(self) -> None:
@@ -525,15 +511,27 @@ class Ranks:
             self._integrations.after_resize(run)
         run.allocations += 1
         self._integrations.after_allocation(run)
-        record = self._record(allocation, before, seconds + time.perf_counter() - began)
+        self._note(self._record(allocation, before, seconds + time.perf_counter() - began))
+
+    def _note(self, record: Record) -> None:
         self.history.append(record)
-        log_record(record)
+        if self._lines is not None:
+            self._lines.add(record)
+
+    def _log_summary(self) -> None:
+        """Logs the summary once, of a run whose method moves ranks."""
+        if self._logs_summary and self.allocator.moves_ranks:
+            log_summary(self.summary())
+        self._logs_summary = False
 
     def _context(self) -> Context:
         return self._run.context()
 
     def _initial_record(self) -> Record:
-        return self._record(Allocation({}, details={"begins": True}), {}, 0.0)
+        made = dict(self.info.initial_ranks)
+        details: dict[str, Any] = {"begins": True, "total_steps": self.info.total_steps}
+        details |= {} if made == self.layers.ranks else {"made": made}
+        return self._record(Allocation({}, details=details), {}, 0.0)
 
     def _record(self, allocation: Allocation, before: Mapping[str, int], seconds: float) -> Record:
-        return record_of(self.step, self.allocator, self.layers, allocation, before, seconds)
+        return record_of(self.step, self.allocator, self.layers, allocation, before, seconds, self.budget)

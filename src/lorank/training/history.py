@@ -7,14 +7,13 @@ ignore it, and a resumed run removes it.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorank.allocators import Allocation, Allocator
+from lorank.allocators import Allocation, Allocator, ResolvedBudget
 from lorank.errors import LorankError
 from lorank.files import append_text, parse_json, write_text
 from lorank.lora import AdapterLayers
@@ -25,8 +24,6 @@ MAX_LINE = 64_000_000
 
 MAX_RANK = 1 << 24
 """Larger than every rank and width of a layer. A larger number means that the file is damaged."""
-
-logger = logging.getLogger("lorank")
 
 
 class HistoryError(LorankError):
@@ -49,6 +46,7 @@ class Record:
         details: the method's own values (loss, evaluations, engine, …); empty if nothing was allocated.
         active: per module, the number of active ranks, for methods that switch ranks off before they remove them; empty
             if all ranks are active.
+        budget: per unit of the budget, the amount ``used`` by ``ranks`` and the ``limit``; empty without a budget.
     """
 
     step: int
@@ -61,6 +59,7 @@ class Record:
     seconds: float = 0.0
     details: Mapping[str, Any] = field(default_factory=dict)
     active: Mapping[str, int] = field(default_factory=dict)
+    budget: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def total_rank(self) -> int:
@@ -202,6 +201,7 @@ def record_of(
     allocation: Allocation,
     before: Mapping[str, int],
     seconds: float,
+    budget: ResolvedBudget | None = None,
 ) -> Record:
     """Makes the record of an allocation that has been carried out.
 
@@ -212,6 +212,7 @@ def record_of(
         allocation: the allocation.
         before: the rank of each module before the allocation.
         seconds: its duration.
+        budget: the budget of the run, or None.
     """
     plan = allocation.plan
     pruned = {name: sorted(set(range(before[name])) - set(change.keep)) for name, change in plan.items()}
@@ -229,14 +230,7 @@ def record_of(
         seconds=seconds,
         details=dict(allocation.details),
         active=active,
-    )
-
-
-def log_record(record: Record) -> None:
-    """Logs a line about an allocation."""
-    pruned_count = sum(map(len, record.pruned.values()))
-    logger.info(
-        "step %d: %d ranks moved, %d in %d modules", record.step, pruned_count, record.total_rank, len(record.ranks)
+        budget={} if budget is None else budget.used(layers.ranks),
     )
 
 
@@ -305,6 +299,12 @@ def _by_module(check: Callable[[Any], None]) -> Callable[[Any], None]:
     return each
 
 
+def _check_amount(value: Any) -> None:
+    _require(isinstance(value, Mapping) and value.keys() == {"used", "limit"}, "the amount used and the limit", value)
+    for number in value.values():
+        _check_number(number)
+
+
 def _check_mapping(value: Any) -> None:
     _require(isinstance(value, Mapping), "a mapping", value)
 
@@ -326,4 +326,5 @@ _CHECKS: Mapping[str, Callable[[Any], None]] = {
     "seconds": _check_number,
     "details": _check_mapping,
     "active": _by_module(_check_count),
+    "budget": _by_module(_check_amount),
 }

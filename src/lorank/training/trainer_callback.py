@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,13 @@ from lorank.training.checkpoint.rank_state import STATE_KEY
 from lorank.training.checks import OTHER_METHODS, check_allocator
 from lorank.training.event_loop import Ranks
 from lorank.training.history import RankHistory
+from lorank.training.log_lines import log_summary
 from lorank.training.parallel.deepspeed import param_groups_of
 from lorank.training.parallel.process_group import is_first_process
 from lorank.training.progress import Report
 from lorank.training.run_state import TrainBatches
+from lorank.training.summary import Summary
+from lorank.training.trainer_logs import TrainerLogs
 
 logger = logging.getLogger("lorank")
 
@@ -49,7 +53,9 @@ class RankCallback(TrainerCallback):
         trainer = Trainer(..., callbacks=[lorank.RankCallback(lorank.ALoRA(), validation_batch=eval_rows)])
 
     The Trainer's checkpoints are plain PEFT adapters. ``resume_from_checkpoint`` continues a run exactly.
-    ``load_best_model_at_end`` restores the best weights together with their ranks.
+    ``load_best_model_at_end`` restores the best weights together with their ranks. The Trainer's logs hold the ranks
+    (``rank/<module>``, ``ranks/total``, …: :mod:`lorank.training.trainer_logs`), so that TensorBoard, W&B, trackio and
+    MLflow show them; ``print(callback.summary())`` says what has come out.
 
     Before and after a run, one hook stays on the model: a resumed ``train()`` loads its checkpoint before it calls any
     callback, so the hook that resizes the layers must be there already. It changes nothing unless weights of other
@@ -119,7 +125,36 @@ class RankCallback(TrainerCallback):
         self._layers: AdapterLayers | None = None
         self._initial_ranks: dict[str, int] = {}
         self._within_budget = False
+        self._logs: TrainerLogs | None = None
         self._resize_handle: ResizeOnLoadHandle | None = None  # before and after training, without optimiser
+
+    @property
+    def by_module(self) -> dict[str, int]:
+        """The present rank of each module.
+
+        Raises:
+            LorankError: training has not begun.
+        """
+        return self._begun("by_module").by_module
+
+    def summary(self) -> Summary:
+        """What has come out of the run so far (:meth:`lorank.Ranks.summary`).
+
+        Raises:
+            LorankError: training has not begun.
+        """
+        return self._begun("summary()").summary()
+
+    def __repr__(self) -> str:
+        return f"<RankCallback: {self.ranks or f'{type(self.allocator).__name__}, training has not begun'}>"
+
+    def _repr_html_(self) -> str:
+        return escape(repr(self)) if self.ranks is None else self.ranks._repr_html_()
+
+    def _begun(self, what: str) -> Ranks:
+        if self.ranks is None:
+            raise LorankError(f"RankCallback.{what}: training has not begun. Call trainer.train() first")
+        return self.ranks
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The Trainer has not loaded a checkpoint yet. From here on, loading a checkpoint resizes the layers.
@@ -163,13 +198,18 @@ class RankCallback(TrainerCallback):
             model=self._trained_model,
             compiled=bool(args.torch_compile),
             replace=True,
+            logs_summary=False,  # at the end of training, after the best checkpoint was loaded
         )
         if self._resize_handle is not None:
             self._resize_handle.remove()  # the hook of Ranks also resizes the optimiser's state
         limits = self.ranks.budget
         self._within_budget = limits is not None and limits.fits(self.ranks.layers.ranks)
+        self._logs = TrainerLogs(self.ranks)
+        self._logs.begin(args, state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._logs is not None:
+            self._logs.after_step(args, state, control)
         # load_best_model_at_end must not restore a checkpoint that exceeds the budget.
         if self.ranks is None or self.ranks.budget is None or self._within_budget:
             return
@@ -198,6 +238,10 @@ class RankCallback(TrainerCallback):
             self.ranks.finish()  # after an early stop, or after the best checkpoint was loaded
             self.ranks.detach()
             self._resize_handle = resize_on_load(self.ranks.layers)
+            if self._logs is not None:
+                self._logs.end(args, state)
+            if self.allocator.moves_ranks and is_first_process():
+                log_summary(self.ranks.summary())
 
     def _end_earlier_run(self, optimizer: Any, *, resumes: bool) -> None:
         """Detaches the run of an earlier ``train()`` that was interrupted. A run of another callback is refused.

@@ -30,9 +30,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from lorank.config.settings import ConfigError, FullSettings, RunConfig, make_config
 from lorank.errors import BudgetError, LorankError, ScheduleError
+from lorank.experiments.adapted_model import adapted_model, spread_ranks
 from lorank.experiments.errors import ModelError, SettingsError
 from lorank.experiments.models import load_tokenizer
-from lorank.experiments.run import adapted_model, make_trainer, spread_ranks, total_steps, training_arguments
+from lorank.experiments.run import make_trainer, total_steps, training_arguments
 from lorank.experiments.study.tuning import Stage
 from lorank.extras import MissingPackageError
 from lorank.files import replacing_file

@@ -16,6 +16,7 @@ import numpy as np
 
 from lorank.allocators.budget import Budget
 from lorank.config.settings import ALLOCATORS, ConfigError, RunConfig, make_config
+from lorank.experiments.adapted_model import adapted_model
 from lorank.experiments.compare.file import WIDE_STARTS, Comparison, MethodKeys
 from lorank.experiments.compare.recipe_runs import (
     LOSSES,
@@ -29,7 +30,6 @@ from lorank.experiments.compare.recipe_runs import (
 from lorank.experiments.compare.statistics import Examples, grouped
 from lorank.experiments.compare.subject import Entry, Subject
 from lorank.experiments.errors import SettingsError
-from lorank.experiments.run import adapted_model
 from lorank.experiments.study.trials import Line
 from lorank.experiments.study.tuning import Contender, Setting, Stage
 from lorank.lora import AdapterLayers, find_layers
