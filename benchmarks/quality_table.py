@@ -82,8 +82,8 @@ def picture(lines: Sequence[Line], path: Path) -> None:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis in list(axes)[len(panels) :]:
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for axis, (task, steps) in zip(axes, panels, strict=False):
         shown = [m for m in METHODS if len(finished(lines, task, m, steps)) >= LEAST_SEEDS]
