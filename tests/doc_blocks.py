@@ -103,7 +103,8 @@ def command_lines(page: Path) -> Iterator[tuple[int, list[str]]]:
         for number, line in enumerate(joined.splitlines()):
             text = line.strip().removeprefix("$ ")
             if re.match(r"(lorank|make|python -m|python examples|torchrun|accelerate launch) ", text):
-                yield block.line + number, shlex.split(text, comments=True)
+                words = shlex.split(text, comments=True)
+                yield block.line + number, words[: words.index("|")] if "|" in words else words
 
 
 def is_placeholder(word: str) -> bool:

@@ -6,6 +6,7 @@ import re
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,24 +67,24 @@ def test_python_is_in_fences(page: Path) -> None:
 
 
 @cache
-def commands() -> dict[str, object]:
+def command_line() -> Any:
+    """The whole command line, as click's Group."""
     typer = pytest.importorskip("typer")
     from lorank.cli.app import app
 
-    group = typer.main.get_command(app)
-    return dict(group.commands)
+    return typer.main.get_command(app)
 
 
 def check_lorank(words: list[str]) -> str | None:
     """What is wrong with a `lorank` command line, or None."""
-    if words[:1] == ["--help"] or words[:1] == ["--version"]:
+    if words == ["--help"] or any(words == [name] for option in command_line().params for name in option.opts):
         return None
-    command = commands().get(words[0])
+    command = command_line().commands.get(words[0])
     if command is None:
         return f"there is no command {words[0]}"
-    context = command.context_class(command, info_name=words[0])  # type: ignore[attr-defined]  # click's Command
+    context = command.context_class(command, info_name=words[0])
     try:
-        _, rest, _ = command.make_parser(context).parse_args(list(words[1:]))  # type: ignore[attr-defined]
+        _, rest, _ = command.make_parser(context).parse_args(list(words[1:]))
     except Exception as error:  # click raises UsageError, a class of typer's own in its newer versions
         return f"{type(error).__name__}: {error}"
     if rest:
@@ -132,6 +133,7 @@ def test_the_checks_of_blocks_notice_what_is_wrong(tmp_path: Path) -> None:
     ((_, words),) = command_lines(page)
     assert "budgett" in str(check_lorank(words[1:]))
     assert "no command" in str(check_lorank(["prunes"]))
+    assert "no command" in str(check_lorank(["--install-completions"]))
     assert "allocator" in str(check_train(["e2e_alora", "allocator.roundz=2"]))
     with pytest.raises(AssertionError, match=r"page\.md, line 5: ZeroDivisionError"):
         run_page(page)

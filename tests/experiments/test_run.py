@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -250,10 +250,10 @@ def test_a_run_with_other_files_inside_its_own_folders_is_not_overwritten(make: 
 def test_the_metrics_are_those_of_the_files(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault of the writer shows in the figures: this one writes an update of another sign."""
 
-    def save_wrongly(layers: AdapterLayers, directory: Path) -> Path:
+    def save_wrongly(layers: AdapterLayers, directory: Path, about: Mapping[str, str]) -> Path:
         for layer in layers.values():
             layer.B.data.neg_()
-        written = save_adapter(layers, directory)
+        written = save_adapter(layers, directory, about)
         for layer in layers.values():
             layer.B.data.neg_()
         return written

@@ -219,7 +219,7 @@ def test_trying_leaves_no_trace(method: lorank.Allocator, monkeypatch: pytest.Mo
     seen = []
     for tried in (True, False):
         if not tried:
-            monkeypatch.setattr("lorank.training.event_loop.try_scoring", lambda run: None)
+            monkeypatch.setattr("lorank.training.run_start.try_scoring", lambda run: None)
         model = adapted(tiny_llama(), r=2, lora_dropout=0.1)
         optimizer = adamw(model)
         model(**token_batch(seed=9)).loss.backward()  # gradients that exist before attach
