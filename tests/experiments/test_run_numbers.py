@@ -14,7 +14,7 @@ from lorank.experiments.folder import remove_run
 from lorank.experiments.report_sources import Source, find_sources
 from lorank.experiments.run_numbers import read_comparison, read_run
 from lorank.experiments.run_report import Report, check_out
-from lorank.experiments.run_text import duration
+from lorank.experiments.time_left import duration
 from lorank.report.comparison import compare_runs
 from lorank.report.page import comparison_figures
 from lorank.training.history import HistoryError

@@ -50,13 +50,6 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def duration(seconds: float) -> str:
-    """A duration as text, to two digits or so: 40 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def console(*, stderr: bool = False, soft_wrap: bool = False) -> Console:
     """A rich console on standard output or standard error."""
     from rich.console import Console

@@ -94,13 +94,15 @@ def _compare(comparison: Comparison, *, jobs: int | None, dry_run: bool, as_json
     from lorank.experiments.compare.comparison import assess, make_subject, results_of, run_comparison, tidy_rows
     from lorank.experiments.compare.tables import COMPARISON, PARQUET, TABLE, rich_tables, sentences, write_results
     from lorank.experiments.folder import check_results
+    from lorank.experiments.job_environment import visible_gpus
 
     notices, output = console(stderr=True), console()
     quiet_libraries(notices)
     out = Path(comparison.file.output_dir)
     subject = make_subject(comparison)
     check_results(out, (COMPARISON, TABLE, PARQUET), runs=subject.file)
-    devices = _devices()
+    gpus = visible_gpus()
+    devices = gpus if len(gpus) > 1 else []
     count = jobs or max(1, len(devices))
     notices.print(f"[bold]{escape(comparison.name)}[/]: {_content(comparison)}", highlight=False)
     if comparison.quick:
@@ -142,23 +144,10 @@ def _list(values: list[int]) -> str:
     return ", ".join(map(str, values))
 
 
-def _devices() -> list[str]:
-    """The numbers of the GPUs, if there are several."""
-    import os
-
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    count = torch.cuda.device_count()
-    if count < 2:
-        return []
-    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
-
-
 def _show_plan(comparison: Comparison, subject: Any, jobs: int) -> None:
-    from lorank.cli.study_progress import duration
     from lorank.experiments.compare.comparison import results_of, wanted_runs
     from lorank.experiments.study.trials import seconds_left
+    from lorank.experiments.time_left import duration
 
     known = results_of(comparison, subject).read()
     wanted = wanted_runs(comparison, subject, known)

@@ -22,7 +22,8 @@ from lorank.cli.adapter_options import (
     load,
     progress_bar,
 )
-from lorank.cli.common import Json, console, duration, json_output, one_message
+from lorank.cli.common import Json, console, json_output, one_message
+from lorank.experiments.time_left import duration
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from lorank.experiments.time_left import duration
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -73,12 +75,3 @@ class StudyProgress:
         elif not self._told_time and left:
             self._told_time = True
             self._console.print(f"{left} for {missing} runs", highlight=False)
-
-
-def duration(seconds: float) -> str:
-    """A time in words, rounded: "40 seconds", "12 minutes", "3.5 hours"."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} second{'s' if round(seconds) > 1 else ''}"
-    if seconds < 90 * 60:
-        return f"{round(seconds / 60)} minutes"
-    return f"{seconds / 3600:.1f} hours"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorank.cli.common import Json, console, duration, json_output, one_message, quiet_libraries
+from lorank.cli.common import Json, console, json_output, one_message, quiet_libraries
+from lorank.experiments.time_left import duration
 
 if TYPE_CHECKING:
     from rich.table import Table

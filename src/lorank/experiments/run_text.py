@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import import_module
@@ -11,6 +10,7 @@ from typing import Any
 
 from lorank.allocators.registry import OWN
 from lorank.experiments.adapter_folder import ADAPTER
+from lorank.experiments.time_left import duration
 from lorank.report.numbers import RunNumbers
 from lorank.training.history import Record
 
@@ -99,20 +99,6 @@ def cost_rows(metrics: Mapping[str, Any], records: Sequence[Record], folder: Pat
         if size:
             rows.append((name, _bytes(size)))
     return rows
-
-
-def duration(seconds: float) -> str:
-    """A time, short: 0.3 s, 42 s, 6 min 3 s, 2 h 5 min."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _chosen(allocator: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lorank.experiments.study.processes import threads_per_job
+from lorank.experiments.job_environment import threads_per_job
 from lorank.experiments.study.trials import Line, Progress, Results, StudyError, Wanted, run_trials
 from tests.experiments.study.trivial import Note, all_of, note, notes
 

@@ -14,21 +14,21 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lorank.experiments.job_environment import THREADS, job_environment
+
 ATTEMPTS = 2
 """How often a trial is begun if its process is killed. After that, the study ends with an error."""
 
 PATIENCE = 10.0
 """Seconds for a process without a trial to end by itself, so that its libraries can clean up."""
-
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass
@@ -129,35 +129,11 @@ class Processes:
 
     def _new_worker(self, place: int) -> _Worker:
         ours, theirs = self._context.Pipe()
-        settings = dict.fromkeys(_THREADS, str(threads_per_job(self._count)))
-        if self._devices:
-            settings["CUDA_VISIBLE_DEVICES"] = self._devices[place % len(self._devices)]
         process = self._context.Process(target=_serve, args=(theirs, pickle.dumps(self._work), self.log), daemon=True)
-        with _environment(settings):  # libraries read these when they are loaded
+        with job_environment(place, self._count, self._devices):
             process.start()
         theirs.close()
         return _Worker(process, ours)
-
-
-def threads_per_job(jobs: int) -> int:
-    """The share of one of ``jobs`` processes in this process's cores; at most OMP_NUM_THREADS, if it is set. ≥ 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(cores // jobs, int(most) if most.isdigit() else cores))
-
-
-@contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _serve(connection: Connection, pickled: bytes, log: Path) -> None:
@@ -171,7 +147,7 @@ def _serve(connection: Connection, pickled: bytes, log: Path) -> None:
         os.dup2(file.fileno(), 2)
     work: Callable[[Any], Any] = pickle.loads(pickled)  # now, since what this imports may print
     if "torch" in sys.modules:  # later loads read the environment
-        sys.modules["torch"].set_num_threads(int(os.environ[_THREADS[0]]))
+        sys.modules["torch"].set_num_threads(int(os.environ[THREADS[0]]))
     while True:
         try:
             trial = connection.recv()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lorank._version import __version__
+from lorank.experiments.job_environment import job_environment, visible_gpus
 from lorank.experiments.sweep import queue
 from lorank.experiments.sweep.plan import Sweep
 from lorank.experiments.sweep.process import start
@@ -165,16 +166,12 @@ def _run_workers(
 ) -> None:
     """Starts worker processes and shows the state of the study until all have ended."""
     context = multiprocessing.get_context("spawn")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads, gpus, workers = max(1, cores // jobs), _gpus(), []
+    gpus, workers = visible_gpus(), []
     logs = sweep.out / LOGS
     for number in range(jobs):
         log = logs / f"{socket.gethostname()}-{os.getpid()}-{number}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-        if gpus:
-            own["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-        with _environment(own):
+        with job_environment(number, jobs, gpus):
             job = pickle.dumps(partial(_worker, sweep, place, train_run, prepare))
             worker = context.Process(target=start, args=(job, str(log)), name=f"worker {number}", daemon=True)
             worker.start()
@@ -243,28 +240,3 @@ def _database_errors(place: Place) -> Iterator[None]:
             f"--storage {shown(place.url)} can no longer be used: {reason}. The same command continues: finished "
             "trials are kept, and interrupted runs continue from their last checkpoint."
         ) from error
-
-
-def _gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name.strip()]
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Sets environment variables for a process that is started meanwhile."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.text import Text
 
+from lorank.experiments.time_left import duration
+
 
 class SweepProgress:
     """Bars on a terminal; elsewhere one line per trial. Used as a context.
@@ -91,11 +93,3 @@ class _Note(ProgressColumn):
     def render(self, task: Task) -> Text:
         end = task.fields["end"]
         return Text(task.fields["note"] if end is None else f"about {duration(max(0.0, end - time.monotonic()))} left")
-
-
-def duration(seconds: float) -> str:
-    """A duration in words: '40 s', '12 min', '3 h 20 min'."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -21,7 +21,7 @@ from lorank.experiments import folder
 from lorank.experiments.errors import RunFolderError
 from lorank.experiments.sweep import queue
 from lorank.experiments.sweep.plan import Setting, Sweep
-from lorank.experiments.sweep.progress import SweepProgress, duration
+from lorank.experiments.sweep.progress import SweepProgress
 from lorank.experiments.sweep.results import (
     LOSS,
     OBJECTIVES,
@@ -33,6 +33,7 @@ from lorank.experiments.sweep.results import (
     figures,
     stored,
 )
+from lorank.experiments.time_left import duration
 from lorank.training.history import read_history
 
 if TYPE_CHECKING:
