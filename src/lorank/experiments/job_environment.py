@@ -19,12 +19,11 @@ def threads_per_job(jobs: int) -> int:
 
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name.strip()]
     import torch
 
-    return [str(number) for number in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()  # the variable may name GPUs that are not there
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(number) for number in range(count)] if visible is None else visible.split(",")[:count]
 
 
 @contextmanager
