@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import growth, measuring, options, run, scores, step, truncation
+from benchmarks import growth, measuring, options, run, scaling, scores, step, truncation
 from benchmarks.gate_derivatives import hessian_diagonal
 from benchmarks.quality import Results, Run
 from benchmarks.shapes import SHAPES
@@ -188,3 +188,25 @@ def test_options_are_compared_with_their_own_form_seed_by_seed(tmp_path: Path) -
         "| ALoRA | 4.500 | – | 100 | 2 |",
         '| `second_moments="mean"` | 4.100 | -0.400 ± 0.100 | 100 | 2 |',
     ]
+
+
+def test_the_tables_of_larger_models_are_those_of_the_page() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    machine, work = scaling.Machine(), scaling.Workload()
+    for text in (
+        scaling.methods_table(machine, work),
+        scaling.gpus_table(machine, work),
+        scaling.papers_table(machine),
+    ):
+        assert text in page
+
+
+def test_the_shapes_of_larger_models_have_their_parameters() -> None:
+    sizes = {name: model.parameters for name, model in scaling.MODELS.items()}
+    assert sizes == {
+        "Llama 3.2 1B": 1_235_814_400,
+        "Llama 3.1 8B": 8_030_261_248,
+        "Llama 3.1 70B": 70_553_706_496,
+    }
+    tiny = scaling.Model(1, 32, 16, 64, 100)
+    assert tiny.adapter(4) == sum(4 * (a + b) for a, b in tiny.maps)
