@@ -22,7 +22,12 @@ def real_data(no_data_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "labels", "sizes"), [("rotten_tomatoes", 2, (8530, 1066, 1066)), ("clinc150", 150, (15000, 3000, 4500))]
+    ("data", "labels", "sizes"),
+    [
+        ("rotten_tomatoes", 2, (8530, 1066, 1066)),
+        ("clinc150", 150, (15000, 3000, 4500)),
+        ("banking77", 77, (9002, 1001, 3080)),
+    ],
 )
 def test_classification(tokenizer: Any, data: str, labels: int, sizes: tuple[int, int, int]) -> None:
     task = ClassificationTask(ClassificationSettings(data=data), tokenizer)
@@ -30,6 +35,15 @@ def test_classification(tokenizer: Any, data: str, labels: int, sizes: tuple[int
     assert (len(task.train), len(task.validation), len(task.test)) == sizes
     # the first 32 are what ranks are scored on: a fair sample, though the file is sorted by label
     assert len({example["labels"] for example in task.validation[:32]}) >= min(labels, 16)
+
+
+def test_gsm8k() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny"))
+    task = GenerationTask(GenerationSettings(data="gsm8k", max_length=96), tokenizer)
+    assert (len(task.train) + len(task.validation), len(task.test)) == (7473, 1319)
+    assert 0.05 < len(task.validation) / 7473 < 0.15
+    text = tokenizer.decode(task.train[0]["input_ids"])
+    assert "Question:" in text or len(task.train[0]["input_ids"]) == 96  # a prompt that is too long is cut
 
 
 def test_e2e() -> None:

@@ -35,6 +35,19 @@ KNOWN: Mapping[str, KnownData] = {
     "clinc150": KnownData(
         hub="clinc/clinc_oos", subset="plus", drop=("intent_name", "oos"), defaults={"label": "intent"}
     ),
+    # 77 intents of a bank's customers; there is no validation split
+    "banking77": KnownData(hub="PolyAI/banking77", defaults={"validation_split": None, "holdout": 0.1}),
+    # Grade-school mathematics; there is no validation split. The loss is on the whole solution.
+    "gsm8k": KnownData(
+        hub="openai/gsm8k",
+        subset="main",
+        defaults={
+            "validation_split": None,
+            "holdout": 0.1,
+            "prompt": "Question: {question}\nAnswer: ",
+            "target": "{answer}",
+        },
+    ),
     # Training uses four fifths of the challenge's validation split, selection the other fifth; no meaning
     # representation is in both. The challenge's training split is not always available, and results must be comparable
     # for every source of the rows.

@@ -26,8 +26,9 @@ class DataSettings(Settings):
     """The source of the rows and the rows to use; the same for all tasks."""
 
     data: str = Field(min_length=1)
-    """A known name (rotten_tomatoes, clinc150, e2e_nlg, python_reference), a folder in LORANK_DATA, a data set on the
-    Hugging Face hub (owner/name), or the path of a file or folder (.jsonl, .csv, .txt, each also with .gz)."""
+    """A known name (rotten_tomatoes, clinc150, banking77, e2e_nlg, gsm8k, python_reference), a folder in LORANK_DATA, a
+    data set on the Hugging Face hub (owner/name), or the path of a file or folder (.jsonl, .csv, .txt, each also with
+    .gz)."""
     subset: str | None = None
     """The configuration name of a hub data set that has several configurations."""
     train_split: str = "train"
