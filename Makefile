@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint docs format clean
+.PHONY: help demo test test-all lint docs format clean
 help:
 	@echo "make demo    adapt a tiny Llama to Python's reference manual, LoRA, ALoRA and BalancedLoRA (2 minutes, offline)"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests: of every kind of case one"
+	@echo "make test-all    run all cases of every kind, and the table of model families"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make docs    build the documentation into site/, strictly and without the network"
 	@echo "make format  let ruff format and mend what it can"
@@ -31,6 +32,9 @@ demo: .venv/demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal --all
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -8,11 +8,29 @@ import torch
 from hypothesis import settings
 
 from lorank.lora.kernels import onednn as onednn_kernels
+from tests.one_more import is_one_more, stale
 
 # The same examples in every run: a change that breaks nothing must not fail by the draw. Other examples, as many as
 # wanted: pytest --hypothesis-profile=default
 settings.register_profile("fixed", derandomize=True, deadline=None)  # a crowded machine must not fail a test
 settings.load_profile("fixed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run all cases of every kind (tests/one_more.py)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out further cases of a kind, without ``--all``. A test that is asked for by its name is never left out."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and (unused := stale([item.nodeid for item in items])):
+        raise pytest.UsageError(f"tests/one_more.py: no test has the name {unused[0]!r}")
+    if config.getoption("--all") or any("::" in argument for argument in config.args):
+        return
+    more = [item for item in items if is_one_more(item.nodeid)]
+    if more:
+        config.hook.pytest_deselected(items=more)
+        items[:] = [item for item in items if not is_one_more(item.nodeid)]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,6 +14,7 @@ a file for writing, renames, links, removes or makes a folder; and once with the
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -135,8 +136,8 @@ def killed(save: Callable[[], object], at: int) -> bool:
     return False
 
 
-def moments(scenario: str, place: Path) -> Iterator[str]:
-    """Kills a save at each of its steps, checks what it leaves, and yields what PEFT found."""
+def moments(scenario: str, place: Path, every: int = 1) -> Iterator[str]:
+    """Kills a save at each of its steps, or at every so many, checks what it leaves, and yields what PEFT found."""
     old, new = adapter(1, 1), adapter(2, 5)
     expected = {"old": logits(old.model), "new": logits(new.model)}
     swap = adapter_folder.swap_names
@@ -170,7 +171,7 @@ def moments(scenario: str, place: Path) -> Iterator[str]:
                 card = (folder / "README.md").read_text(encoding="utf-8")
                 assert f"| Ranks | {new.total_rank} in all" in card
             assert [path.name for path in folder.parent.iterdir()] == ["out"]
-            at += 1
+            at += every
     finally:
         adapter_folder.swap_names = swap
 
@@ -185,11 +186,14 @@ def which(found: Tensor | None, expected: dict[str, Tensor], when: str) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--every", type=int, default=1, help="kill at every so many writes only")
+    every = parser.parse_args().every
     torch.set_num_threads(1)
     began = time.monotonic()
     with TemporaryDirectory() as place:
         for scenario in SCENARIOS:
-            found = Counter(moments(scenario, Path(place)))
+            found = Counter(moments(scenario, Path(place), every))
             print(f"{scenario}: {found.total()} moments, PEFT: {dict(found)}", flush=True)
     print(f"{time.monotonic() - began:.0f} seconds")
 

@@ -219,9 +219,12 @@ VARIANTS: dict[str, Make] = {
 }
 
 
-def _without_decay(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def _ready(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Without weight decay, and in training mode if the optimiser has one, as the Trainer puts it."""
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
+    if hasattr(optimizer, "train"):
+        optimizer.train()
     return optimizer
 
 
@@ -233,9 +236,7 @@ def _of_the_trainer() -> dict[str, Make]:
             kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
         except (ImportError, ValueError):
             continue
-        found[f"optim={name.value}"] = lambda params, kind=kind, settings=settings: _without_decay(
-            kind(params, **settings)
-        )
+        found[f"optim={name.value}"] = lambda params, kind=kind, settings=settings: _ready(kind(params, **settings))
     return found
 
 

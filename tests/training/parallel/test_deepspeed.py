@@ -12,7 +12,8 @@ import pytest
 from lorank.lora import find_layers
 from tests.models import adapted, tiny_llama
 from tests.once import once
-from tests.training.parallel.processes_run import STEPS, Seen, launch, launched, run
+from tests.one_more import DEEPSPEED
+from tests.training.parallel.processes_run import STEPS, Case, Seen, launch, launched, run
 from tests.training.parallel.processes_table import apart, case_of, flat
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'lorank[deepspeed]'")
@@ -47,15 +48,22 @@ CASES = {**TRAINED, **OTHERS, **{name: case for name, (case, _) in REFUSED.items
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all cases have run in two processes."""
-    return once(tmp_path_factory, "deepspeed", lambda folder: launch(folder, list(CASES.values()), count=2))
+def cases(request: pytest.FixtureRequest) -> dict[str, Case]:
+    """The cases whose tests run."""
+    wanted = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    return {name: case for name, case in CASES.items() if name not in DEEPSPEED or name in wanted}
 
 
 @pytest.fixture(scope="module")
-def seen(folder: Path) -> dict[str, list[Seen]]:
+def folder(tmp_path_factory: pytest.TempPathFactory, cases: dict[str, Case]) -> Path:
+    """Where all cases have run in two processes."""
+    return once(tmp_path_factory, "deepspeed", lambda folder: launch(folder, list(cases.values()), count=2))
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path, cases: dict[str, Case]) -> dict[str, list[Seen]]:
     """What each of the two saw."""
-    return dict(zip(CASES, launched(folder, count=2), strict=True))
+    return dict(zip(cases, launched(folder, count=2), strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,50 @@
+"""The cases that run only with ``pytest --all``: further cases of a kind of which another one always runs.
+
+``make test`` stays short, and ``make test-all`` leaves nothing out.
+"""
+
+from __future__ import annotations
+
+import re
+
+DDP = ("alora-dnas", "alora-options")
+FSDP = ("adalora, FSDP2", "alora-first-order, FSDP2", "DoRA, FSDP2")
+DEEPSPEED = ("ZeRO-2, adalora", "ZeRO-3, sora", "ZeRO-2, balanced")
+"""Cases of the fixtures with real processes, which leave them out too (``python -m
+tests.training.parallel.processes_table`` runs every method in every form)."""
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return "|".join(map(re.escape, names))
+
+
+_CONFORMANCE = r"tests/test_conformance\.py::TestMethods::"
+ONE_MORE = (
+    # every unit of a budget with one method, one unit with all methods
+    _CONFORMANCE + r"test_the_run_ends_at_or_under_its_budget\[(encoder|vision)-.+\]",
+    _CONFORMANCE + r"test_the_run_ends_at_or_under_its_budget\[causal-(?!parameters-).+-(?!alora\]).+\]",
+    # every method on one model, one method on the others
+    _CONFORMANCE + r"test_a_resumed_run_equals_the_uninterrupted_run\[(encoder|vision)-(?!alora\]).+\]",
+    _CONFORMANCE + r"test_an_adapter_saved_at_any_step_loads_in_plain_peft\[(encoder|vision)-(?!alora\]).+\]",
+    r"tests/test_conformance\.py::test_the_trainer_with_other_models\[ard-heads-.+\]",
+    rf"tests/training/parallel/test_ddp\.py::test_two_processes_.+\[({_names(DDP)})\]",
+    r"tests/training/parallel/test_ddp\.py::test_so_do_four_processes",
+    rf"tests/training/parallel/test_fsdp\.py::test_two_processes_.+\[({_names(FSDP)})\]",
+    rf"tests/training/parallel/test_deepspeed\.py::test_ranks_and_losses_.+\[({_names(DEEPSPEED)})\]",
+    r"tests/test_examples\.py::test_notebook\[which_rank\]",
+    r"tests/test_examples\.py::test_the_trainer_on_a_base_model_that_transformers_sharded",
+    r"tests/test_benchmarks\.py::test_(truncation|scores|step_on_a_4_bit_base)",
+    r"tests/experiments/test_posthoc\.py::test_half_of_an_adapter\[ablation\]",
+    r"tests/experiments/compare/test_comparison\.py::test_planted_ranks_are_a_comparison_too",
+    r"tests/training/test_attached_runs\.py::test_a_retry_with_a_smaller_batch_.+\[(?!alora-|ard-heads-).+\]",
+)
+
+
+def is_one_more(nodeid: str) -> bool:
+    """Whether a test, by its full name, is left out without ``--all``."""
+    return any(re.fullmatch(pattern, nodeid) for pattern in ONE_MORE)
+
+
+def stale(nodeids: list[str]) -> list[str]:
+    """The patterns that no test has."""
+    return [pattern for pattern in ONE_MORE if not any(re.fullmatch(pattern, nodeid) for nodeid in nodeids)]
