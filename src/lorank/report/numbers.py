@@ -189,8 +189,9 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """The sentences about single estimates."""
-        return [one.note for some in self.groups.values() for one in some if one.note]
+        """The sentences about single estimates; of several groups, with the group's name."""
+        notes = [(group, one.note) for group, some in self.groups.items() for one in some if one.note]
+        return [f"{group}. {note}" if len(self.groups) > 1 else note for group, note in notes]
 
 
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
