@@ -222,6 +222,8 @@ VARIANTS: dict[str, Make] = {
 def _without_decay(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
+    if hasattr(optimizer, "train"):  # schedule-free optimisers; the Trainer calls it too
+        optimizer.train()
     return optimizer
 
 
