@@ -35,6 +35,7 @@ test: .venv/dev
 
 test-all: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal --all
+	$(BIN)/python -m tests.families
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,13 +1,14 @@
 """Which method works with what, and the test that shows it:  python -m tests.compatibility
 
-Prints the table of docs/compatibility.md; ``tests/test_compatibility.py`` checks that the page has it, and that every
-test named here is there.
+Prints two tables of docs/compatibility.md; ``tests/test_compatibility.py`` checks that the page has them, and that all
+tests named here are there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 ROWS = {
     "static": "LoRA, rsLoRA",
@@ -138,6 +139,94 @@ COLUMNS: dict[str, Callable[[str], Cell]] = {
 }
 
 
+_FEATURES, _TOGETHER_TESTS = f"{TRAINING}/test_loop_features.py", f"{TRAINING}/test_adapters_together.py"
+_TRAINER, _OPTIMIZERS = f"{TRAINING}/test_trainer_callback.py", f"{TRAINING}/test_optimizers.py"
+_ALIKE = f"{TRAINING}/test_trl_preferences.py::test_ranks_move_and_scores_are_of_the_trainers_loss"
+_RESUMED = f"{_OPTIMIZERS}::test_a_run_through_rank_0_goes_on_exactly_from_its_checkpoint"
+_SAVERS = f"{TRAINING}/test_memory_savers.py"
+
+LOOPS: dict[str, Cell] = {
+    "a loop of one's own": Cell("yes", f"{TRAINING}/test_attach.py::test_a_five_line_loop_allocates"),
+    "accelerate": Cell("yes", f"{TRAINING}/test_attach.py::test_accelerates_wrapped_optimiser_allocates"),
+    "Lightning": Cell(
+        "yes, bit for bit a plain loop",
+        f"{TRAINING}/test_lightning.py::test_lightning_gives_what_a_plain_loop_gives[balanced-2]",
+    ),
+    "Lightning, resumed": Cell(
+        "yes, attached before `fit`",
+        f"{TRAINING}/test_lightning.py::test_a_run_goes_on_exactly_from_lightnings_checkpoint",
+    ),
+    "transformers' Trainer": Cell(
+        "yes", f"{_TRAINER}::test_the_trainer_allocates_and_every_checkpoint_is_a_plain_adapter"
+    ),
+    "TRL, SFT": Cell("yes", f"{_TRAINER}::test_trls_sft_trainer_allocates"),
+    "TRL, SFT with packed rows": Cell(
+        "yes", f"{TRAINING}/test_trl_packing.py::test_packed_rows_train_and_are_scored_exactly[bfd]"
+    ),
+    "TRL, DPO": Cell("yes, with the trainer's loss", f"{_ALIKE}[dpo-alora]"),
+    "TRL, DPO of a trained adapter": Cell(
+        "yes, its copy is the reference and keeps its ranks", f"{_ALIKE}[dpo, trained adapter-alora]"
+    ),
+    "TRL, KTO": Cell("yes, with the trainer's loss", f"{_ALIKE}[kto-ard]"),
+    "TRL, reward": Cell("yes, with the trainer's loss", f"{_ALIKE}[reward-balanced]"),
+    "TRL, GRPO": Cell(
+        "methods without a batch",
+        f"{TRAINING}/test_trl_generating.py::test_balanced_lora_without_a_gradient_start_allocates_in_grpo",
+    ),
+    "`optimizer.step(closure)`": Cell(
+        "yes", f"{TRAINING}/test_step_hooks.py::test_a_closure_changes_nothing[balanced-positional]"
+    ),
+    "gradient checkpointing, accumulation, offloaded activations": Cell("yes", f"{_SAVERS}::test_memory_savers[alora]"),
+    "NEFTune": Cell("yes", f"{_SAVERS}::test_with_neftune[alora]"),
+    "`torch_compile` of the Trainer": Cell(
+        "yes", f"{_FEATURES}::test_a_trainer_that_compiles_gives_the_same_losses_and_ranks"
+    ),
+    "`IterableDataset`": Cell(
+        "yes, with batches of yours", f"{_FEATURES}::test_a_stream_with_batches_of_the_user[alora-first-order]"
+    ),
+    "`auto_find_batch_size`": Cell(
+        "yes",
+        f"{TRAINING}/test_attached_runs.py::test_a_retry_with_a_smaller_batch_has_the_budget_of_the_first_attempt"
+        "[adalora-7]",
+    ),
+    "liger kernels": Cell(
+        "a loss without logits is scored; the kernels need a GPU and were not run",
+        f"{_FEATURES}::test_a_model_that_gives_no_logits_with_labels[alora]",
+    ),
+    "LoRA+ groups": Cell("yes", f"{_FEATURES}::test_lora_plus_groups_keep_their_rates[balanced]"),
+    "Muon": Cell("yes", f"{_RESUMED}[Muon]"),
+    "schedule-free": Cell("yes, without gates", f"{_RESUMED}[optim=schedule_free_adamw]"),
+    "Lion, 8-bit": Cell("yes", f"{_RESUMED}[optim=lion_8bit]"),
+    "AdamW, paged and 8-bit": Cell("yes; pages need a GPU", f"{_RESUMED}[optim=paged_adamw_8bit]"),
+    "SAM": Cell("attached to its inner optimiser", f"{_OPTIMIZERS}::test_the_remedy_for_sam_works"),
+    "averages of weights (EMA)": Cell(
+        "begun after the last move",
+        f"{_FEATURES}::test_an_average_that_begins_after_the_last_move_is_that_of_the_weights",
+    ),
+    "averages begun earlier": Cell(
+        "PyTorch's error about shapes", f"{_FEATURES}::test_an_average_of_other_ranks_stops_with_an_error"
+    ),
+    "two adapters in a model, a run each": Cell(
+        "yes", f"{TRAINING}/test_attached_runs.py::test_two_adapters_of_a_model_have_a_run_each"
+    ),
+    "`disable_adapter` within a run": Cell(
+        "yes",
+        f"{_TOGETHER_TESTS}::test_the_adapter_switched_off_within_a_run_is_the_base_model_and_changes_nothing[balanced]",
+    ),
+    "`add_weighted_adapter`, cat and svd": Cell(
+        "yes", f"{_TOGETHER_TESTS}::test_a_weighted_sum_is_that_of_the_updates[cat]"
+    ),
+    "`load_adapter` in the place of another": Cell(
+        "yes", f"{_TOGETHER_TESTS}::test_another_adapter_takes_the_place_of_one_with_other_ranks"
+    ),
+    "`hotswap_adapter` with other ranks": Cell(
+        "PEFT refuses another alpha_pattern; its swap is exact",
+        f"{_TOGETHER_TESTS}::test_a_hot_swap_with_other_ranks[padded for a compiled model]",
+    ),
+}
+"""Loops and what they bring along."""
+
+
 def cells() -> dict[tuple[str, str], Cell]:
     """All of them, by method and column."""
     return {(method, column): cell(method) for method in ROWS for column, cell in COLUMNS.items()}
@@ -151,5 +240,14 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def table_of_loops() -> str:
+    """As Markdown, with the name of each test."""
+    lines = ["| loop | | shown by |", "|---|---|---|"]
+    for loop, cell in LOOPS.items():
+        file, _, name = cell.test.partition("::")
+        lines.append(f"| {loop} | {cell.says} | `{Path(file).stem}`, `{name.partition('[')[0]}` |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), table_of_loops(), sep="\n\n")

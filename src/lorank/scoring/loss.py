@@ -42,11 +42,11 @@ def prepare_batch(model: nn.Module, batch: Mapping[str, Any], *, needs_labels: b
     """The batch on the model's device, checked.
 
     Args:
-        batch: name → tensor; with the user's own loss function, values may be anything.
+        batch: name → tensor, or number; with the user's own loss function, values may be anything.
         needs_labels: whether labels are required: False with the user's own loss function.
 
     Raises:
-        ValidationBatchError: not a mapping of tensors, empty, or without any label.
+        ValidationBatchError: not a mapping of tensors and numbers, empty, or without any label.
     """
     if not isinstance(batch, Mapping):
         raise ValidationBatchError(
@@ -60,7 +60,8 @@ def prepare_batch(model: nn.Module, batch: Mapping[str, Any], *, needs_labels: b
         )
     for key, value in values.items():
         if not isinstance(value, Tensor):
-            if needs_labels:
+            # Collators of packed rows add lengths as plain numbers. Such a batch is never split or repeated.
+            if needs_labels and (key == "labels" or not isinstance(value, int | float)):
                 raise ValidationBatchError(
                     f"the validation batch's {key!r} is a {type(value).__name__}; expected a tensor. Use the data "
                     "collator that training uses, or pass loss_fn to handle such a batch"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 # The process handles one case per line, so that the libraries, which take seconds to import, are imported only once.
 SCRIPT = """
-import json, os, sys, traceback, warnings
+import json, os, runpy, sys, traceback, warnings
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # keeps the output of libraries apart from the answers
 warnings.simplefilter("ignore")
@@ -26,12 +26,16 @@ torch.set_num_threads(1)
 for line in sys.stdin:
     case = json.loads(line)
     try:
-        base = getattr(transformers, case["auto"]).from_pretrained(case["base"], dtype=torch.float32)
+        file, _, name = case["auto"].rpartition(":")
+        if file:
+            base = runpy.run_path(file)[name].from_pretrained(case["base"])
+        else:
+            base = getattr(transformers, name).from_pretrained(case["base"], dtype=torch.float32)
         model = PeftModel.from_pretrained(base, case["adapter"]).eval()
         batch = torch.load(case["batch"], weights_only=True)
         with torch.no_grad():
-            logits = model(**batch).logits
-            merged = model.merge_and_unload()(**batch).logits
+            logits = model(**batch)[case["output"]]
+            merged = model.merge_and_unload()(**batch)[case["output"]]
         assert "lorank" not in sys.modules, "something imported lorank"
         torch.save({"logits": logits, "merged": merged}, case["out"])
         problem = ""
@@ -59,7 +63,12 @@ class PlainPeft:
             )
 
     def logits(
-        self, base: str | Path, adapter: str | Path, batch: Mapping[str, Tensor], auto: str = "AutoModelForCausalLM"
+        self,
+        base: str | Path,
+        adapter: str | Path,
+        batch: Mapping[str, Tensor],
+        auto: str = "AutoModelForCausalLM",
+        output: str = "logits",
     ) -> dict[str, Tensor]:
         """The logits of the base model with the adapter.
 
@@ -67,10 +76,12 @@ class PlainPeft:
             base: folder of the base model.
             adapter: folder of the adapter.
             batch: the arguments of the model's forward; labels are left out.
-            auto: the name of the transformers class that loads the base model.
+            auto: the name of the transformers class that loads the base model with ``from_pretrained``; or
+                ``FILE.py:CLASS``, a class of one's own that does.
+            output: the field of the model's output to return: a mapping's key, ``logits`` by default.
 
         Returns:
-            ``logits``, and ``merged``: the logits after ``merge_and_unload``.
+            ``logits``, that field, and ``merged``, the same after ``merge_and_unload``.
 
         Raises:
             AssertionError: PEFT cannot load the adapter (the message has the traceback), or the process has ended.
@@ -79,7 +90,7 @@ class PlainPeft:
         inputs, out = folder / "batch.pt", folder / "out.pt"
         torch.save({key: value for key, value in batch.items() if key != "labels"}, inputs)
         places = {"base": base, "adapter": adapter, "batch": inputs, "out": out}
-        case = {"auto": auto, **{key: str(Path(path).resolve()) for key, path in places.items()}}
+        case = {"auto": auto, "output": output, **{key: str(Path(path).resolve()) for key, path in places.items()}}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:

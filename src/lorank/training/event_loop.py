@@ -65,6 +65,7 @@ from lorank.training.integrations.optimizer_checks import OptimizerChecks
 from lorank.training.integrations.pass_watching import PassWatching
 from lorank.training.integrations.quantised_base import QuantisedBase
 from lorank.training.integrations.torch_compile import TorchCompile
+from lorank.training.integrations.unused_modules import UnusedModules
 from lorank.training.learning_rate import ScaledRate
 from lorank.training.load_hook import LoadHook
 from lorank.training.log_lines import AllocationLines, log_summary, show_lines
@@ -133,6 +134,7 @@ class Ranks:
                 NoAllocationWarning(),
                 BudgetNotice(),
                 OptimizerChecks(),
+                UnusedModules(),
             ]
         )
         retried = attached_runs.interrupted_beginning(layers)

@@ -290,7 +290,7 @@ class RankCallback(TrainerCallback):
                 type(self.allocator).__name__,
                 count,
             )
-        if isinstance(data, Mapping) and all(isinstance(value, torch.Tensor) for value in data.values()):
+        if isinstance(data, Mapping) and all(isinstance(v, torch.Tensor | int | float) for v in data.values()):
             return data
         return _collate(data, range(self._samples), loader, "validation_batch")
 

@@ -98,7 +98,7 @@ def _save_pretrained(layers: AdapterLayers, folder: Path) -> None:
     model: Any = layers.model
     # A transformers model without this mark is the model inside a PeftModel. It would save all of its weights.
     if isinstance(getattr(model, "_orig_mod", model), PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
-        model.save_pretrained(str(folder), **_selected_adapter(layers))
+        model.save_pretrained(str(folder), **_selected_adapter(layers), **_without_embeddings(model))
         return
     wrapped = wrapped_model(model)
     weights = get_peft_model_state_dict(wrapped, adapter_name=layers.adapter)
@@ -116,6 +116,22 @@ def _save_pretrained(layers: AdapterLayers, folder: Path) -> None:
 def _selected_adapter(layers: AdapterLayers) -> dict[str, Any]:
     """Arguments that select the adapter to save. A transformers model always saves its active adapter."""
     return {"selected_adapters": [layers.adapter]} if hasattr(layers.model, "base_model_torch_dtype") else {}
+
+
+def _without_embeddings(model: Any) -> dict[str, Any]:
+    """Arguments for a model without input embeddings, such as wav2vec2.
+
+    PEFT asks every model for them whose adapter has an ``lm_head``, and fails.
+    """
+    if not isinstance(getattr(model, "_orig_mod", model), PeftModel):
+        return {}
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:
+        return {"save_embedding_layers": False}
+    except AttributeError:  # no transformers model; PEFT does not ask it
+        pass
+    return {}
 
 
 def make_peft_model(model: nn.Module, **lora_config: Any) -> nn.Module:
