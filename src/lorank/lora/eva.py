@@ -59,7 +59,7 @@ def eva_components(
         )
     if not batches:
         raise ValidationBatchError("there is no batch to compute EVA on: give at least one")
-    linear = {name: layer for name, layer in layers.items() if not layer.is_embedding}
+    linear = {name: layer for name, layer in layers.items() if not layer.is_embedding and not layer.is_convolution}
     if not linear:
         return {}
     rho = max(1.0, min([RHO, *(caps[name] / ranks[name] for name in linear)]))

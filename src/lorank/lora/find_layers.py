@@ -14,6 +14,7 @@ from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.quantised import check_base
 from lorank.lora.shared_memory import MemoryRange, memory_range, overlap
 from lorank.lora.supported_kinds import check_kinds
+from lorank.lora.variants.convolution import EmptyConvolution, is_convolution, rank_blocks
 from lorank.lora.variants.dora import is_dora
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.gated import GatedLora
@@ -190,10 +191,16 @@ def _check_supported(name: str, module: LoraLayer, adapter: str) -> None:
     if module.merged:
         raise AdapterError(f"{name}: adapter {adapter!r} is merged into the base weights. Call model.unmerge_adapter()")
     variant = module.lora_variant.get(adapter)
-    if variant is not None and not isinstance(variant, GatedLora | HeadLora | FusedLora) and not is_dora(variant):
+    own = GatedLora | HeadLora | FusedLora | EmptyConvolution
+    if variant is not None and not isinstance(variant, own) and not is_dora(variant):
         raise AdapterError(
             f"{name}: the adapter uses {type(variant).__name__}, whose forward lorank does not support. "
             "Make the adapter as plain LoRA, LoraConfig(init_lora_weights=True), or with use_dora=True"
+        )
+    if is_convolution(module) and rank_blocks(module) > 1 and module.use_dora.get(adapter):
+        raise AdapterError(
+            f"{name}: PEFT's DoRA of a convolution with groups computes the norm of another weight, which depends on "
+            "the number of ranks. Use LoRA without DoRA, or leave this convolution out of target_modules"
         )
     if getattr(module, "tp_layer", None) is not None:
         raise AdapterError(f"{name}: LoRA weights sharded by tensor parallelism cannot be resized")

@@ -154,25 +154,29 @@ def _plan_layer(
     second_moments: SecondMoments,
 ) -> _ResizedLayer:
     """Computes all new tensors of a layer. Nothing changes."""
-    origins = torch.tensor(layer_plan.origins, dtype=torch.long)
-    new = origins < 0  # (r,)
-    turns = [None if layer_plan.basis is None else layer_plan.basis.turn(axis) for axis in (0, 1)]
+    of_ranks = torch.tensor(layer_plan.origins, dtype=torch.long)
+    new = of_ranks < 0  # (r,)
+    origins = [axis.expand_origins(of_ranks, layer.rank) for axis in layer.axes]
+    basis = layer_plan.basis
+    turns = [None if basis is None else axis.expand_turn(basis.turn(axis.axis)) for axis in layer.axes]
     A, B = (
-        reindex_ranks(weight.data if turn is None else turn_ranks(weight.data, turn.weight, axis), origins, axis)
+        reindex_ranks(weight.data if turn is None else turn_ranks(weight.data, turn.weight, axis), origins[axis], axis)
         for axis, (weight, turn) in enumerate(zip((layer.A, layer.B), turns, strict=True))
     )  # (r, d_in), (d_out, r)
     if layer_plan.add:
         fresh, rows = _draw_new_vectors(layer, layer_plan, generator, init)  # (add, d)
+        axis_A, axis_B = layer.axes
         if rows:
-            A[new] = fresh.to(A)
+            entries = axis_A.tensor(fresh, A.shape)  # (copies · add, …)
+            A[origins[0] < 0] = entries.to(A)
         else:
-            B[:, new] = fresh.T.to(B)
+            B[:, new] = axis_B.tensor(fresh.T, B.shape).to(B)
     gate = None
     if layer.gate is not None:
-        gate = reindex_ranks(layer.gate.detach(), origins, layer.gate.dim() - 1)
+        gate = reindex_ranks(layer.gate.detach(), of_ranks, layer.gate.dim() - 1)
         gate[..., new.to(gate.device)] = 1
     grad_A, grad_B = (
-        _resized_gradient(parameter.grad, turn, origins, axis)
+        _resized_gradient(parameter.grad, turn, origins[axis], axis)
         for axis, (parameter, turn) in enumerate(zip((layer.A, layer.B), turns, strict=True))
     )
     states = _plan_states(optimizer, layer, origins, (A, B), turns, second_moments)
@@ -189,7 +193,7 @@ def _resized_gradient(gradient: Tensor | None, turn: Turn | None, origins: Tenso
 def _plan_states(
     optimizer: torch.optim.Optimizer | None,
     layer: AdapterLayer,
-    origins: Tensor,
+    origins: Sequence[Tensor],
     resized: tuple[Tensor, Tensor],
     turns: Sequence[Turn | None],
     second_moments: SecondMoments,
@@ -204,7 +208,9 @@ def _plan_states(
                 "get_peft_model, e.g. AdamW(p for p in model.parameters() if p.requires_grad)"
             )
     return [
-        plan_state_update(optimizer, f"{layer.name}.{label}", weight, axis, origins, data, turns[axis], second_moments)
+        plan_state_update(
+            optimizer, f"{layer.name}.{label}", weight, axis, origins[axis], data, turns[axis], second_moments
+        )
         for axis, (label, weight, data) in enumerate(
             zip(("lora_A", "lora_B"), (layer.A, layer.B), resized, strict=True)
         )
@@ -217,10 +223,8 @@ def _assign_layer(layer: AdapterLayer, layer_plan: LayerPlan, new: _ResizedLayer
     replace_data(layer.B, new.B, new.grads[1])
     if layer_plan.head_ranks is not None:
         layer.set_heads(layer.groups, layer_plan.head_ranks)
-    module, adapter, rank = layer.module, layer.adapter, layer_plan.rank
-    if not layer.is_embedding:
-        module.lora_A[adapter].out_features = rank
-        module.lora_B[adapter].in_features = rank
+    module, adapter, rank = layer.module, layer.adapter, layer.module_rank(layer_plan.rank)
+    layer.note_rank()
     s, live, from_alpha = layer.file_scaling, layer.scaling, layer.scaling_is_from_alpha
     module.r[adapter] = rank
     module.lora_alpha[adapter] = alpha_for(s, rank, layer.use_rslora)
@@ -243,10 +247,10 @@ def _draw_new_vectors(
         return layer_plan.vectors.values[: layer_plan.add], not layer.is_embedding
     if layer.is_embedding:  # PEFT: A = 0, B ~ N(0, 1)
         return torch.randn((layer_plan.add, layer.d_out), generator=generator), False
-    width = layer.A.shape[1]  # d_in, or the width of a head where each head has its own A
-    shape = (layer_plan.add, width)
+    width = layer.A.shape[1:].numel()  # d_in, or the width of a head where each head has its own A
+    shape = (layer_plan.add, width * layer.axes[0].copies)
     if isinstance(init, str) and init.lower() == "gaussian":  # PEFT: N(0, 1/r)
-        return torch.randn(shape, generator=generator) / layer_plan.rank, True
+        return torch.randn(shape, generator=generator) / layer.module_rank(layer_plan.rank), True
     bound = 1 / math.sqrt(width)  # kaiming_uniform_(a=√5) with this number of inputs
     return torch.rand(shape, generator=generator) * (2 * bound) - bound, True
 
@@ -284,8 +288,8 @@ def write_patterns(layers: AdapterLayers) -> None:
     set_plain_init_(config)
     alive = {name: layer for name, layer in layers.items() if layer.rank}
     empty = [name for name in layers if name not in alive]
-    largest = max(layer.rank for layer in alive.values())
-    config.rank_pattern = {f"^{re.escape(name)}": layer.rank for name, layer in alive.items()}
+    largest = max(layer.module_rank(layer.rank) for layer in alive.values())
+    config.rank_pattern = {f"^{re.escape(name)}": layer.module_rank(layer.rank) for name, layer in alive.items()}
     config.alpha_pattern = {
         f"^{re.escape(name)}": layer.module.lora_alpha[layer.adapter] for name, layer in alive.items()
     }

@@ -130,7 +130,7 @@ def check_vectors(layer: AdapterLayer, wanted: LayerPlan) -> None:
     """Raises PlanError if the first values of new ranks do not fit the layer."""
     if wanted.vectors is None:
         return
-    width = layer.d_out if layer.is_embedding else layer.A.shape[1]
+    width = layer.d_out if layer.is_embedding else layer.A.shape[1:].numel() * layer.axes[0].copies
     shape = tuple(wanted.vectors.values.shape)
     if len(shape) != 2 or shape[1] != width or shape[0] < wanted.add:
         raise PlanError(

@@ -1,7 +1,7 @@
-"""The kinds of modules whose ranks can change: linear maps and embeddings. Other kinds are refused, with a way round.
+"""The kinds of modules whose ranks can change: linear maps, embeddings and convolutions. Others are refused.
 
-PEFT also adapts convolutions, ``nn.MultiheadAttention`` and the parameters of experts. These layers do not call a
-``LoraVariant``, or hold A and B in another layout, so their ranks can neither be gated nor resized.
+PEFT also adapts ``nn.MultiheadAttention`` and the parameters of experts. These layers do not call a ``LoraVariant``, so
+their ranks cannot be gated. The message of a refusal has a way round.
 """
 
 from __future__ import annotations

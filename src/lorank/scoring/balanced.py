@@ -83,9 +83,9 @@ def balance(layer: AdapterLayer, gramians: GramianPair) -> Balanced:
     worth, V = worth.flip(0).clamp_min(0), V.flip(1)
     T, T_inverse = L @ V, V.T @ L_inverse
     # an embedding's B, and not its A, starts at random values
-    weight, matrix, axis = (layer.B, T.T, 1) if layer.is_embedding else (layer.A, T_inverse, 0)
-    before = _norms(weight.detach(), axis).mean()
-    after = _norms(turn_ranks(weight.detach().double(), matrix, axis), axis)
+    weight, matrix, axis = (layer.B_matrix, T.T, 1) if layer.is_embedding else (layer.A_matrix, T_inverse, 0)
+    before = _norms(weight, axis).mean()
+    after = _norms(turn_ranks(weight.double(), matrix, axis), axis)
     stretch = torch.where((after > 0) & (before > 0), before / after, torch.ones_like(after)).cpu()  # (r,)
     if layer.is_embedding:
         stretch = 1 / stretch

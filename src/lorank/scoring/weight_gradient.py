@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from lorank.errors import ValidationBatchError
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.scoring.loss import LossFn, loss_gradients, loss_with_graph, prepare_batch, require_finite, unwrap_model
+from lorank.scoring.patches import tokens_of
 from lorank.scoring.preserve_state import preserve_state
 
 OVERSAMPLING = 8
@@ -88,11 +89,11 @@ def weight_gradients(
     if not batches:
         raise ValidationBatchError("there is no batch to take gradients on: give at least one")
     sums = {
-        name: [_GradientSum(_whole(layer), count, seed * 1_000_003 + index)]
+        name: [_GradientSum(block, count, seed * 1_000_003 + index) for block in _blocks(layer)]
         for index, (name, layer) in enumerate(layers.items())
     }
     _sum_gradients(model, layers, batches, sums, loss_fn, mean)
-    return {name: one.decompose(len(batches)) for name, (one,) in sums.items()}
+    return {name: _combined([one.decompose(len(batches)) for one in own]) for name, own in sums.items()}
 
 
 def residual_gradients(
@@ -123,21 +124,33 @@ def residual_gradients(
     """
     if not batches:
         raise ValidationBatchError("there is no batch to take gradients on: give at least one")
-    index, chosen = 0, {}
-    sums: dict[str, list[_GradientSum]] = {}
+    index = 0
+    sums: dict[str, dict[int, list[_GradientSum]]] = {}
     for name, of_groups in counts.items():
-        chosen[name] = [group for group, count in enumerate(of_groups) if count]
         blocks = _residual_blocks(layers[name])
-        limit = FULL_GRADIENT_SIZE // len(blocks)
-        sums[name] = []
-        for group in chosen[name]:
-            sums[name].append(_GradientSum(blocks[group], of_groups[group], seed * 1_000_003 + index, limit))
-            index += 1
-    _sum_gradients(model, layers, batches, sums, loss_fn, mean)
+        limit = FULL_GRADIENT_SIZE // sum(map(len, blocks))
+        sums[name] = {}
+        for group, count in enumerate(of_groups):
+            if count:
+                own_seed = seed * 1_000_003 + index
+                sums[name][group] = [_GradientSum(block, count, own_seed, limit) for block in blocks[group]]
+                index += 1
+    flat = {name: [one for own in groups.values() for one in own] for name, groups in sums.items()}
+    _sum_gradients(model, layers, batches, flat, loss_fn, mean)
     return {
-        name: {group: one.decompose(len(batches)) for group, one in zip(chosen[name], own, strict=True)}
-        for name, own in sums.items()
+        name: {group: _combined([one.decompose(len(batches)) for one in own]) for group, own in groups.items()}
+        for name, groups in sums.items()
     }
+
+
+def _combined(parts: Sequence[WeightGradient]) -> WeightGradient:
+    """The gradients of a convolution's groups as one: its i-th vectors are the i-th ones of all groups, at one norm."""
+    if len(parts) == 1:
+        return parts[0]
+    share = len(parts) ** -0.5
+    values = torch.stack([one.values for one in parts]).square().sum(0).sqrt()
+    left, right = torch.cat([one.left for one in parts]), torch.cat([one.right for one in parts])
+    return WeightGradient(values, left * share, right * share)
 
 
 def _sum_gradients(
@@ -197,18 +210,31 @@ def _whole(layer: AdapterLayer, reached: Tensor | None = None) -> _Block:
     return _Block(slice(0, layer.d_out), slice(0, layer.d_in), layer.is_embedding, reached)
 
 
-def _residual_blocks(layer: AdapterLayer) -> list[_Block]:
-    """The blocks of a layer's groups, each with what its ranks reach."""
+def _blocks(layer: AdapterLayer) -> list[_Block]:
+    """The whole layer; of a convolution with groups, the rows of each group."""
+    groups = layer.axes[0].copies
+    if groups == 1:
+        return [_whole(layer)]
+    rows, width = layer.d_out // groups, layer.d_in // groups
+    return [_Block(slice(i * rows, (i + 1) * rows), slice(0, width)) for i in range(groups)]
+
+
+def _residual_blocks(layer: AdapterLayer) -> list[list[_Block]]:
+    """Per group of a layer its blocks, each with what its ranks reach. Only groups of a convolution have several."""
     heads = layer.groups
+    if layer.axes[0].copies > 1:
+        of_groups = layer.A_matrix.chunk(layer.axes[0].copies, 1)  # (r, d_in / groups) each
+        pairs = zip(_blocks(layer), of_groups, strict=True)
+        return [[replace(block, reached=_basis_of(rows.T)) for block, rows in pairs]]
     if heads is None:
-        return [_whole(layer, _basis_of(layer.B if layer.is_embedding else layer.A.T))]
+        return [[_whole(layer, _basis_of(layer.B if layer.is_embedding else layer.A_matrix.T))]]
     found = []
     for head, rows_of_A in enumerate(torch.split(layer.A, list(layer.head_ranks))):  # (r_h, d_in) or (r_h, d_h)
         own, reached = heads.span(head), _basis_of(rows_of_A.T)
         is_rows = heads.kind == "rows"
         rows = own if is_rows else slice(0, layer.d_out)
         columns = slice(0, layer.d_in) if is_rows else own
-        found.append(_Block(rows, columns, reached=reached))
+        found.append([_Block(rows, columns, reached=reached)])
     return found
 
 
@@ -329,14 +355,16 @@ def _largest(G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, Sequence[_GradientSum]]) -> Iterator[list[Tensor]]:
     """Hooks that pass every layer's x and dy to its sum. Yields A and B of all layers, for the backward pass."""
 
-    def watch(own: Sequence[_GradientSum]) -> Any:
+    def watch(own: Sequence[_GradientSum], layer: AdapterLayer) -> Any:
         def after_forward(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
                 x = inputs[0].detach()
 
                 def add(dy: Tensor) -> None:
-                    for one in own:
-                        one.add(x, dy)
+                    lora_A = layer.module.lora_A[layer.adapter] if layer.is_convolution else None
+                    for own_x, own_dy in [(x, dy)] if lora_A is None else tokens_of(x, dy, lora_A):
+                        for one in own:
+                            one.add(own_x, own_dy)
 
                 output.register_hook(add)  # type: ignore[no-untyped-call]  # untyped in torch
 
@@ -344,7 +372,7 @@ def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, Sequence[_Gradient
 
     leaves: list[Tensor] = [part for layer in layers.values() for part in layer.stored]  # what the forward pass uses
     wanted = [leaf.requires_grad for leaf in leaves]
-    handles = [layers[name].module.register_forward_hook(watch(own)) for name, own in sums.items()]
+    handles = [layers[name].module.register_forward_hook(watch(own, layers[name])) for name, own in sums.items()]
     try:
         for leaf in leaves:
             leaf.requires_grad_(True)

@@ -157,7 +157,7 @@ def _load(run: _Run, empty: Iterable[str], prefix: str, state_dict: MutableMappi
     keys = {name: _keys(f"{prefix}{layers.prefix}{name}.", layer) for name, layer in layers.items()}
     _add_adapter_name(layers, keys, prefix, state_dict)
     loaded = [name for name in layers if any(key in state_dict for key in keys[name])]
-    if not loaded or any(state_dict[key].dim() != 2 for name in loaded for key in keys[name] if key in state_dict):
+    if not loaded or any(state_dict[key].dim() < 2 for name in loaded for key in keys[name] if key in state_dict):
         return  # weights without this adapter, or with one process's part of it (ZeRO-3)
     # A rank needs both its row of A and its column of B. PyTorch checks the shape of one without the other.
     given = {name: (state_dict[A], state_dict[B]) for name, (A, B) in keys.items() if {A, B} <= state_dict.keys()}
@@ -167,7 +167,7 @@ def _load(run: _Run, empty: Iterable[str], prefix: str, state_dict: MutableMappi
     plan = {
         name: plan_for_heads(layers[name].head_ranks, heads[name])
         if name in heads
-        else plan_for_rank(layers[name].rank, len(A))
+        else plan_for_rank(layers[name].rank, len(A) // layers[name].axes[0].copies)
         for name, (A, _) in given.items()
     }
     resize_(layers, {**plan, **{name: _no_rank(layers[name]) for name in emptied}}, run.optimizer)
@@ -279,7 +279,7 @@ def _keep_live_gates(layers: AdapterLayers, keys: Keys, state_dict: MutableMappi
         incoming = state_dict.get(keys[name][1])
         if incoming is None:
             continue
-        if layer.gate is None or layer.gate.dim() != 1 or incoming.shape != (layer.d_out, layer.rank):
+        if layer.gate is None or layer.gate.dim() != 1 or incoming.shape[:2] != (layer.d_out, layer.rank):
             return False
         if not torch.equal(incoming.to(layer.B), _in_file_layout(layer, fold_gate(layer.B, layer.gate))):
             return False

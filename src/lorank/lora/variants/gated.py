@@ -20,7 +20,7 @@ from lorank.errors import AdapterError
 from lorank.lora.pool import pool_of
 from lorank.lora.quantised import guard_merge
 from lorank.lora.rank_zero import EXTRA_STATE, extra_state, stated_adapters
-from lorank.lora.variants import dora, merging
+from lorank.lora.variants import convolution, dora, merging
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.per_head import HeadLora
 
@@ -76,6 +76,8 @@ class GatedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         """
         scaling = module.scaling[active_adapter]
         update: Tensor
+        if convolution.is_convolution(module):
+            return convolution.forward(module, active_adapter, x, result, self.gate, self.replaced)
         if isinstance(self.replaced, HeadLora | FusedLora):
             return self.replaced.gated(module, active_adapter, x, result, self.gate, expand_gate)
         if self.replaced is not None:
@@ -161,7 +163,7 @@ def _plain_lora_hook(module: LoraLayer, state_dict: MutableMapping[str, Any], pr
         if adapter in empty or prefix + name_B not in state_dict:
             continue
         A, B = state_dict[prefix + name_A], state_dict[prefix + name_B]
-        if pool_of(module, adapter) is not None and A.dim() != 2:
+        if pool_of(module, adapter) is not None and A.dim() < 2:
             continue  # ZeRO-3: each process has one part of the padded parameter
         state_dict[prefix + name_A], state_dict[prefix + name_B] = to_plain_lora(module, adapter, A, B)
 
@@ -204,11 +206,12 @@ def to_plain_lora(module: LoraLayer, adapter: str, A: Tensor, B: Tensor) -> tupl
 
 
 def fold_gate(B: Tensor, gate: Tensor) -> Tensor:
-    """B diag(g), a new tensor. B: (d_out, r), gate: (r,).
+    """B diag(g), a new tensor. B: (d_out, r), or (d_out, r, 1…) for a convolution; gate: (r,).
 
     Raises:
         AdapterError: the gate is a gate per sample, (n, r).
     """
     if gate.dim() != 1:
         raise AdapterError(f"a gate per sample, shape {tuple(gate.shape)}, cannot be folded into the weights")
-    return B.detach() * gate.detach().to(device=B.device, dtype=B.dtype)
+    factor = gate.detach().to(device=B.device, dtype=B.dtype)
+    return B.detach() * factor.reshape(-1, *[1] * (B.dim() - 2))
