@@ -19,11 +19,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoModelForImageClassification,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
-    ResNetConfig,
     Trainer,
     TrainingArguments,
 )
@@ -84,12 +82,6 @@ def mixtral() -> PreTrainedModel:
     )
 
 
-def resnet() -> PreTrainedModel:
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=4)
-    return AutoModelForImageClassification.from_config(config)
-
-
-IMAGES = {"pixel_values": torch.rand(4, 3, 16, 16), "labels": torch.arange(4)}
 WORDS = {"input_ids": token_batch()["input_ids"], "labels": torch.arange(4)}
 
 
@@ -119,8 +111,6 @@ class OnlyAttention(nn.Module):
 
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
-    "convolutions only": (resnet, {"target_modules": ["convolution"]}, IMAGES),
-    "a convolution among others": (Net, {"target_modules": ["mix", "linear1", "classifier.0"]}, WORDS),
     "attention": (Net, {"target_modules": ["attention"]}, WORDS),
     "inside attention": (Net, {"target_modules": "all-linear"}, WORDS),
     "all-linear of a mixture of experts": (mixtral, {"target_modules": "all-linear"}, token_batch()),
@@ -161,7 +151,7 @@ def test_a_module_that_is_not_taken(name: str, slow_path: None) -> None:
 
 def test_a_model_without_any_module_to_take() -> None:
     model = get_peft_model(OnlyAttention(), LoraConfig(r=2, target_modules=["attn"]))
-    with pytest.raises(LorankError, match=r"no other linear layer or embedding.*cannot be used with it"):
+    with pytest.raises(LorankError, match=r"no other linear layer, embedding or convolution.*cannot be used with it"):
         lorank.attach(model, adamw(model), SORA, total_steps=8)
 
 

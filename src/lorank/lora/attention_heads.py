@@ -64,8 +64,8 @@ def head_groups(
         if groups is None:
             continue
         if layer.is_embedding or layer.is_convolution:
-            kind = "an embedding" if layer.is_embedding else "a convolution, whose LoRA mixes all channels"
-            raise AdapterError(f"{name} is {kind}, so it has no heads: remove it from the given heads")
+            kind = "an embedding" if layer.is_embedding else "a convolution"
+            raise AdapterError(f"{name} is {kind}, which has no heads: remove it from the given heads")
         width = layer.d_out if groups.kind == "rows" else layer.d_in
         if groups.count * groups.size != width:
             side = "output rows" if groups.kind == "rows" else "input columns"

@@ -49,6 +49,11 @@ def _reason(base: nn.Module, name: str, module: LoraLayer) -> str | None:
         return "is part of an nn.MultiheadAttention, which reads its weight without calling it: its LoRA has no effect"
     if kind in SUPPORTED:
         return None
+    if kind == "MultiheadAttention":
+        return (
+            "is an nn.MultiheadAttention. PEFT gives its two projections one rank, and merges them in every forward "
+            "pass (the output projection twice), so their ranks cannot be gated or move on their own"
+        )
     if kind == "ParamWrapper":
         return "is a ParamWrapper (a parameter, not a module, has the LoRA), whose ranks cannot be gated or resized"
     library = f" ({IGNORE_VARIANTS[kind]})" if kind in IGNORE_VARIANTS else ""
@@ -61,15 +66,19 @@ def _other_targets(
     """The advice: a LoraConfig for the same base model that lorank supports."""
     wanted = [name for name in adapted if name not in refused]
     if not wanted:
-        wanted = _linear_maps(base, refused)
+        wanted = _others(base, refused, (nn.Linear, nn.Embedding, Conv1D))
     if not wanted:
-        return "The model has no other linear layer or embedding to adapt, so lorank cannot be used with it"
-    advice = f"Adapt linear layers and embeddings only: LoraConfig(target_modules={_targets(base, wanted)!r})"
+        wanted = _others(base, refused, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    if not wanted:
+        return "The model has no other linear layer, embedding or convolution, so lorank cannot be used with it"
+    advice = (
+        f"Adapt linear layers, embeddings and convolutions only: LoraConfig(target_modules={_targets(base, wanted)!r})"
+    )
     return advice + (", without target_parameters" if config.target_parameters else "")
 
 
-def _linear_maps(base: nn.Module, refused: Iterable[str]) -> list[str]:
-    """Linear layers and embeddings outside the refused modules, without the model's input and output embeddings."""
+def _others(base: nn.Module, refused: Iterable[str], kinds: tuple[type[nn.Module], ...]) -> list[str]:
+    """Modules of some kinds outside the refused ones, without the model's input and output embeddings."""
     embeddings = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
@@ -80,7 +89,7 @@ def _linear_maps(base: nn.Module, refused: Iterable[str]) -> list[str]:
     return [
         name
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+        if isinstance(module, kinds)
         and not f"{name}.".startswith(outside)
         and not isinstance(base.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
         and all(module is not embedding for embedding in embeddings)
