@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 
 import lorank
 from lorank.errors import AdapterError, PlanError
 from lorank.lora import AdapterLayers, LayerPlan, find_layers, head_groups, resize_, save_adapter
 from lorank.lora.basis import Basis
+from lorank.lora.io.adapter_validation import WEIGHTS
+from lorank.lora.io.standalone import open_standalone
 from lorank.lora.kernels.per_head import HeadGroups
 from tests.convolutions import KINDS, conv_net, picture_batch
 
@@ -181,6 +184,16 @@ def test_a_fixed_shape_is_refused() -> None:
 
 
 class TestFinishedAdapters:
+    @pytest.mark.parametrize(
+        ("A", "B"), [((4, 4, 3), (6, 0, 1)), ((0, 4, 3), (6, 2, 1)), ((4, 4, 3), (6, 3, 1)), ((4, 3, 3), (6, 2, 1))]
+    )
+    def test_a_file_that_is_none_is_refused(self, A: tuple[int, ...], B: tuple[int, ...], tmp_path: Path) -> None:
+        key = "base_model.model.conv.lora_"
+        LoraConfig(r=2, target_modules=["conv"]).save_pretrained(tmp_path)
+        save_file({f"{key}A.weight": torch.zeros(A), f"{key}B.weight": torch.zeros(B)}, tmp_path / WEIGHTS)
+        with pytest.raises(AdapterError, match=r"conv in .* which are no LoRA of a convolution"):
+            open_standalone(tmp_path)
+
     @pytest.mark.parametrize("groups", [1, 2])
     def test_the_best_approximation(self, groups: int) -> None:
         torch.manual_seed(0)

@@ -159,8 +159,8 @@ def _empty_module(name: str, tensors: Mapping[str, Tensor], folder: Path) -> nn.
 
 def _empty_convolution(name: str, A: Tensor, B: Tensor, folder: Path) -> nn.Module:
     """A convolution of A's kernel. Its stride and padding are not known, and change no weight."""
-    groups, left = divmod(A.shape[0], B.shape[1]) if B.shape[1] else (0, 1)
-    if left or A.shape[1] % groups or B.shape[0] % groups:
+    groups, left = divmod(A.shape[0], B.shape[1]) if A.numel() and B.numel() else (0, 1)
+    if left or not groups or A.shape[1] % groups or B.shape[0] % groups:
         raise AdapterError(
             f"{name} in {folder} has lora_A of shape {tuple(A.shape)} and lora_B of shape {tuple(B.shape)}, which are "
             "no LoRA of a convolution. Save the adapter again"
