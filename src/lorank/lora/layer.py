@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from lorank.errors import AdapterError
+from lorank.lora.experts import is_expert, layout_of
 from lorank.lora.gates import LearnedGates
 from lorank.lora.gramian_sums import CollectedGramians
 from lorank.lora.kernels.per_head import HeadGroups
@@ -40,13 +41,22 @@ class AdapterLayer:
         module: PEFT's LoRA layer.
         adapter: the name of the adapter.
         bias: PEFT's setting of which biases of the base model are trained: none, all or lora_only.
+        path: the name of ``module`` in the base model; None: ``name``. They differ for the LoRA of a parameter, which
+            is named after the parameter (:mod:`lorank.lora.experts`).
 
+    Attributes:
+        layout: where the entries of a rank are in A and B.
     """
 
-    def __init__(self, name: str, module: LoraLayer, adapter: str, bias: str = "none") -> None:
+    def __init__(
+        self, name: str, module: LoraLayer, adapter: str, bias: str = "none", path: str | None = None
+    ) -> None:
         self.name = name
+        self.path = name if path is None else path
         self.module = module
         self.adapter = adapter
+        self.layout = layout_of(module)
+        self.is_expert = is_expert(module)
         self.is_embedding = adapter in module.lora_embedding_A
         self.use_rslora = bool(module.use_rslora[adapter])
         self._trains_base_bias = bias != "none" and getattr(module.get_base_layer(), "bias", None) is not None
@@ -81,12 +91,18 @@ class AdapterLayer:
 
     @property
     def A(self) -> nn.Parameter:
-        """``lora_A``, (r, d_in); for an embedding (r, number of embeddings); for heads that own columns (r, d_h)."""
+        """``lora_A``, (r, d_in); for an embedding (r, number of embeddings); for heads that own columns (r, d_h).
+
+        For the parameter of E experts (E·r, inputs of one expert), see :mod:`lorank.lora.rank_layout`.
+        """
         return self.stored[0] if self.pool is None else self.pool.A
 
     @property
     def B(self) -> nn.Parameter:
-        """``lora_B``, (d_out, r); for an embedding (embedding width, r); for heads that own rows (d_h, r)."""
+        """``lora_B``, (d_out, r); for an embedding (embedding width, r); for heads that own rows (d_h, r).
+
+        For the parameter of E experts (outputs of one expert, r·E), see :mod:`lorank.lora.rank_layout`.
+        """
         return self.stored[1] if self.pool is None else self.pool.B
 
     @property
@@ -105,35 +121,36 @@ class AdapterLayer:
     @property
     def rank(self) -> int:
         """r, the number of ranks that A and B hold. ≥ 0."""
-        return int(self.A.shape[0])
+        return self.layout.rank(int(self.A.shape[0]))
 
     @property
     def d_in(self) -> int:
-        """Number of inputs of the module, in every form of A."""
+        """Number of inputs of the module, in every form of A; of all its experts together, if it has any."""
         groups = self.groups
-        return int(self.A.shape[1]) if groups is None or groups.kind == "rows" else groups.count * groups.size
+        return int(self.A.shape[1]) * self.layout.experts if groups is None or groups.kind == "rows" else groups.count * groups.size
 
     @property
     def d_out(self) -> int:
-        """Number of outputs of the module, in every form of B."""
+        """Number of outputs of the module, in every form of B; of all its experts together, if it has any."""
         groups = self.groups
-        return int(self.B.shape[0]) if groups is None or groups.kind == "columns" else groups.count * groups.size
+        return int(self.B.shape[0]) * self.layout.experts if groups is None or groups.kind == "columns" else groups.count * groups.size
 
     @property
     def rank_parameters(self) -> int:
         """Trained parameters per rank: d_in + d_out, or fewer in per-head form."""
-        return int(self.A.shape[1] + self.B.shape[0])
+        return int(self.A.shape[1] + self.B.shape[0]) * self.layout.experts
 
     @property
     def max_rank(self) -> int:
         """min(d_in, d_out), the rank of a full update.
 
-        In per-head form, the sum over all heads. With a pool, at most its capacity.
+        Of one expert, if the module has experts. In per-head form, the sum over all heads. With a pool, at most its
+        capacity.
         """
         groups = self.groups
         if groups is not None:
             return groups.count * groups.capacity(self.d_in, self.d_out)
-        most = min(self.d_in, self.d_out)
+        most = min(self.d_in, self.d_out) // self.layout.experts
         return most if self.pool is None else min(most, self.pool.capacity)
 
     @property
@@ -199,7 +216,7 @@ class AdapterLayer:
         """g: None (all ones), (r,), or (n, r) with a gate per sample of the batch.
 
         Raises:
-            AdapterError: on assignment, the gate has another shape.
+            AdapterError: on assignment, the gate has another shape, or experts get a gate per sample.
         """
         variant = self.module.lora_variant.get(self.adapter)
         return variant.gate if isinstance(variant, GatedLora) else None
@@ -217,6 +234,10 @@ class AdapterLayer:
             raise AdapterError(
                 f"a gate for {self.name} must have shape ({self.rank},) or (samples, {self.rank}), "
                 f"got {tuple(gate.shape)}"
+            )
+        if gate.dim() == 2 and self.is_expert:
+            raise AdapterError(
+                f"{self.name} is a parameter with a LoRA: all samples use one weight, so a gate per sample is impossible"
             )
         variant = self.module.lora_variant.get(self.adapter)
         if isinstance(variant, GatedLora):

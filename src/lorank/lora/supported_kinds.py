@@ -1,7 +1,8 @@
 """The kinds of modules whose ranks can change: linear maps and embeddings. Other kinds are refused, with a way round.
 
-PEFT also adapts convolutions, ``nn.MultiheadAttention`` and the parameters of experts. These layers do not call a
-``LoraVariant``, or hold A and B in another layout, so their ranks can neither be gated nor resized.
+Parameters (``target_parameters``) are supported too (:mod:`lorank.lora.experts`). PEFT also adapts convolutions and
+``nn.MultiheadAttention``. These layers do not call a ``LoraVariant``, or hold A and B in another layout, so their ranks
+can neither be gated nor resized.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorank.errors import AdapterError
+from lorank.lora.experts import is_expert
 from lorank.lora.quantised import IGNORE_VARIANTS, QUANTISED_ADVICE, SUPPORTED
 
 
@@ -47,10 +49,8 @@ def _reason(base: nn.Module, name: str, module: LoraLayer) -> str | None:
     parent = base.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention) and kind in SUPPORTED:
         return "is part of an nn.MultiheadAttention, which reads its weight without calling it: its LoRA has no effect"
-    if kind in SUPPORTED:
+    if kind in SUPPORTED or is_expert(module):
         return None
-    if kind == "ParamWrapper":
-        return "is a ParamWrapper (a parameter, not a module, has the LoRA), whose ranks cannot be gated or resized"
     library = f" ({IGNORE_VARIANTS[kind]})" if kind in IGNORE_VARIANTS else ""
     return f"is a {kind}{library}, whose ranks cannot be gated or resized"
 
@@ -59,13 +59,13 @@ def _other_targets(
     base: nn.Module, adapted: Mapping[str, LoraLayer], refused: Collection[str], config: LoraConfig
 ) -> str:
     """The advice: a LoraConfig for the same base model that lorank supports."""
-    wanted = [name for name in adapted if name not in refused]
+    wanted = [name for name, module in adapted.items() if name not in refused and not is_expert(module)]
     if not wanted:
         wanted = _linear_maps(base, refused)
     if not wanted:
         return "The model has no other linear layer or embedding to adapt, so lorank cannot be used with it"
-    advice = f"Adapt linear layers and embeddings only: LoraConfig(target_modules={_targets(base, wanted)!r})"
-    return advice + (", without target_parameters" if config.target_parameters else "")
+    kept = f", target_parameters={sorted(config.target_parameters)!r}" if config.target_parameters else ""
+    return f"Adapt linear layers and embeddings only: LoraConfig(target_modules={_targets(base, wanted)!r}{kept})"
 
 
 def _linear_maps(base: nn.Module, refused: Iterable[str]) -> list[str]:
