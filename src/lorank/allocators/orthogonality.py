@@ -2,8 +2,8 @@
 
     R(P, Q) = ‖PᵀP − I‖² + ‖QQᵀ − I‖²        ∂R/∂P = 4 P (PᵀP − I)        ∂R/∂Q = 4 (QQᵀ − I) Q
 
-with the squared Frobenius norm, summed over the modules (arXiv 2303.10512, equations 4 and 5). P is B, (d_out, r), and
-Q is A, (r, d_in). The gradient is added after the backward pass. This has the same effect as a term of the loss, but
+with the squared Frobenius norm, summed over the modules (arXiv 2303.10512, equations 4 and 5), and over the experts of
+a module that has experts. P is B, (d_out, r), and Q is A, (r, d_in). The gradient is added after the backward pass. This has the same effect as a term of the loss, but
 the reported loss, in training and in evaluation, remains the task's loss.
 """
 
@@ -20,11 +20,13 @@ def add_orthogonality_gradient_(layers: AdapterLayers, gamma: float) -> None:
     """Adds γ ∂R/∂A and γ ∂R/∂B to the gradients of A and B in place. A weight without a gradient is skipped."""
     groups: dict[tuple[object, ...], list[tuple[Tensor, Tensor]]] = {}  # one product for all matrices of the same shape
     for layer in layers.values():
-        for weight, by_rank in ((layer.A, False), (layer.B, True)):
+        for axis, weight in enumerate((layer.A, layer.B)):
             if weight.grad is None or not layer.rank:
                 continue
-            rows, gradient = (weight.T, weight.grad.T) if by_rank else (weight, weight.grad)  # (r, d) each
-            groups.setdefault((rows.shape, rows.dtype, rows.device), []).append((rows, gradient))
+            of_experts = (layer.layout.by_expert(values, axis) for values in (weight, weight.grad))  # views
+            for rows, gradient in zip(*of_experts, strict=True):
+                pair = (rows, gradient) if axis == 0 else (rows.T, gradient.T)  # (r, d) each
+                groups.setdefault((pair[0].shape, rows.dtype, rows.device), []).append(pair)
     for pairs in groups.values():
         X = torch.stack([rows for rows, _ in pairs])  # (n, r, d)
         X = X.to(torch.promote_types(X.dtype, torch.float32))

@@ -98,9 +98,10 @@ class SensitivityScorer(Scorer):
         smoothed = {label: state[f"{_MEAN}.{label}"] * state[f"{_UNCERTAINTY}.{label}"] for label in _weights(layers)}
         gates = (state[f"{_MEAN}.gate"] * state[f"{_UNCERTAINTY}.gate"]).double().cpu()  # (R,)
         vectors = [
-            # (r, d_in), (d_out, r) → (r,)
-            smoothed[f"A.{name}"].double().mean(1) + smoothed[f"B.{name}"].double().mean(0)
-            for name in layers
+            # (r, d_in), (r, d_out) → (r,)
+            layer.layout.by_rank(smoothed[f"A.{name}"].double(), 0).mean(1)
+            + layer.layout.by_rank(smoothed[f"B.{name}"].double(), 1).mean(1)
+            for name, layer in layers.items()
         ]
         scores = gates + torch.cat([values.to(vectors[0].device) for values in vectors]).cpu()  # (R,)
         return Scores(dict(zip(layers, torch.split(scores, list(layers.ranks.values())), strict=True)))
@@ -113,11 +114,12 @@ class SensitivityScorer(Scorer):
         for kind in (_MEAN, _UNCERTAINTY):
             first = 0
             for (name, rank), moved in zip(ranks.items(), torch.split(origins, list(ranks.values())), strict=True):
-                before = len(state[f"{kind}.A.{name}"])
+                layout = context.layers[name].layout
+                before = layout.rank(len(state[f"{kind}.A.{name}"]))
                 own = torch.where(moved < 0, moved, moved - first)  # (r,)
                 if before != rank or not torch.equal(own, torch.arange(rank)):
-                    state[f"{kind}.A.{name}"] = reindex_ranks(state[f"{kind}.A.{name}"], own, 0)
-                    state[f"{kind}.B.{name}"] = reindex_ranks(state[f"{kind}.B.{name}"], own, 1)
+                    for axis, key in enumerate((f"{kind}.A.{name}", f"{kind}.B.{name}")):
+                        state[key] = reindex_ranks(state[key], layout.entries(own, before, axis), axis)
                 first += before
             state[f"{kind}.gate"] = reindex_ranks(state[f"{kind}.gate"], origins)
 
@@ -149,7 +151,8 @@ def rank_products(layers: AdapterLayers) -> Tensor:
         A = _upcast([layers[name].A for name in names])  # (r, d_in) each
         gradients = _upcast([_gradient(layers[name].A) for name in names])
         sums = (torch.cat(A) * torch.cat(gradients)).sum(1)  # (Σ r, d_in) → (Σ r,)
-        products.update(zip(names, torch.split(sums, [len(rows) for rows in A]), strict=True))
+        for name, own in zip(names, torch.split(sums, [len(rows) for rows in A]), strict=True):
+            products[name] = layers[name].layout.by_rank(own[:, None], 0).sum(1)  # over the experts, if there are any
     first = next(iter(layers.values())).A
     return torch.cat([products[name].to(first.device) for name in layers])
 
