@@ -60,6 +60,11 @@ class RankLayout:
         apart = (self.experts, rank) if axis == 0 else (rank, self.experts)
         return values.unflatten(axis, apart).movedim(1, 0).flatten(1)  # axis 1 has the ranks in both cases
 
+    def norms(self, A: Tensor, B: Tensor) -> Tensor:
+        """‖B_i A_i‖ of the update of every rank, (r,): over all experts, if there are any."""
+        of_A, of_B = self.by_expert(A, 0).norm(dim=2), self.by_expert(B, 1).norm(dim=1)  # (E, r) each
+        return (of_A * of_B).norm(dim=0)
+
     def by_expert(self, values: Tensor, axis: int) -> Tensor:
         """A tensor of A's shape as (E, r, d), or one of B's shape as (E, d', r). A view."""
         rank = self.rank(values.shape[axis])

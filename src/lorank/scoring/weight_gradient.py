@@ -15,7 +15,8 @@ p = 8 additional columns:
 
 The residual gradient is the part that an adapter does not reach yet: G (I − P), with P the projection onto the row
 space of A. A new row of A is of use as far as it lies outside of this space. In an embedding it is (I − P) G, with P
-the projection onto the column space of B. A LoRA per head has a residual gradient in each head's block of G.
+the projection onto the column space of B. A LoRA per head has a residual gradient in each head's block of G. A
+parameter with experts has one G per expert (:mod:`lorank.scoring.expert_gradient`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lorank.errors import ValidationBatchError
 from lorank.lora.layer import AdapterLayer, AdapterLayers
+from lorank.scoring.expert_gradient import ExpertGradientSum
 from lorank.scoring.loss import LossFn, loss_gradients, loss_with_graph, prepare_batch, require_finite, unwrap_model
 from lorank.scoring.preserve_state import preserve_state
 
@@ -46,8 +48,9 @@ class WeightGradient:
 
     Attributes:
         values: σ, (k,) float64, descending.
-        left: (d_out, k) float64, orthonormal columns, also where values are zero.
-        right: (d_in, k) float64, orthonormal columns, also where values are zero.
+        left: (d_out, k) float64, orthonormal columns, also where values are zero. With experts, the vectors of all of
+            them below each other, orthonormal in each.
+        right: (d_in, k) float64, as ``left``.
     """
 
     values: Tensor
@@ -87,12 +90,13 @@ def weight_gradients(
     """
     if not batches:
         raise ValidationBatchError("there is no batch to take gradients on: give at least one")
-    sums = {
-        name: [_GradientSum(_whole(layer), count, seed * 1_000_003 + index)]
-        for index, (name, layer) in enumerate(layers.items())
-    }
+    sums: dict[str, Sequence[_Sum]] = {}
+    for index, (name, layer) in enumerate(layers.items()):
+        own_seed = seed * 1_000_003 + index
+        expert = layer.is_expert
+        sums[name] = [_of_experts(layer, count, own_seed) if expert else _GradientSum(_whole(layer), count, own_seed)]
     _sum_gradients(model, layers, batches, sums, loss_fn, mean)
-    return {name: one.decompose(len(batches)) for name, (one,) in sums.items()}
+    return {name: _decompose(one, len(batches)) for name, (one,) in sums.items()}
 
 
 def residual_gradients(
@@ -124,9 +128,14 @@ def residual_gradients(
     if not batches:
         raise ValidationBatchError("there is no batch to take gradients on: give at least one")
     index, chosen = 0, {}
-    sums: dict[str, list[_GradientSum]] = {}
+    sums: dict[str, list[_Sum]] = {}
     for name, of_groups in counts.items():
         chosen[name] = [group for group, count in enumerate(of_groups) if count]
+        if layers[name].is_expert:
+            own_seed = seed * 1_000_003 + index
+            sums[name] = [_of_experts(layers[name], of_groups[group], own_seed, residual=True) for group in chosen[name]]
+            index += 1
+            continue
         blocks = _residual_blocks(layers[name])
         limit = FULL_GRADIENT_SIZE // len(blocks)
         sums[name] = []
@@ -135,7 +144,7 @@ def residual_gradients(
             index += 1
     _sum_gradients(model, layers, batches, sums, loss_fn, mean)
     return {
-        name: {group: one.decompose(len(batches)) for group, one in zip(chosen[name], own, strict=True)}
+        name: {group: _decompose(one, len(batches)) for group, one in zip(chosen[name], own, strict=True)}
         for name, own in sums.items()
     }
 
@@ -144,7 +153,7 @@ def _sum_gradients(
     model: nn.Module,
     layers: AdapterLayers,
     batches: Sequence[Mapping[str, Any]],
-    sums: Mapping[str, Sequence[_GradientSum]],
+    sums: Mapping[str, Sequence[_Sum]],
     loss_fn: LossFn | None,
     mean: Callable[[Tensor], Tensor] | None,
 ) -> None:
@@ -191,6 +200,26 @@ class _Block:
         if self.reached is None or axis != (0 if self.is_embedding else 1):
             return values
         return values - self.reached @ (self.reached.T @ values)
+
+
+_Sum: TypeAlias = "_GradientSum | ExpertGradientSum"
+
+
+def _of_experts(layer: AdapterLayer, count: int, seed: int, *, residual: bool = False) -> ExpertGradientSum:
+    return ExpertGradientSum(
+        layer,
+        count,
+        seed,
+        residual=residual,
+        limit=FULL_GRADIENT_SIZE,
+        oversampling=OVERSAMPLING,
+        rounding=ROUNDING,
+    )
+
+
+def _decompose(one: _Sum, batches: int) -> WeightGradient:
+    found = one.decompose(batches)
+    return WeightGradient(*found) if isinstance(found, tuple) else found
 
 
 def _whole(layer: AdapterLayer, reached: Tensor | None = None) -> _Block:
@@ -326,10 +355,10 @@ def _largest(G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @contextmanager
-def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, Sequence[_GradientSum]]) -> Iterator[list[Tensor]]:
+def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, Sequence[_Sum]]) -> Iterator[list[Tensor]]:
     """Hooks that pass every layer's x and dy to its sum. Yields A and B of all layers, for the backward pass."""
 
-    def watch(own: Sequence[_GradientSum]) -> Any:
+    def watch(own: Sequence[Any]) -> Any:
         def after_forward(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
                 x = inputs[0].detach()
@@ -342,12 +371,25 @@ def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, Sequence[_Gradient
 
         return after_forward
 
+    def watch_parameter(own: Sequence[Any]) -> Any:
+        def add(gradient: Tensor) -> Tensor:
+            for one in own:
+                one.add(gradient)
+            return gradient.new_zeros(()).expand_as(gradient)  # the gradients of all experts at once may not fit
+
+        return add
+
     leaves: list[Tensor] = [part for layer in layers.values() for part in layer.stored]  # what the forward pass uses
+    parameters = {name: layers[name].module.get_param() for name in sums if layers[name].is_expert}
+    leaves += parameters.values()
     wanted = [leaf.requires_grad for leaf in leaves]
-    handles = [layers[name].module.register_forward_hook(watch(own)) for name, own in sums.items()]
+    handles = [
+        layers[name].module.register_forward_hook(watch(own)) for name, own in sums.items() if name not in parameters
+    ]
     try:
         for leaf in leaves:
             leaf.requires_grad_(True)
+        handles += [parameter.register_hook(watch_parameter(sums[name])) for name, parameter in parameters.items()]
         yield leaves
     finally:
         for handle in handles:

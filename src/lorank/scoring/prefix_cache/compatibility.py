@@ -91,8 +91,7 @@ def _check_one_variant(
         key=lambda name: (name in found.trace.per_sample, found.trace.start[name]),
     )
     layer = layers[name]
-    of_A, of_B = (layer.layout.by_rank(weight.detach().float(), axis) for axis, weight in enumerate((layer.A, layer.B)))
-    k = int((of_A.norm(dim=1) * of_B.norm(dim=1)).argmax())
+    k = int(layer.layout.norms(layer.A.detach().float(), layer.B.detach().float()).argmax())
     variant = gates.variants(name, "without")[k]  # (r,)
     ones = gates.variants(name, "alone").sum(dim=0)  # (r,)
     gates.background("without")
