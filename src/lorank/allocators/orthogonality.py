@@ -3,8 +3,9 @@
     R(P, Q) = ‖PᵀP − I‖² + ‖QQᵀ − I‖²        ∂R/∂P = 4 P (PᵀP − I)        ∂R/∂Q = 4 (QQᵀ − I) Q
 
 with the squared Frobenius norm, summed over the modules (arXiv 2303.10512, equations 4 and 5), and over the experts of
-a module that has experts. P is B, (d_out, r), and Q is A, (r, d_in). The gradient is added after the backward pass. This has the same effect as a term of the loss, but
-the reported loss, in training and in evaluation, remains the task's loss.
+a module that has experts. P is B, (d_out, r), and Q is A, (r, d_in). The gradient is added after the backward pass.
+This has the same effect as a term of the loss, but the reported loss, in training and in evaluation, remains the task's
+loss.
 """
 
 from __future__ import annotations

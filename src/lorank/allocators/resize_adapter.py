@@ -102,9 +102,7 @@ def resize_layers_(
     factors = {name: _factors(layers[name], found[name], count) for name, count in shrunk.items()}
     plan = {name: plan_for_rank(layers[name].rank, count) for name, count in wanted.items()}
     # in a module that shrinks, which ranks stay is without meaning: their values are replaced
-    plan.update(
-        {name: LayerPlan(tuple(range(layers[name].layout.rank(len(A))))) for name, (A, _) in factors.items()}
-    )
+    plan.update({name: LayerPlan(tuple(range(layers[name].layout.rank(len(A))))) for name, (A, _) in factors.items()})
     resize_(layers, plan, seed=seed)
     for name, (A, B) in factors.items():
         layers[name].A.copy_(A)

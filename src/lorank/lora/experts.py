@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
@@ -104,15 +103,16 @@ def _delta_weight(module: ParamWrapper, adapter: str, *_: Any, **__: Any) -> Ten
     if gate is not None:
         B = B * layout.repeated(gate.to(B))
     if layout.experts == 1:
-        update = B @ A  # (d', d), the layout of a matrix, or of PEFT's one expert
+        update: Tensor = B @ A  # (d', d), the layout of a matrix, or of PEFT's one expert
     else:
         left, right = layout.by_expert(B, 1), layout.by_expert(A, 0)  # (E, d', r), (E, r, d)
         update = left @ right  # (E, d', d)
         update = update if module._did_swap_in_out_features else update.mT
     parameter = module.get_param()
-    update = (update * module.scaling[adapter]).to(parameter.device)
     # PEFT adds to 8-bit floats in a wider type, and rounds once.
-    return update if parameter.dtype.itemsize == 1 else update.to(parameter.dtype)
+    dtype = update.dtype if parameter.dtype.itemsize == 1 else parameter.dtype
+    scaled: Tensor = (update * module.scaling[adapter]).to(parameter.device, dtype)
+    return scaled
 
 
 def filler(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ depends on (those whose ẑ is not zero up to rounding):
 
 They are the Gramians of balanced truncation (:mod:`lorank.scoring.balanced`). The fused functions have z and ẑ at hand
 in their backward pass. Elsewhere a hook on ``lora_A`` sees z, and a hook on z its gradient. Padding has ẑ = 0 and does
-not count.
+not count. Experts have one Z and one D each (:mod:`lorank.lora.expert_watch`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorank.lora.expert_watch import ExpertWatch
 from lorank.lora.gramian_sums import LayerGramians
 from lorank.lora.layer import AdapterLayer
 from lorank.lora.variants.fused import FusedLora
@@ -62,7 +63,9 @@ class Gramians:
             if fused is not None:
                 self._handles.append(_FusedWatch(fused, own))
             # Also where the layer is fused, for the calls that fall back to PEFT's formula.
-            if layer.is_embedding:
+            if layer.is_expert:
+                self._handles.append(ExpertWatch(layer, own))
+            elif layer.is_embedding:
                 self._handles.append(_EmbeddingWatch(layer.module, own))
             else:
                 self._handles.append(layer.module.lora_A[layer.adapter].register_forward_hook(_Watch(own)))

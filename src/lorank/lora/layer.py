@@ -48,9 +48,7 @@ class AdapterLayer:
         layout: where the entries of a rank are in A and B.
     """
 
-    def __init__(
-        self, name: str, module: LoraLayer, adapter: str, bias: str = "none", path: str | None = None
-    ) -> None:
+    def __init__(self, name: str, module: LoraLayer, adapter: str, bias: str = "none", path: str | None = None) -> None:
         self.name = name
         self.path = name if path is None else path
         self.module = module
@@ -127,13 +125,15 @@ class AdapterLayer:
     def d_in(self) -> int:
         """Number of inputs of the module, in every form of A; of all its experts together, if it has any."""
         groups = self.groups
-        return int(self.A.shape[1]) * self.layout.experts if groups is None or groups.kind == "rows" else groups.count * groups.size
+        own = int(self.A.shape[1]) * self.layout.experts
+        return own if groups is None or groups.kind == "rows" else groups.count * groups.size
 
     @property
     def d_out(self) -> int:
         """Number of outputs of the module, in every form of B; of all its experts together, if it has any."""
         groups = self.groups
-        return int(self.B.shape[0]) * self.layout.experts if groups is None or groups.kind == "columns" else groups.count * groups.size
+        own = int(self.B.shape[0]) * self.layout.experts
+        return own if groups is None or groups.kind == "columns" else groups.count * groups.size
 
     @property
     def rank_parameters(self) -> int:
@@ -237,7 +237,7 @@ class AdapterLayer:
             )
         if gate.dim() == 2 and self.is_expert:
             raise AdapterError(
-                f"{self.name} is a parameter with a LoRA: all samples use one weight, so a gate per sample is impossible"
+                f"{self.name} is a parameter with a LoRA: all samples use one weight, so none has its own gate"
             )
         variant = self.module.lora_variant.get(self.adapter)
         if isinstance(variant, GatedLora):

@@ -53,24 +53,28 @@ class RankLayout:
         return torch.where(origins[:, None] < 0, -1, before).flatten()
 
     def by_rank(self, values: Tensor, axis: int) -> Tensor:
-        """What each rank owns of a tensor of A's shape (``axis`` 0) or B's shape (``axis`` 1): (r, numbers per rank)."""
+        """What each rank owns of a tensor of A's shape (``axis`` 0) or B's shape (``axis`` 1): (r, its numbers)."""
         if self.experts == 1:
             return values.movedim(axis, 0).flatten(1)
-        rank = self.rank(values.shape[axis])
-        apart = (self.experts, rank) if axis == 0 else (rank, self.experts)
-        return values.unflatten(axis, apart).movedim(1, 0).flatten(1)  # axis 1 has the ranks in both cases
+        return self._apart(values, axis).movedim(1, 0).flatten(1)
 
     def norms(self, A: Tensor, B: Tensor) -> Tensor:
         """‖B_i A_i‖ of the update of every rank, (r,): over all experts, if there are any."""
         of_A, of_B = self.by_expert(A, 0).norm(dim=2), self.by_expert(B, 1).norm(dim=1)  # (E, r) each
-        return (of_A * of_B).norm(dim=0)
+        norms: Tensor = (of_A * of_B).norm(dim=0)
+        return norms
 
     def by_expert(self, values: Tensor, axis: int) -> Tensor:
         """A tensor of A's shape as (E, r, d), or one of B's shape as (E, d', r). A view."""
+        apart = self._apart(values, axis)
+        return apart if axis == 0 else apart.permute(2, 0, 1)
+
+    def _apart(self, values: Tensor, axis: int) -> Tensor:
+        """A's shape as (E, r, d), B's shape as (d', r, E): axis 1 has the ranks. A view."""
         rank = self.rank(values.shape[axis])
         if axis == 0:
-            return values.unflatten(0, (self.experts, rank))
-        return values.unflatten(1, (rank, self.experts)).permute(2, 0, 1)
+            return values.view(self.experts, rank, *values.shape[1:])
+        return values.view(values.shape[0], rank, self.experts)
 
     def joined(self, values: Tensor, axis: int) -> Tensor:
         """The inverse of :meth:`by_expert`: (E, r, d) as (E·r, d), or (E, d', r) as (d', r·E)."""
@@ -80,16 +84,30 @@ class RankLayout:
         """The rows of A of new ranks: (n, E·d) as (E·n, d), in the order of A."""
         if self.experts == 1:
             return values
-        return values.unflatten(1, (self.experts, -1)).movedim(1, 0).flatten(0, 1)
+        count, width = values.shape
+        return values.reshape(count, self.experts, width // self.experts).movedim(1, 0).flatten(0, 1)
 
     def repeated(self, gate: Tensor) -> Tensor:
         """A value per rank, (r,), as a value per column of B, (r·E,)."""
         return gate if self.experts == 1 else gate.repeat_interleave(self.experts)
 
-    def turn(self, turn: Turn | None, axis: int) -> Turn | None:
-        """How A (``axis`` 0) or B (``axis`` 1) turns, if the ranks of every expert turn alike."""
-        if self.experts == 1 or turn is None:
+    def turn(self, turn: Turn, axis: int) -> Turn:
+        """How A (``axis`` 0) or B (``axis`` 1) turns, as matrices for all its rows or columns.
+
+        The ranks of all experts turn alike, (r, r), or those of each by a matrix of its own, (E, r, r).
+        """
+        if self.experts == 1:
             return turn
-        own = torch.eye(self.experts, dtype=turn.weight.dtype)
-        first = axis == 0
-        return Turn(*(torch.kron(*((own, m) if first else (m, own))) for m in (turn.weight, turn.gradient)))
+        return Turn(*(self._blocks(matrix, axis) for matrix in (turn.weight, turn.gradient)))
+
+    def _blocks(self, matrix: Tensor, axis: int) -> Tensor:
+        """(E·r, E·r): the matrix of every expert at its own rows (``axis`` 0) or columns (``axis`` 1)."""
+        experts, rank, own = self.experts, matrix.shape[-1], torch.arange(self.experts)
+        matrices = matrix.expand(experts, rank, rank)
+        if axis == 0:
+            whole = matrix.new_zeros(experts, rank, experts, rank)
+            whole[own, :, own, :] = matrices
+        else:
+            whole = matrix.new_zeros(rank, experts, rank, experts)
+            whole[:, own, :, own] = matrices
+        return whole.reshape(experts * rank, experts * rank)

@@ -102,7 +102,9 @@ def check_basis(layer: AdapterLayer, wanted: LayerPlan) -> None:
     if wanted.basis is None:
         return
     matrix, inverse = wanted.basis.matrix, wanted.basis.inverse
-    if matrix.shape != (layer.rank, layer.rank) or inverse.shape != matrix.shape:
+    square = (layer.rank, layer.rank)
+    shapes_allowed = [square] + [(layer.layout.experts, *square)] * (layer.layout.experts > 1)
+    if tuple(matrix.shape) not in shapes_allowed or inverse.shape != matrix.shape:
         shapes = f"{tuple(matrix.shape)} and {tuple(inverse.shape)}"
         raise PlanError(
             f"{layer.name} has {layer.rank} ranks; the plan's basis has matrices of shapes {shapes}, expected "

@@ -100,7 +100,8 @@ class ExpertGradientSum:
         """Vectors of inputs, (E, d_in, n), without the directions that are reached."""
         if self._reached is None:
             return vectors
-        return vectors - self._reached @ (self._reached.mT @ vectors)
+        inside: Tensor = self._reached @ (self._reached.mT @ vectors)
+        return vectors - inside
 
     def _zeros(self) -> Tensor:
         experts, d_out, d_in = self._shape
@@ -111,6 +112,7 @@ class ExpertGradientSum:
 
 def _basis(A: Tensor, rounding: float) -> Tensor:
     """Per expert, an orthonormal basis of the rows of A, (E, d_in, ≤ r) float64; zeros where there are fewer."""
+    left: Tensor
     left, values, _ = torch.linalg.svd(A.mT.double().cpu(), full_matrices=False)
     if not values.shape[1]:
         return left

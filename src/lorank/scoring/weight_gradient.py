@@ -132,8 +132,8 @@ def residual_gradients(
     for name, of_groups in counts.items():
         chosen[name] = [group for group, count in enumerate(of_groups) if count]
         if layers[name].is_expert:
-            own_seed = seed * 1_000_003 + index
-            sums[name] = [_of_experts(layers[name], of_groups[group], own_seed, residual=True) for group in chosen[name]]
+            layer, own_seed = layers[name], seed * 1_000_003 + index
+            sums[name] = [_of_experts(layer, of_groups[0], own_seed, residual=True) for _ in chosen[name]]
             index += 1
             continue
         blocks = _residual_blocks(layers[name])

@@ -215,12 +215,13 @@ def to_plain_lora(module: LoraLayer, adapter: str, A: Tensor, B: Tensor) -> tupl
     return A, B
 
 
-def fold_gate(B: Tensor, gate: Tensor, layout: RankLayout = RankLayout()) -> Tensor:
-    """B diag(g), a new tensor. B: (d_out, r), or (d_out, r·E) by its layout; gate: (r,).
+def fold_gate(B: Tensor, gate: Tensor, layout: RankLayout | None = None) -> Tensor:
+    """B diag(g), a new tensor. B: (d_out, r), or (d_out, r·E) with the layout of experts; gate: (r,).
 
     Raises:
         AdapterError: the gate is a gate per sample, (n, r).
     """
     if gate.dim() != 1:
         raise AdapterError(f"a gate per sample, shape {tuple(gate.shape)}, cannot be folded into the weights")
-    return B.detach() * layout.repeated(gate.detach().to(device=B.device, dtype=B.dtype))
+    gate = gate.detach().to(device=B.device, dtype=B.dtype)
+    return B.detach() * (gate if layout is None else layout.repeated(gate))
