@@ -112,9 +112,9 @@ class ExpertGradientSum:
 
 def _basis(A: Tensor, rounding: float) -> Tensor:
     """Per expert, an orthonormal basis of the rows of A, (E, d_in, ≤ r) float64; zeros where there are fewer."""
-    left: Tensor
     left, values, _ = torch.linalg.svd(A.mT.double().cpu(), full_matrices=False)
     if not values.shape[1]:
-        return left
+        return torch.zeros_like(A.mT, dtype=torch.float64, device="cpu")
     spanned = values > rounding * values.amax(1, keepdim=True)
-    return left * spanned[:, None, :]
+    basis: Tensor = left * spanned[:, None, :]
+    return basis
