@@ -23,6 +23,7 @@ from lorank.scoring.sensitivity import rank_products
 from tests.models import adapted, token_batch
 from tests.moe import EXPERTS, FAMILIES, Family, tiny_mixtral
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 BATCH = token_batch(padded=True)
 CALLS = ("grouped_mm", "batched_mm", "eager")
 

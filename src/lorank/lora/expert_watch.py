@@ -87,8 +87,14 @@ class ExpertWatch:
         if self._open and (seeing := self._open.pop()) is not None:
             seeing.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # untyped in torch
 
-    def _add(self, x: Tensor, y: Tensor, expert: Tensor, contracts_last: bool) -> None:
-        """Adds a product when the backward pass reaches it. x: (n, ·), y: of n rows, expert: (n,)."""
+    def _add(self, x: Tensor, y: Tensor, expert: Tensor, contracts_last: bool, is_column: bool) -> None:
+        """Adds a product when the backward pass reaches it.
+
+        Args:
+            x: (n, ·).
+            y: of n rows, or of n columns on its last axis.
+            expert: (n,).
+        """
         layer, own = self._layer, self._own
         if not (own.wants(layer.module) and y.requires_grad and layer.rank):
             return
@@ -102,7 +108,8 @@ class ExpertWatch:
             meets_A = contracts_last == _has_A_last(layer)
             first, second = (A, B) if meets_A else (B, A)
             z = _products(x, first, expert)  # (r, n)
-            dz = _products(dy.reshape(len(x), -1), second, expert) * layer.scaling
+            rows = (dy.mT if is_column else dy).reshape(len(x), -1)
+            dz = _products(rows, second, expert) * layer.scaling
             if gate is not None:
                 dz = dz * gate.detach().to(dz)[:, None]
             own.add_experts(z, dz, expert, layout.experts, swapped=not meets_A)
@@ -130,12 +137,12 @@ class _Seeing(TorchFunctionMode):
     Args:
         layer: its LoRA.
         weight: the parameter with the update, as the forward pass gets it: (E, ·, ·), or (·, ·).
-        add: called with x (n, ·), the result, the expert of each row (n,) and whether the product runs over the
-            parameter's last axis.
+        add: called with x (n, ·), the result, the expert of each row (n,), whether the product runs over the
+            parameter's last axis, and whether the rows are columns of the result.
     """
 
     def __init__(
-        self, layer: AdapterLayer, weight: Tensor, add: Callable[[Tensor, Tensor, Tensor, bool], None]
+        self, layer: AdapterLayer, weight: Tensor, add: Callable[[Tensor, Tensor, Tensor, bool, bool], None]
     ) -> None:
         super().__init__()
         self._layer, self._add = layer, add
@@ -195,10 +202,10 @@ class _Seeing(TorchFunctionMode):
                 offsets = next((one for one in given[2:] if isinstance(one, Tensor) and one.dim() == 1), None)
                 return offsets is not None and self._grouped(given[0], second, out, offsets)
         if first is not None and second is None and name in _MATMUL and given[1].dim() == 3:
-            return self._product(given[1].mT, first, out.mT, contracts_last=True)
+            return self._product(given[1].mT, first, out, contracts_last=True, is_column=True)
         return False
 
-    def _product(self, x: Tensor, view: _View, out: Tensor, *, contracts_last: bool) -> bool:
+    def _product(self, x: Tensor, view: _View, out: Tensor, *, contracts_last: bool, is_column: bool = False) -> bool:
         """x (…, ·) with one expert; (n, m, ·) with one matrix per entry of the first axis; (E, m, ·) with all."""
         rows = x.reshape(-1, x.shape[-1])
         if isinstance(view.expert, int):
@@ -208,7 +215,7 @@ class _Seeing(TorchFunctionMode):
             expert = of_entry.to(x.device).repeat_interleave(x.shape[1])
         else:
             return False
-        self._add(rows, out, expert, contracts_last != view.transposed)
+        self._add(rows, out, expert, contracts_last != view.transposed, is_column)
         return True
 
     def _grouped(self, x: Tensor, view: _View, out: Tensor, offsets: Tensor) -> bool:
@@ -217,7 +224,7 @@ class _Seeing(TorchFunctionMode):
             return False
         places = torch.arange(len(x), device=x.device)
         expert = torch.searchsorted(offsets.to(places), places, right=True)  # (n,); E: a row of no expert
-        self._add(x, out, expert, view.transposed)
+        self._add(x, out, expert, view.transposed, False)
         return True
 
 

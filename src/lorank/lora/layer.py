@@ -29,8 +29,8 @@ from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.gated import GatedLora, update_plain_lora_hooks
 from lorank.lora.variants.per_head import HeadLora
 
-TARGET_FIELDS = ("target_modules", "layers_to_transform", "layers_pattern")
-"""The fields of a ``LoraConfig`` that say which modules have a LoRA."""
+TARGET_FIELDS = ("target_modules", "target_parameters", "layers_to_transform", "layers_pattern")
+"""The fields of a ``LoraConfig`` that say which modules and parameters have a LoRA."""
 
 
 class AdapterLayer:

@@ -312,7 +312,11 @@ def _write_targets(config: LoraConfig, layers: AdapterLayers, alive: Collection[
     modules = [name for name, layer in layers.items() if not layer.is_expert]
     if not empty and all(check_target_module_exists(config, name) for name in modules):
         return
-    config.target_modules = {*alive, *target_entries(empty)}
+    entries = target_entries(empty)
+    if alive:
+        config.target_modules = {*alive, *entries}
+    else:  # only parameters have ranks, and PEFT warns of target modules that are not there
+        config.target_modules, config.target_parameters = [], [*(config.target_parameters or ()), *entries]
     config.layers_to_transform = config.layers_pattern = None  # full names need no further choice of layers
     if any(check_target_module_exists(config, name) for name in empty):
         # A name in a set also matches a longer name that ends with it. A string must match the whole name.

@@ -233,6 +233,8 @@ def _folder_targets(folder: Path) -> str | list[str] | None:
     except (OSError, ValueError):
         return None  # PEFT reads the folder next, and says what is wrong
     targets = config.get("target_modules") if isinstance(config, dict) else None
+    if isinstance(targets, list) and isinstance(config.get("target_parameters"), list):
+        targets = [*targets, *config["target_parameters"]]  # the statements are here if only parameters have ranks
     named = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     return targets if named or isinstance(targets, str) else None
 
