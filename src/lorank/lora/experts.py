@@ -124,4 +124,5 @@ def filler(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 def is_filler(experts: int, A: Tensor, B: Tensor) -> bool:
     """Whether weights from a file are one rank of zeros, which no training makes and none can leave."""
-    return A.shape[0] == B.shape[1] == experts and not bool(A.any()) and not bool(B.any())
+    is_one_rank = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == experts
+    return is_one_rank and not bool(A.any()) and not bool(B.any())

@@ -61,8 +61,9 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
     try:
         saved = load_peft_weights(str(folder), device="cpu")
         with warnings.catch_warnings():
-            # PEFT looks for the names of parameters among those of modules only. It uses these entries all the same.
-            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+            if config.get("target_parameters"):  # PEFT looks for their names among modules only, but uses the entries
+                untrue = r"The following (rank|alpha)_pattern keys did not match"
+                warnings.filterwarnings("ignore", untrue, RuntimeWarning)
             model = PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # settings that are valid one by one may be invalid together, with any error in PEFT
         raise AdapterError(f"{does_not_fit}. {_first_line(error)}") from error
