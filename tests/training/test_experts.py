@@ -27,7 +27,6 @@ pytestmark = [
 CASES = [
     ("mixtral", "alora-first-order"),
     ("mixtral", "adalora"),
-    ("mixtral", "sora"),
     ("mixtral", "balanced"),
     ("qwen3_moe", "ard"),
     ("gpt_oss", "balanced"),
