@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import growth, measuring, options, run, scores, step, truncation
+from benchmarks import experts, growth, measuring, options, run, scores, step, truncation
 from benchmarks.gate_derivatives import hessian_diagonal
 from benchmarks.quality import Results, Run
 from benchmarks.shapes import SHAPES
@@ -188,3 +188,20 @@ def test_options_are_compared_with_their_own_form_seed_by_seed(tmp_path: Path) -
         "| ALoRA | 4.500 | – | 100 | 2 |",
         '| `second_moments="mean"` | 4.100 | -0.400 ± 0.100 | 100 | 2 |',
     ]
+
+
+def test_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randint(0, 256, (24, experts.LENGTH), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(experts, "books", lambda: rows)
+    monkeypatch.setattr(experts, "problems", lambda: (rows, rows[:8], rows[8:16]))
+    toy = [str(tmp_path), "--steps", "7", "--pretrain", "1", "--rates", "0.01"]
+    methods = ["--methods", "static", "balanced", "--seeds", "0"]
+    found = experts.main([*toy, *methods])
+    assert found == experts.main([*toy, *methods])  # from the file, without a further run
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    static, balanced = (line.split("|") for line in found.splitlines()[2:])
+    assert static[3].strip() == "12,032"
+    assert int(balanced[3].replace(",", "")) <= 12_032
+    shown = experts.main([*toy, "--differences"])
+    assert shown.count("of the mean") == 4
+    assert "| 12.5 % |" in shown

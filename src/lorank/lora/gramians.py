@@ -10,7 +10,8 @@ in their backward pass. Elsewhere a hook on ``lora_A`` sees z, and a hook on z i
 not count.
 
 In a convolution every position of an image is a token. With groups, a rank has one z per group, and each of them counts
-as a token: Z is their mean and D the sum over them, so all groups turn to one basis.
+as a token: Z is their mean and D the sum over them, so all groups turn to one basis. Experts have one Z and one D each
+(:mod:`lorank.lora.expert_watch`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorank.lora.expert_watch import ExpertWatch
 from lorank.lora.gramian_sums import LayerGramians
 from lorank.lora.layer import AdapterLayer
 from lorank.lora.variants.convolution import channels_by_rank
@@ -66,7 +68,9 @@ class Gramians:
             if fused is not None:
                 self._handles.append(_FusedWatch(fused, own))
             # Also where the layer is fused, for the calls that fall back to PEFT's formula.
-            if layer.is_embedding:
+            if layer.is_expert:
+                self._handles.append(ExpertWatch(layer, own))
+            elif layer.is_embedding:
                 self._handles.append(_EmbeddingWatch(layer.module, own))
             else:
                 watch = _Watch(own, partial(_by_rank, layer=layer))

@@ -17,8 +17,8 @@ class NewVectors:
     """The first values of new ranks, in place of random ones.
 
     Args:
-        values: (n, d_in), rows of A; for an embedding (n, d_out), columns of B. The other factor is zero. n ≥ the
-            number of new ranks, which take the first of them.
+        values: (n, d_in), rows of A (of all experts side by side, if there are any); for an embedding (n, d_out),
+            columns of B. The other factor is zero. n ≥ the number of new ranks, which take the first of them.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -102,7 +102,9 @@ def check_basis(layer: AdapterLayer, wanted: LayerPlan) -> None:
     if wanted.basis is None:
         return
     matrix, inverse = wanted.basis.matrix, wanted.basis.inverse
-    if matrix.shape != (layer.rank, layer.rank) or inverse.shape != matrix.shape:
+    square = (layer.rank, layer.rank)
+    shapes_allowed = [square] + [(layer.layout.experts, *square)] * (layer.layout.experts > 1)
+    if tuple(matrix.shape) not in shapes_allowed or inverse.shape != matrix.shape:
         shapes = f"{tuple(matrix.shape)} and {tuple(inverse.shape)}"
         raise PlanError(
             f"{layer.name} has {layer.rank} ranks; the plan's basis has matrices of shapes {shapes}, expected "

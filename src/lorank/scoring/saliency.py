@@ -62,9 +62,9 @@ def saliency_scores(
                 require_finite(loss.detach(), "the model")
                 gradients = loss_gradients(loss, rows)
                 count += 1
-                for name, A, gradient in zip(alive, rows, gradients, strict=True):
+                for (name, layer), A, gradient in zip(alive.items(), rows, gradients, strict=True):
                     if gradient is not None:  # None: the loss of this batch does not depend on this module
-                        products = alive[name].axes[0].matrix(A.detach().double() * gradient.double())  # (r, d_in)
+                        products = layer.axes[0].matrix(A.detach().double() * gradient.double())  # (r, d_in)
                         scores[name] += products.sum(1).abs().cpu()  # (r,)
         finally:
             for A, before in zip(rows, wanted, strict=True):

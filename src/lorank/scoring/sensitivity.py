@@ -114,12 +114,11 @@ class SensitivityScorer(Scorer):
         for kind in (_MEAN, _UNCERTAINTY):
             first = 0
             for (name, rank), moved in zip(ranks.items(), torch.split(origins, list(ranks.values())), strict=True):
-                before = len(state[f"{kind}.A.{name}"]) // context.layers[name].axes[0].copies
+                axes = context.layers[name].axes
+                before = axes[0].rank(state[f"{kind}.A.{name}"])
                 own = torch.where(moved < 0, moved, moved - first)  # (r,)
                 if before != rank or not torch.equal(own, torch.arange(rank)):
-                    for axis, key in zip(
-                        context.layers[name].axes, (f"{kind}.A.{name}", f"{kind}.B.{name}"), strict=True
-                    ):
+                    for axis, key in zip(axes, (f"{kind}.A.{name}", f"{kind}.B.{name}"), strict=True):
                         state[key] = reindex_ranks(state[key], axis.expand_origins(own, before), axis.axis)
                 first += before
             state[f"{kind}.gate"] = reindex_ranks(state[f"{kind}.gate"], origins)

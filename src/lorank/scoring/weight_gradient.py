@@ -15,7 +15,8 @@ p = 8 additional columns:
 
 The residual gradient is the part that an adapter does not reach yet: G (I − P), with P the projection onto the row
 space of A. A new row of A is of use as far as it lies outside of this space. In an embedding it is (I − P) G, with P
-the projection onto the column space of B. A LoRA per head has a residual gradient in each head's block of G.
+the projection onto the column space of B. A LoRA per head has a residual gradient in each head's block of G. A
+parameter with experts has one G per expert (:mod:`lorank.scoring.expert_gradient`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lorank.errors import ValidationBatchError
 from lorank.lora.layer import AdapterLayer, AdapterLayers
+from lorank.scoring.expert_gradient import ExpertGradientSum
 from lorank.scoring.loss import LossFn, loss_gradients, loss_with_graph, prepare_batch, require_finite, unwrap_model
 from lorank.scoring.patches import tokens_of
 from lorank.scoring.preserve_state import preserve_state
@@ -47,8 +49,9 @@ class WeightGradient:
 
     Attributes:
         values: σ, (k,) float64, descending.
-        left: (d_out, k) float64, orthonormal columns, also where values are zero.
-        right: (d_in, k) float64, orthonormal columns, also where values are zero.
+        left: (d_out, k) float64, orthonormal columns, also where values are zero. With experts, the vectors of all of
+            them below each other, orthonormal in each.
+        right: (d_in, k) float64, as ``left``.
     """
 
     values: Tensor
@@ -88,12 +91,15 @@ def weight_gradients(
     """
     if not batches:
         raise ValidationBatchError("there is no batch to take gradients on: give at least one")
-    sums = {
-        name: [_GradientSum(block, count, seed * 1_000_003 + index) for block in _blocks(layer)]
-        for index, (name, layer) in enumerate(layers.items())
-    }
+    sums: dict[str, list[_Sum]] = {}
+    for index, (name, layer) in enumerate(layers.items()):
+        own_seed = seed * 1_000_003 + index
+        if layer.is_expert:
+            sums[name] = [_of_experts(layer, count, own_seed)]
+        else:
+            sums[name] = [_GradientSum(block, count, own_seed) for block in _blocks(layer)]
     _sum_gradients(model, layers, batches, sums, loss_fn, mean)
-    return {name: _combined([one.decompose(len(batches)) for one in own]) for name, own in sums.items()}
+    return {name: _combined([_decompose(one, len(batches)) for one in own]) for name, own in sums.items()}
 
 
 def residual_gradients(
@@ -125,11 +131,17 @@ def residual_gradients(
     if not batches:
         raise ValidationBatchError("there is no batch to take gradients on: give at least one")
     index = 0
-    sums: dict[str, dict[int, list[_GradientSum]]] = {}
+    sums: dict[str, dict[int, list[_Sum]]] = {}
     for name, of_groups in counts.items():
+        sums[name] = {}
+        if layers[name].is_expert:
+            if of_groups[0]:
+                own_seed = seed * 1_000_003 + index
+                sums[name][0] = [_of_experts(layers[name], of_groups[0], own_seed, residual=True)]
+                index += 1
+            continue
         blocks = _residual_blocks(layers[name])
         limit = FULL_GRADIENT_SIZE // sum(map(len, blocks))
-        sums[name] = {}
         for group, count in enumerate(of_groups):
             if count:
                 own_seed = seed * 1_000_003 + index
@@ -138,7 +150,7 @@ def residual_gradients(
     flat = {name: [one for own in groups.values() for one in own] for name, groups in sums.items()}
     _sum_gradients(model, layers, batches, flat, loss_fn, mean)
     return {
-        name: {group: _combined([one.decompose(len(batches)) for one in own]) for group, own in groups.items()}
+        name: {group: _combined([_decompose(one, len(batches)) for one in own]) for group, own in groups.items()}
         for name, groups in sums.items()
     }
 
@@ -157,7 +169,7 @@ def _sum_gradients(
     model: nn.Module,
     layers: AdapterLayers,
     batches: Sequence[Mapping[str, Any]],
-    sums: Mapping[str, Sequence[_GradientSum]],
+    sums: Mapping[str, Sequence[_Sum]],
     loss_fn: LossFn | None,
     mean: Callable[[Tensor], Tensor] | None,
 ) -> None:
@@ -206,13 +218,33 @@ class _Block:
         return values - self.reached @ (self.reached.T @ values)
 
 
+_Sum: TypeAlias = "_GradientSum | ExpertGradientSum"
+
+
+def _of_experts(layer: AdapterLayer, count: int, seed: int, *, residual: bool = False) -> ExpertGradientSum:
+    return ExpertGradientSum(
+        layer,
+        count,
+        seed,
+        residual=residual,
+        limit=FULL_GRADIENT_SIZE,
+        oversampling=OVERSAMPLING,
+        rounding=ROUNDING,
+    )
+
+
+def _decompose(one: _Sum, batches: int) -> WeightGradient:
+    found = one.decompose(batches)
+    return WeightGradient(*found) if isinstance(found, tuple) else found
+
+
 def _whole(layer: AdapterLayer, reached: Tensor | None = None) -> _Block:
     return _Block(slice(0, layer.d_out), slice(0, layer.d_in), layer.is_embedding, reached)
 
 
 def _blocks(layer: AdapterLayer) -> list[_Block]:
     """The whole layer; of a convolution with groups, the rows of each group."""
-    groups = layer.axes[0].copies
+    groups = layer.layout.groups
     if groups == 1:
         return [_whole(layer)]
     rows, width = layer.d_out // groups, layer.d_in // groups
@@ -222,8 +254,8 @@ def _blocks(layer: AdapterLayer) -> list[_Block]:
 def _residual_blocks(layer: AdapterLayer) -> list[list[_Block]]:
     """Per group of a layer its blocks, each with what its ranks reach. Only groups of a convolution have several."""
     heads = layer.groups
-    if layer.axes[0].copies > 1:
-        of_groups = layer.A_matrix.chunk(layer.axes[0].copies, 1)  # (r, d_in / groups) each
+    if layer.layout.groups > 1:
+        of_groups = layer.A_matrix.chunk(layer.layout.groups, 1)  # (r, d_in / groups) each
         pairs = zip(_blocks(layer), of_groups, strict=True)
         return [[replace(block, reached=_basis_of(rows.T)) for block, rows in pairs]]
     if heads is None:
@@ -352,10 +384,10 @@ def _largest(G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @contextmanager
-def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, Sequence[_GradientSum]]) -> Iterator[list[Tensor]]:
+def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, Sequence[_Sum]]) -> Iterator[list[Tensor]]:
     """Hooks that pass every layer's x and dy to its sum. Yields A and B of all layers, for the backward pass."""
 
-    def watch(own: Sequence[_GradientSum], layer: AdapterLayer) -> Any:
+    def watch(own: Sequence[Any], layer: AdapterLayer) -> Any:
         def after_forward(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
                 x = inputs[0].detach()
@@ -370,12 +402,27 @@ def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, Sequence[_Gradient
 
         return after_forward
 
+    def watch_parameter(own: Sequence[Any]) -> Any:
+        def add(gradient: Tensor) -> Tensor:
+            for one in own:
+                one.add(gradient)
+            return gradient.new_zeros(()).expand_as(gradient)  # the gradients of all experts at once may not fit
+
+        return add
+
     leaves: list[Tensor] = [part for layer in layers.values() for part in layer.stored]  # what the forward pass uses
+    parameters = {name: layers[name].module.get_param() for name in sums if layers[name].is_expert}
+    leaves += parameters.values()
     wanted = [leaf.requires_grad for leaf in leaves]
-    handles = [layers[name].module.register_forward_hook(watch(own, layers[name])) for name, own in sums.items()]
+    handles = [
+        layers[name].module.register_forward_hook(watch(own, layers[name]))
+        for name, own in sums.items()
+        if name not in parameters
+    ]
     try:
         for leaf in leaves:
             leaf.requires_grad_(True)
+        handles += [parameter.register_hook(watch_parameter(sums[name])) for name, parameter in parameters.items()]
         yield leaves
     finally:
         for handle in handles:

@@ -4,7 +4,7 @@
 
 PEFT's A is a convolution over all inputs with the kernel, the stride and the padding of W; B mixes the r channels at
 each position. If W has G groups, A has G · r kernels, the r of each group one after another, and B reads for the
-outputs of a group the r channels of this group (:mod:`lorank.lora.rank_axis`). A has no dilation and is padded with
+outputs of a group the r channels of this group (:mod:`lorank.lora.rank_layout`). A has no dilation and is padded with
 zeros, whatever W has.
 """
 
@@ -13,23 +13,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from lorank.errors import AdapterError
+from lorank.lora.rank_layout import CONVOLUTIONS, layout_of
 from lorank.lora.variants.dora import is_dora, row_norms
-
-CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
 
 
 def is_convolution(module: LoraLayer) -> bool:
     """Whether PEFT's layer is the LoRA of a convolution."""
     return isinstance(module, CONVOLUTIONS)
-
-
-def rank_blocks(module: LoraLayer) -> int:
-    """The number of kernels in A that belong to one rank: the groups of a convolution; 1 for every other layer."""
-    return int(module.get_base_layer().groups) if is_convolution(module) else 1
 
 
 def merges_into_something_else(module: LoraLayer) -> str | None:
@@ -94,7 +88,7 @@ def forward(
 
 def _expand(gate: Tensor, z: Tensor, module: LoraLayer, copies: int | None = None) -> Tensor:
     """The gate in the shape of z: (G · r, 1…) or (n, G · r, 1…)."""
-    copies = rank_blocks(module) if copies is None else copies
+    copies = layout_of(module).groups if copies is None else copies
     gate = gate.to(device=z.device, dtype=z.dtype)
     positions = module.get_base_layer().weight.dim() - 2
     gate = gate.repeat(*[1] * (gate.dim() - 1), copies)  # (…, G · r), as the rows of A
@@ -132,5 +126,5 @@ def _dora(module: LoraLayer, adapter: str, x: Tensor, result: Tensor, gate: Tens
 def channels_by_rank(z: Tensor, module: LoraLayer) -> Tensor:
     """The output of A, (n, G · r, positions…), as (r, tokens): every position of every group is a token."""
     channels = z.movedim(-module.get_base_layer().weight.dim() + 1, 0)  # (G · r, n, positions…), also without n
-    by_group = channels.reshape(rank_blocks(module), -1, channels.shape[1:].numel())  # (G, r, ·)
+    by_group = channels.reshape(layout_of(module).groups, -1, channels.shape[1:].numel())  # (G, r, ·)
     return by_group.transpose(0, 1).flatten(1)

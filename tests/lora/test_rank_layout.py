@@ -1,4 +1,4 @@
-"""Where ranks lie in A and B of a convolution with groups, and of plain layers."""
+"""Where ranks lie in A and B of a convolution with groups, of experts, and of plain layers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from lorank.lora.basis import Turn, turn_ranks
-from lorank.lora.rank_axis import RankAxis
 from lorank.lora.rank_index import reindex_ranks
+from lorank.lora.rank_layout import RankAxis
 
-SHAPES = [(RankAxis(0), (3, 5)), (RankAxis(1), (5, 3)), (RankAxis(0, 4), (12, 5, 2, 2)), (RankAxis(1), (8, 3, 1, 1))]
+SHAPES = [
+    (RankAxis(0), (3, 5)),
+    (RankAxis(1), (5, 3)),
+    (RankAxis(0, 4), (12, 5, 2, 2)),
+    (RankAxis(1), (8, 3, 1, 1)),
+    (RankAxis(1, 4, interleaved=True), (5, 12)),
+]
 
 
 @pytest.mark.parametrize(("axis", "shape"), SHAPES)
@@ -18,7 +24,8 @@ class TestRankAxis:
         values = torch.randn(shape)
         rows = axis.matrix(values) if axis.axis == 0 else axis.matrix(values).T
         for rank in range(3):
-            own = [values.select(axis.axis, copy * 3 + rank).flatten() for copy in range(axis.copies)]
+            places = [rank * axis.copies + copy if axis.interleaved else copy * 3 + rank for copy in range(axis.copies)]
+            own = [values.select(axis.axis, place).flatten() for place in places]
             assert torch.equal(rows[rank], torch.cat(own))
         assert torch.equal(axis.tensor(axis.matrix(values), values.shape), values)
 
