@@ -60,6 +60,7 @@ class Method:
         rank: the rank of every module at the start.
         batches: whether it reads training batches at the start.
         experts: whether the experts are adapted too, or attention alone.
+        start: whether ranks and directions are chosen by ``gradient_start_`` before training.
     """
 
     title: str
@@ -67,12 +68,14 @@ class Method:
     rank: int = RANK
     batches: bool = False
     experts: bool = True
+    start: bool = False
 
 
 METHODS = {
     "static": Method("LoRA", lorank.StaticLoRA),
     "alora": Method("ALoRA", lambda: lorank.ALoRA(budget=FULL)),
     "balanced": Method("BalancedLoRA", lorank.BalancedLoRA, batches=True),
+    "start": Method("LoRA from a gradient start", lorank.StaticLoRA, start=True),
     "attention": Method("LoRA, attention alone", lorank.StaticLoRA, 13, experts=False),
     "double": Method("LoRA, twice the parameters", lorank.StaticLoRA, 2 * RANK),
 }
@@ -182,18 +185,20 @@ def train(out: Path, method: Method, lr: float, seed: int, steps: int, pretrain:
     base = base_model(out, pretrain)
     set_seed(seed)
     model = adapted(base, method.rank, method.experts).train()
+    first = list(draws(training, 4, seed=1000 + seed))
+    if method.start:
+        lorank.gradient_start_(model, first, seed=seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps), 1.0)
     )
-    batches = list(draws(training, 4, seed=1000 + seed)) if method.batches else None
     began = time.perf_counter()
     ranks = lorank.attach(
         model,
         optimizer,
         method.make(),
         validation_batch=batch_of(scored),
-        train_batches=batches,
+        train_batches=first if method.batches else None,
         total_steps=steps,
         seed=seed,
     )
