@@ -52,7 +52,8 @@ def _linear(method: str) -> Cell:
 def _kind(kind: str) -> Callable[[str], Cell]:
     def cell(method: str) -> Cell:
         case = f"alora-dora-{kind}" if method == "dora" else f"{method}-lora-{kind}"
-        return Cell("yes", f"{TRAINING}/test_layer_kinds.py::test_ranks_move_and_what_is_saved_is_plain_peft[{case}]")
+        says = "a rank per module" if (method, kind) == ("ard-heads", "Conv") else "yes"
+        return Cell(says, f"{TRAINING}/test_layer_kinds.py::test_ranks_move_and_what_is_saved_is_plain_peft[{case}]")
 
     return cell
 
@@ -124,6 +125,7 @@ COLUMNS: dict[str, Callable[[str], Cell]] = {
     "Linear": _linear,
     "Conv1D": _kind("Conv1D"),
     "Embedding": _kind("Embedding"),
+    "Conv1d, 2d, 3d": _kind("Conv"),
     "bitsandbytes 4-bit": _quantised("bnb4"),
     "bitsandbytes 8-bit": _quantised("bnb8"),
     "torchao int8": _quantised("torchao8"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import growth, measuring, options, run, scaling, scores, step, truncation
+from benchmarks import experts, growth, measuring, options, run, scaling, scores, step, truncation
 from benchmarks.gate_derivatives import hessian_diagonal
 from benchmarks.quality import Results, Run
 from benchmarks.shapes import SHAPES
@@ -210,3 +210,20 @@ def test_the_shapes_of_larger_models_have_their_parameters() -> None:
     }
     tiny = scaling.Model(1, 32, 16, 64, 100)
     assert tiny.adapter(4) == sum(4 * (a + b) for a, b in tiny.maps)
+
+
+def test_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randint(0, 256, (24, experts.LENGTH), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(experts, "books", lambda: rows)
+    monkeypatch.setattr(experts, "problems", lambda: (rows, rows[:8], rows[8:16]))
+    toy = [str(tmp_path), "--steps", "7", "--pretrain", "1", "--rates", "0.01"]
+    methods = ["--methods", "static", "balanced", "--seeds", "0"]
+    found = experts.main([*toy, *methods])
+    assert found == experts.main([*toy, *methods])  # from the file, without a further run
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    static, balanced = (line.split("|") for line in found.splitlines()[2:])
+    assert static[3].strip() == "12,032"
+    assert int(balanced[3].replace(",", "")) <= 12_032
+    shown = experts.main([*toy, "--differences"])
+    assert shown.count("of the mean") == 4
+    assert "| 12.5 % |" in shown

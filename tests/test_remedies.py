@@ -19,11 +19,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoModelForImageClassification,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-    ResNetConfig,
     Trainer,
     TrainingArguments,
 )
@@ -33,6 +28,7 @@ from lorank.errors import LorankError
 from lorank.lora import HeadGroups, find_layers, split_into_heads_
 from tests.messages import warnings_of_lorank
 from tests.models import VOCABULARY, adapted, tiny_llama, token_batch
+from tests.moe import tiny_mixtral
 from tests.quantised import bnb4, bnb8, quanto, torchao8, torchao8_dynamic
 
 SORA = lorank.SoRA(prune_every=2)
@@ -70,26 +66,6 @@ def fresh(**lora: Any) -> PeftModel:
 # Modules that lorank does not take. The message gives a LoraConfig for the same base model.
 
 
-def mixtral() -> PreTrainedModel:
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-        )
-    )
-
-
-def resnet() -> PreTrainedModel:
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=4)
-    return AutoModelForImageClassification.from_config(config)
-
-
-IMAGES = {"pixel_values": torch.rand(4, 3, 16, 16), "labels": torch.arange(4)}
 WORDS = {"input_ids": token_batch()["input_ids"], "labels": torch.arange(4)}
 
 
@@ -119,20 +95,12 @@ class OnlyAttention(nn.Module):
 
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
-    "convolutions only": (resnet, {"target_modules": ["convolution"]}, IMAGES),
-    "a convolution among others": (Net, {"target_modules": ["mix", "linear1", "classifier.0"]}, WORDS),
     "attention": (Net, {"target_modules": ["attention"]}, WORDS),
     "inside attention": (Net, {"target_modules": "all-linear"}, WORDS),
-    "all-linear of a mixture of experts": (mixtral, {"target_modules": "all-linear"}, token_batch()),
-    "experts": (mixtral, {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}, token_batch()),
-    "experts, excluded in vain": (
-        mixtral,
-        {
-            "target_modules": ["q_proj"],
-            "target_parameters": ["experts.down_proj"],
-            "exclude_modules": ["mlp.experts", "experts"],
-        },
-        token_batch(),
+    "attention beside a parameter": (
+        Net,
+        {"target_modules": ["attention"], "target_parameters": ["classifier.0.weight"]},
+        WORDS,
     ),
 }
 
@@ -154,14 +122,24 @@ def test_a_module_that_is_not_taken(name: str, slow_path: None) -> None:
     message = str(found.value)
     assert "load_in_4bit" not in message
     assert "exclude_modules" not in message
-    targets = ast.literal_eval(re.search(r"LoraConfig\(target_modules=(\[.*?\])\)", message)[1])  # type: ignore[index]
-    ranks = train(get_peft_model(make(), LoraConfig(r=2, target_modules=targets)), batch=batch)
+    advice = re.search(r"LoraConfig\(target_modules=(\[.*?\])(?:, target_parameters=(\[.*?\]))?\)", message)
+    assert advice is not None
+    targets, parameters = (None if one is None else ast.literal_eval(one) for one in advice.groups())
+    config = LoraConfig(r=2, target_modules=targets, target_parameters=parameters)
+    ranks = train(get_peft_model(make(), config), batch=batch)
     assert len(ranks.layers) >= 1
+    assert parameters is None or parameters[0] in ranks.layers
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT's own, for experts
+def test_all_linear_of_a_mixture_of_experts_takes_the_experts() -> None:
+    ranks = train(get_peft_model(tiny_mixtral(), LoraConfig(r=2, target_modules="all-linear")), batch=token_batch())
+    assert {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.self_attn.q_proj"} < ranks.layers.keys()
 
 
 def test_a_model_without_any_module_to_take() -> None:
     model = get_peft_model(OnlyAttention(), LoraConfig(r=2, target_modules=["attn"]))
-    with pytest.raises(LorankError, match=r"no other linear layer or embedding.*cannot be used with it"):
+    with pytest.raises(LorankError, match=r"no other linear layer, embedding or convolution.*cannot be used with it"):
         lorank.attach(model, adamw(model), SORA, total_steps=8)
 
 

@@ -143,14 +143,16 @@ class TestErrors:
         with pytest.raises(AdapterError, match="ALoraLinearVariant, whose forward lorank does not support"):
             find_layers(adapted(tiny_llama(), alora_invocation_tokens=[5], task_type="CAUSAL_LM"))
 
-    def test_convolutions(self) -> None:
+    def test_dora_of_a_convolution_with_groups(self) -> None:
         class Net(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.conv = nn.Conv2d(3, 3, 3)
+                self.conv = nn.Conv2d(4, 4, 3, groups=2)
 
-        with pytest.raises(AdapterError, match="conv is a Conv2d"):
-            find_layers(get_peft_model(Net(), LoraConfig(r=2, target_modules=["conv"])))
+        with pytest.warns(UserWarning, match="groups > 1"):
+            model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["conv"], use_dora=True))
+        with pytest.raises(AdapterError, match="conv: PEFT's DoRA of a convolution with groups"):
+            find_layers(model)
 
     def test_another_peft_method(self) -> None:
         from peft import IA3Config

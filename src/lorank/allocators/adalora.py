@@ -151,6 +151,6 @@ class AdaLoRA(Allocator):
 @torch.no_grad()
 def _initialise_zero_factor_(layer: AdapterLayer, generator: torch.Generator) -> None:
     """Draws Gaussian vectors for the factor that is zero: B, or A for an embedding."""
-    for weight, length in ((layer.A, layer.A.shape[1]), (layer.B, layer.B.shape[0])):
+    for weight, length in ((layer.A, layer.A.shape[1:].numel()), (layer.B, layer.B.shape[0])):
         if not weight.any():
             weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(3 * length))

@@ -147,7 +147,7 @@ class Budget:
         if self.bytes is not None:
             constraints.append(Constraint("bytes", saved, self.bytes))
         cap = math.inf if self.max_lora_rank is None else self.max_lora_rank
-        caps = {name: int(min(layer.max_rank, cap)) for name, layer in layers.items()}
+        caps = {name: int(min(layer.max_rank, cap // layer.module_rank(1))) for name, layer in layers.items()}
         if not constraints:  # only a cap: as many ranks as the adapter was made with, or as the modules can hold
             in_heads = any(layer.groups is not None for layer in layers.values())
             present = sum(made.values()) if made and not in_heads else layers.total_rank

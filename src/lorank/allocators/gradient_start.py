@@ -182,8 +182,8 @@ def _ranks(
 def vectors_along(layer: AdapterLayer, gradient: WeightGradient, count: int) -> Tensor:
     """The first values of new ranks, (count, d): of the norm of PEFT's own rows."""
     vectors = (gradient.left if layer.is_embedding else gradient.right)[:, :count].T  # (count, d)
-    weight = layer.B.T if layer.is_embedding else layer.A  # (r, d)
+    weight = layer.B_matrix.T if layer.is_embedding else layer.A_matrix  # (r, d)
     norms: Tensor = torch.linalg.vector_norm(weight.detach().double(), dim=1)
-    default = math.sqrt(layer.d_out) if layer.is_embedding else 1 / math.sqrt(3)
+    default = math.sqrt(layer.d_out) if layer.is_embedding else math.sqrt(layer.axes[0].copies / 3)
     norm = float(norms.mean()) if len(norms) and bool(norms.any()) else default
     return vectors * norm

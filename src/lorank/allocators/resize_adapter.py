@@ -105,8 +105,8 @@ def resize_layers_(
     plan.update({name: LayerPlan(tuple(range(len(A)))) for name, (A, _) in factors.items()})
     resize_(layers, plan, seed=seed)
     for name, (A, B) in factors.items():
-        layers[name].A.copy_(A)
-        layers[name].B.copy_(B)
+        for axis, weight, matrix in zip(layers[name].axes, (layers[name].A, layers[name].B), (A, B), strict=True):
+            weight.copy_(axis.tensor(matrix, weight.shape))
     return layers.ranks
 
 
@@ -145,6 +145,6 @@ def _ranks_for_energy(layers: AdapterLayers, found: Mapping[str, UpdateSvd], ene
 
 def _factors(layer: AdapterLayer, found: UpdateSvd, count: int) -> tuple[Tensor, Tensor]:
     axis = 0 if layer.is_embedding else 1
-    weight = layer.B if layer.is_embedding else layer.A
+    weight = layer.B_matrix if layer.is_embedding else layer.A_matrix
     norm = float(torch.linalg.vector_norm(weight.double(), dim=axis).mean()) or 1.0
     return found.factors(min(count, len(found.values)), norm, norm_of_A=not layer.is_embedding)

@@ -142,8 +142,7 @@ class SoRA(Allocator):
         gates = {name: (torch.ones(0) if x.gate is None else x.gate.detach().abs()) for name, x in layers.items()}
         sizes = {
             name: gates[name].double()
-            * layer.A.detach().double().norm(dim=1)  # (r, d_in) → (r,)
-            * layer.B.detach().double().norm(dim=0)  # (d_out, r) → (r,)
+            * layer.layout.norms(layer.A.detach().double(), layer.B.detach().double())  # (r,)
             * layer.scaling
             for name, layer in layers.items()
         }

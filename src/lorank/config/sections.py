@@ -33,6 +33,8 @@ class LoraSettings(Settings):
     """Dropout of the adapter's input while training."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """The modules to adapt: all-linear, a regular expression for full names, or a list of name endings."""
+    target_parameters: tuple[str, ...] | None = None
+    """Parameters to adapt that are no modules, by the ends of their names: experts.down_proj (docs/experts.md)."""
     modules_to_save: tuple[str, ...] | None = None
     """Further modules that are trained in full and saved with the adapter; a classifier's new head always is."""
     use_rslora: bool = False

@@ -26,19 +26,25 @@ def adapted_model(config: RunConfig, task: Task) -> nn.Module:
     lora = config.lora
     targets = lora.target_modules
     try:
-        return make_peft_model(
+        model = make_peft_model(
             base,
             task_type="CAUSAL_LM" if task.model_kind == "causal_lm" else "SEQ_CLS",
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
+            target_parameters=list(lora.target_parameters) if lora.target_parameters else None,
             modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
         )
     except ValueError as error:  # PEFT raises it if no module has such a name
         raise SettingsError(f"lora.target_modules {targets!r} does not fit {config.model.name!r}: {error}") from error
+    names = list(find_layers(model)) if lora.target_parameters else []
+    for wanted in lora.target_parameters or ():
+        if not any(f".{name}".endswith(f".{wanted}") for name in names):
+            raise SettingsError(f"lora.target_parameters: {config.model.name!r} has no parameter {wanted!r} to adapt")
+    return model
 
 
 def spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:

@@ -102,11 +102,11 @@ def _compare(before: AdapterLayers, after: AdapterLayers) -> tuple[dict[str, flo
     """Per module ‖s B A‖² before, and ‖s B A − s' B' A'‖²: from products of factors, (d, d) is never formed."""
     energies, losses = {}, {}
     for name, layer in before.items():
-        left, right = [layer.scaling * layer.B.detach().double()], [layer.A.detach().double()]
+        left, right = [layer.scaling * layer.B_matrix.double()], [layer.A_matrix.double()]
         energies[name] = _square(left[0], right[0])
         if name in after:
-            left.append(-after[name].scaling * after[name].B.detach().double())
-            right.append(after[name].A.detach().double())
+            left.append(-after[name].scaling * after[name].B_matrix.double())
+            right.append(after[name].A_matrix.double())
         losses[name] = _square(torch.cat(left, 1), torch.cat(right, 0))
     return energies, losses
 

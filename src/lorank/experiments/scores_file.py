@@ -132,8 +132,8 @@ def _row(values: Any) -> Tensor:
 
 
 def _square(values: Any) -> Tensor:
-    rank = len(values)
-    return torch.tensor(values, dtype=torch.float64).reshape(rank, rank)  # (r, r)
+    found = torch.tensor(values, dtype=torch.float64)
+    return found if found.dim() == 3 else found.reshape(len(values), len(values))  # (r, r), or (E, r, r) for experts
 
 
 def dump(values: Mapping[str, Any]) -> str:

@@ -63,8 +63,9 @@ def head_groups(
         groups = overrides[max(fitting, key=len)] if fitting else _detect_heads(layers, layer)
         if groups is None:
             continue
-        if layer.is_embedding:
-            raise AdapterError(f"{name} is an embedding, which has no heads: remove it from the given heads")
+        if layer.is_embedding or layer.is_convolution or layer.is_expert:
+            kind = "an embedding" if layer.is_embedding else "a parameter" if layer.is_expert else "a convolution"
+            raise AdapterError(f"{name} is {kind}, which has no heads: remove it from the given heads")
         width = layer.d_out if groups.kind == "rows" else layer.d_in
         if groups.count * groups.size != width:
             side = "output rows" if groups.kind == "rows" else "input columns"
@@ -89,7 +90,7 @@ def _detect_heads(layers: AdapterLayers, layer: AdapterLayer) -> HeadGroups | No
         kind = "columns"
     else:
         return None
-    if layer.is_embedding:
+    if layer.is_embedding or layer.is_convolution or layer.is_expert:
         return None
     ancestors = [_submodule(layers, path[:depth]) for depth in range(len(path), -1, -1)]  # innermost first
     # Only the two nearest ancestors count: a projection is at most two modules deep in its attention (BERT), and the

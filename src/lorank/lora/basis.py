@@ -25,8 +25,8 @@ class Basis:
     """A basis of a layer's ranks.
 
     Args:
-        matrix: M, (r, r) float64 on the CPU.
-        inverse: M⁻¹, (r, r) float64 on the CPU. :func:`lorank.lora.resize_` refuses another matrix.
+        matrix: M, (r, r) float64 on the CPU; or (E, r, r), one for each of a layer's experts.
+        inverse: M⁻¹, of the same shape. :func:`lorank.lora.resize_` refuses another matrix.
     """
 
     matrix: Tensor
@@ -35,11 +35,11 @@ class Basis:
     @property
     def rank(self) -> int:
         """r."""
-        return len(self.matrix)
+        return int(self.matrix.shape[-1])
 
     def turn(self, axis: int) -> Turn:
         """How the tensors of A (``axis`` 0) or of B (``axis`` 1) turn."""
-        dual = self.inverse.T
+        dual = self.inverse.mT
         return Turn(self.matrix, dual) if axis == 0 else Turn(dual, self.matrix)
 
     def __eq__(self, other: object) -> bool:
@@ -59,7 +59,8 @@ class Basis:
 
 @dataclass(frozen=True)
 class Turn:
-    """The matrices that turn the tensors of one weight, (r, r) float64.
+    """The matrices that turn the tensors of one weight, (r, r) float64; (E, r, r) for experts, until their layout is
+    known (:class:`lorank.lora.rank_layout.RankLayout`).
 
     Args:
         weight: for the weight itself.

@@ -36,7 +36,7 @@ def eva_components(
     """Computes EVA's initial A of every module. The total of the ranks is that of ``ranks``; the model is unchanged.
 
     Args:
-        layers: all LoRA layers. Embeddings are left out, because EVA does not support them.
+        layers: all LoRA layers. Embeddings and parameters (of experts) are left out, because EVA does not support them.
         batches: arguments of the model's forward. Padding (attention_mask) and prompts (labels −100) are ignored.
             PEFT repeats the batches until the components have converged.
         ranks: per module, its rank before EVA redistributes the ranks. ≥ 1, because PEFT fails at rank 0.
@@ -59,7 +59,11 @@ def eva_components(
         )
     if not batches:
         raise ValidationBatchError("there is no batch to compute EVA on: give at least one")
-    linear = {name: layer for name, layer in layers.items() if not layer.is_embedding}
+    linear = {
+        name: layer
+        for name, layer in layers.items()
+        if not (layer.is_embedding or layer.is_convolution or layer.is_expert)
+    }
     if not linear:
         return {}
     rho = max(1.0, min([RHO, *(caps[name] / ranks[name] for name in linear)]))

@@ -10,10 +10,13 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lorank.errors import AdapterError
+from lorank.lora.experts import in_order, is_expert, parameter_name
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.quantised import check_base
+from lorank.lora.rank_layout import layout_of
 from lorank.lora.shared_memory import MemoryRange, memory_range, overlap
 from lorank.lora.supported_kinds import check_kinds
+from lorank.lora.variants.convolution import EmptyConvolution, is_convolution
 from lorank.lora.variants.dora import is_dora
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.gated import GatedLora
@@ -39,7 +42,7 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
     """
     model = _adapted_model(model)
     configs: Mapping[str, Any] = model.peft_config  # type: ignore[assignment]  # PEFT's attribute
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    found = list(in_order([(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]))
     adapter = _adapter_name(model, configs, adapter)
     layers: dict[str, AdapterLayer] = {}
     # PEFT's patterns are matched against names relative to the wrapped model, so layers are named in this way too.
@@ -55,9 +58,10 @@ def find_layers(model: nn.Module, adapter: str | None = None) -> AdapterLayers:
     for full_name, module in found:
         if adapter not in module.lora_A and adapter not in module.lora_embedding_A:
             continue
-        name = full_name.removeprefix(prefix)
+        path = full_name.removeprefix(prefix)
+        name = parameter_name(path, module) if is_expert(module) else path
         _check_supported(name, module, adapter)
-        layers[name] = AdapterLayer(name, module, adapter, configs[adapter].bias)
+        layers[name] = AdapterLayer(name, module, adapter, configs[adapter].bias, path)
     _check_no_shared_weights(layers)
     if getattr(configs[adapter], "ensure_weight_tying", False):
         _check_no_tied_bases(layers)
@@ -190,10 +194,16 @@ def _check_supported(name: str, module: LoraLayer, adapter: str) -> None:
     if module.merged:
         raise AdapterError(f"{name}: adapter {adapter!r} is merged into the base weights. Call model.unmerge_adapter()")
     variant = module.lora_variant.get(adapter)
-    if variant is not None and not isinstance(variant, GatedLora | HeadLora | FusedLora) and not is_dora(variant):
+    own = GatedLora | HeadLora | FusedLora | EmptyConvolution
+    if variant is not None and not isinstance(variant, own) and not is_dora(variant):
         raise AdapterError(
             f"{name}: the adapter uses {type(variant).__name__}, whose forward lorank does not support. "
             "Make the adapter as plain LoRA, LoraConfig(init_lora_weights=True), or with use_dora=True"
+        )
+    if is_convolution(module) and layout_of(module).groups > 1 and module.use_dora.get(adapter):
+        raise AdapterError(
+            f"{name}: PEFT's DoRA of a convolution with groups computes the norm of another weight, which depends on "
+            "the number of ranks. Use LoRA without DoRA, or leave this convolution out of target_modules"
         )
     if getattr(module, "tp_layer", None) is not None:
         raise AdapterError(f"{name}: LoRA weights sharded by tensor parallelism cannot be resized")

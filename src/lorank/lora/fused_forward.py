@@ -56,7 +56,9 @@ def fuse_(
             own.dropout = None if compiled else dropout
             if not compiled:
                 enable_onednn_(layer.module.get_base_layer())
-        if layer.is_embedding or layer.groups is not None or layer.pool is not None:
+        if layer.is_embedding or layer.is_convolution or layer.is_expert:
+            continue
+        if layer.groups is not None or layer.pool is not None:
             continue
         reason = "torch.compile, which fuses by itself" if compiled else _reason_unfused(layer)
         if reason is not None:

@@ -26,4 +26,5 @@ def compensate_gates_(layers: AdapterLayers) -> None:
         if bool((divisor == 1).all()):
             continue
         divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
-        layer.B.copy_(layer.B / divisor)  # (d_out, r); the quotient has the precision of the gate, if that is higher
+        # (d_out, r); the quotient has the precision of the gate, if that is higher
+        layer.B.copy_(layer.B / layer.layout.repeated(divisor, layer.B))

@@ -21,8 +21,8 @@ class LayerGramians:
         in_training_mode: whether only forward passes in training mode count.
 
     Attributes:
-        Z, D: (r, r) in float32 at least, or None before the first backward pass.
-        tokens: the number of tokens in the sums, a tensor (), or None.
+        Z, D: (r, r) in float32 at least, or None before the first backward pass. (E, r, r) with E > 1 experts.
+        tokens: the number of tokens in the sums, a tensor (), or None. (E,) with experts.
         collecting: whether passes are added.
     """
 
@@ -44,12 +44,32 @@ class LayerGramians:
             return
         dtype = torch.promote_types(z.dtype, torch.float32)
         z, dz = z.to(dtype), dz.to(dtype)
-        size = dz.abs().amax(0)  # (n,)
-        counted = size > SMALLEST * size.max()
+        counted = _counted(dz)
         z = z * counted
         self._add("Z", z @ z.T)
         self._add("D", dz @ dz.T)
         self._add("tokens", counted.sum())
+
+    @torch.no_grad()
+    def add_experts(self, z: Tensor, dz: Tensor, expert: Tensor, experts: int, *, swapped: bool) -> None:
+        """Adds tokens of several experts. z, dz: (r, n); expert: (n,), a token of no expert has the index E.
+
+        Args:
+            experts: E.
+            swapped: whether z comes from B and dz from A, so that Z and D change places in a change of basis.
+        """
+        if not z.numel() or not self.collecting:
+            return
+        counted = _counted(dz)
+        z = z * counted
+        own = [expert == index for index in range(experts)]
+        Z, D = (torch.stack([part[:, some] @ part[:, some].T for some in own]) for part in (z, dz))  # (E, r, r)
+        tokens = torch.stack([counted[some].sum() for some in own])  # (E,)
+        if experts == 1:
+            Z, D, tokens = Z[0], D[0], tokens[0]
+        self._add("Z", D if swapped else Z)
+        self._add("D", Z if swapped else D)
+        self._add("tokens", tokens)
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -64,6 +84,12 @@ class LayerGramians:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _inert, ()
+
+
+def _counted(dz: Tensor) -> Tensor:
+    """The tokens that the loss depends on, (n,) bool. dz: (r, n)."""
+    size = dz.abs().amax(0)  # (n,)
+    return size > SMALLEST * size.max()
 
 
 def _inert() -> LayerGramians:

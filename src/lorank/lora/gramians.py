@@ -8,18 +8,24 @@ depends on (those whose ẑ is not zero up to rounding):
 They are the Gramians of balanced truncation (:mod:`lorank.scoring.balanced`). The fused functions have z and ẑ at hand
 in their backward pass. Elsewhere a hook on ``lora_A`` sees z, and a hook on z its gradient. Padding has ẑ = 0 and does
 not count.
+
+In a convolution every position of an image is a token. With groups, a rank has one z per group, and each of them counts
+as a token: Z is their mean and D the sum over them, so all groups turn to one basis. Experts have one Z and one D each
+(:mod:`lorank.lora.expert_watch`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from lorank.lora.expert_watch import ExpertWatch
 from lorank.lora.gramian_sums import LayerGramians
 from lorank.lora.layer import AdapterLayer
+from lorank.lora.variants.convolution import channels_by_rank
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.gated import GatedLora
 
@@ -62,10 +68,13 @@ class Gramians:
             if fused is not None:
                 self._handles.append(_FusedWatch(fused, own))
             # Also where the layer is fused, for the calls that fall back to PEFT's formula.
-            if layer.is_embedding:
+            if layer.is_expert:
+                self._handles.append(ExpertWatch(layer, own))
+            elif layer.is_embedding:
                 self._handles.append(_EmbeddingWatch(layer.module, own))
             else:
-                self._handles.append(layer.module.lora_A[layer.adapter].register_forward_hook(_Watch(own)))
+                watch = _Watch(own, partial(_by_rank, layer=layer))
+                self._handles.append(layer.module.lora_A[layer.adapter].register_forward_hook(watch))
 
     def clear(self) -> None:
         """Forgets all sums."""
@@ -102,14 +111,19 @@ class _FusedWatch:
 
 
 class _Watch:
-    """A forward hook of ``lora_A``, whose output is z."""
+    """A forward hook of ``lora_A``, whose output is z.
 
-    def __init__(self, own: LayerGramians) -> None:
-        self._own = own
+    Args:
+        own: the sums.
+        by_rank: turns z to (r, n).
+    """
+
+    def __init__(self, own: LayerGramians, by_rank: Callable[[Tensor], Tensor]) -> None:
+        self._own, self._by_rank = own, by_rank
 
     def __call__(self, module: nn.Module, _: tuple[Any, ...], z: Any) -> None:
         if self._own.wants(module) and isinstance(z, Tensor) and z.requires_grad:
-            add_gradient_of(z, self._own)
+            add_gradient_of(z, self._own, self._by_rank)
 
 
 class _EmbeddingWatch:
@@ -124,7 +138,7 @@ class _EmbeddingWatch:
     def __call__(self, ids: Tensor, weight: Tensor, **options: Any) -> Tensor:
         z: Tensor = self._embed(ids, weight, **options)  # type: ignore[operator]  # PEFT is untyped
         if self._own.wants(self._module) and z.requires_grad and z.shape[-1] == self._own.rank():
-            add_gradient_of(z, self._own)
+            add_gradient_of(z, self._own, _last_axis)
         return z
 
     def remove(self) -> None:
@@ -134,22 +148,27 @@ class _EmbeddingWatch:
             self._module._embed = self._before  # on the instance
 
 
-def add_gradient_of(z: Tensor, own: LayerGramians) -> None:
-    """Adds z (…, R) and its gradient to the sums when the backward pass reaches it."""
-    if not z.shape[-1]:  # a module of rank 0
+def add_gradient_of(z: Tensor, own: LayerGramians, by_rank: Callable[[Tensor], Tensor]) -> None:
+    """Adds z and its gradient to the sums when the backward pass reaches it. ``by_rank`` turns them to (≥ r, n)."""
+    if not z.numel():  # a module of rank 0
         return
     value = z.detach()
 
     def add(dz: Tensor) -> None:
-        rank = own.rank()
-        own.add(_by_rank(value, rank), _by_rank(dz, rank))
+        rank = own.rank()  # with a pool, the rows after them belong to dead ranks
+        own.add(by_rank(value)[:rank], by_rank(dz)[:rank])
 
     z.register_hook(add)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
-def _by_rank(values: Tensor, rank: int) -> Tensor:
-    """(…, R) as (r, n). With a pool, the R − r last columns belong to dead ranks."""
-    return values.reshape(values.shape[:-1].numel(), values.shape[-1])[:, :rank].T
+def _by_rank(values: Tensor, layer: AdapterLayer) -> Tensor:
+    """The output of a layer's ``lora_A`` as (R, n)."""
+    return channels_by_rank(values, layer.module) if layer.is_convolution else _last_axis(values)
+
+
+def _last_axis(values: Tensor) -> Tensor:
+    """(…, R) as (R, n)."""
+    return values.reshape(values.shape[:-1].numel(), values.shape[-1]).T
 
 
 def _rank_of(layer: AdapterLayer) -> int:

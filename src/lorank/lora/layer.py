@@ -18,18 +18,21 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from lorank.errors import AdapterError
+from lorank.lora.experts import is_expert
 from lorank.lora.gates import LearnedGates
 from lorank.lora.gramian_sums import CollectedGramians
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.pool import Pool, pool_of
+from lorank.lora.rank_layout import layout_of
 from lorank.lora.scaling import alpha_for, scaling_of
+from lorank.lora.variants.convolution import EmptyConvolution, is_convolution
 from lorank.lora.variants.dora import is_dora
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.gated import GatedLora, update_plain_lora_hooks
 from lorank.lora.variants.per_head import HeadLora
 
-TARGET_FIELDS = ("target_modules", "layers_to_transform", "layers_pattern")
-"""The fields of a ``LoraConfig`` that say which modules have a LoRA."""
+TARGET_FIELDS = ("target_modules", "target_parameters", "layers_to_transform", "layers_pattern")
+"""The fields of a ``LoraConfig`` that say which modules and parameters have a LoRA."""
 
 
 class AdapterLayer:
@@ -40,14 +43,23 @@ class AdapterLayer:
         module: PEFT's LoRA layer.
         adapter: the name of the adapter.
         bias: PEFT's setting of which biases of the base model are trained: none, all or lora_only.
+        path: the name of ``module`` in the base model; None: ``name``. They differ for the LoRA of a parameter, which
+            is named after the parameter (:mod:`lorank.lora.experts`).
 
+    Attributes:
+        layout: where the entries of a rank are in A and B.
     """
 
-    def __init__(self, name: str, module: LoraLayer, adapter: str, bias: str = "none") -> None:
+    def __init__(self, name: str, module: LoraLayer, adapter: str, bias: str = "none", path: str | None = None) -> None:
         self.name = name
+        self.path = name if path is None else path
         self.module = module
         self.adapter = adapter
+        self.layout = layout_of(module)
+        self.is_expert = is_expert(module)
         self.is_embedding = adapter in module.lora_embedding_A
+        self.is_convolution = is_convolution(module)
+        self.axes = self.layout.axes
         self.use_rslora = bool(module.use_rslora[adapter])
         self._trains_base_bias = bias != "none" and getattr(module.get_base_layer(), "bias", None) is not None
         stated = self._scaling_from_alpha()
@@ -81,13 +93,30 @@ class AdapterLayer:
 
     @property
     def A(self) -> nn.Parameter:
-        """``lora_A``, (r, d_in); for an embedding (r, number of embeddings); for heads that own columns (r, d_h)."""
+        """``lora_A``, (r, d_in); for an embedding (r, number of embeddings); for heads that own columns (r, d_h).
+
+        For a convolution with G groups (G · r, inputs, kernel…); for the parameter of E experts (E · r, inputs of one
+        expert), see :mod:`lorank.lora.rank_layout`.
+        """
         return self.stored[0] if self.pool is None else self.pool.A
 
     @property
     def B(self) -> nn.Parameter:
-        """``lora_B``, (d_out, r); for an embedding (embedding width, r); for heads that own rows (d_h, r)."""
+        """``lora_B``, (d_out, r); for an embedding (embedding width, r); for heads that own rows (d_h, r).
+
+        For a convolution (d_out, r, 1…); for the parameter of E experts (outputs of one expert, r · E).
+        """
         return self.stored[1] if self.pool is None else self.pool.B
+
+    @property
+    def A_matrix(self) -> Tensor:
+        """A as (r, d_in), without a graph: a view where that is possible. In per-head form as it is."""
+        return self.axes[0].matrix(self.A.detach())
+
+    @property
+    def B_matrix(self) -> Tensor:
+        """B as (d_out, r), without a graph: a view where that is possible. In per-head form as it is."""
+        return self.axes[1].matrix(self.B.detach())
 
     @property
     def stored(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -105,35 +134,49 @@ class AdapterLayer:
     @property
     def rank(self) -> int:
         """r, the number of ranks that A and B hold. ≥ 0."""
-        return int(self.A.shape[0])
+        return self.axes[0].rank(self.A)
+
+    def module_rank(self, rank: int) -> int:
+        """What PEFT calls r if the layer has ``rank`` ranks: in a convolution, ranks times groups."""
+        return rank * self.layout.groups
 
     @property
     def d_in(self) -> int:
-        """Number of inputs of the module, in every form of A."""
+        """Number of inputs of the module, in every form of A: what a rank trains in A.
+
+        In a convolution, inputs × kernel (× groups); of experts, of all together.
+        """
         groups = self.groups
-        return int(self.A.shape[1]) if groups is None or groups.kind == "rows" else groups.count * groups.size
+        return self._width_of_A if groups is None or groups.kind == "rows" else groups.count * groups.size
 
     @property
     def d_out(self) -> int:
-        """Number of outputs of the module, in every form of B."""
+        """Number of outputs of the module, in every form of B; of all its experts together, if it has any."""
         groups = self.groups
-        return int(self.B.shape[0]) if groups is None or groups.kind == "columns" else groups.count * groups.size
+        own = int(self.B.shape[0]) * self.layout.experts
+        return own if groups is None or groups.kind == "columns" else groups.count * groups.size
 
     @property
     def rank_parameters(self) -> int:
         """Trained parameters per rank: d_in + d_out, or fewer in per-head form."""
-        return int(self.A.shape[1] + self.B.shape[0])
+        return self._width_of_A + int(self.B.shape[0]) * self.layout.experts
+
+    @property
+    def _width_of_A(self) -> int:
+        """What a rank trains in A, as A is."""
+        return self.A.shape[1:].numel() * self.axes[0].copies
 
     @property
     def max_rank(self) -> int:
         """min(d_in, d_out), the rank of a full update.
 
-        In per-head form, the sum over all heads. With a pool, at most its capacity.
+        In per-head form, the sum over all heads. In a convolution with groups or a parameter with experts, the rank of
+        the update of one of them. With a pool, at most its capacity.
         """
         groups = self.groups
         if groups is not None:
             return groups.count * groups.capacity(self.d_in, self.d_out)
-        most = min(self.d_in, self.d_out)
+        most = min(self.d_in, self.d_out) // self.layout.blocks
         return most if self.pool is None else min(most, self.pool.capacity)
 
     @property
@@ -199,7 +242,7 @@ class AdapterLayer:
         """g: None (all ones), (r,), or (n, r) with a gate per sample of the batch.
 
         Raises:
-            AdapterError: on assignment, the gate has another shape.
+            AdapterError: on assignment, the gate has another shape, or experts get a gate per sample.
         """
         variant = self.module.lora_variant.get(self.adapter)
         return variant.gate if isinstance(variant, GatedLora) else None
@@ -218,12 +261,38 @@ class AdapterLayer:
                 f"a gate for {self.name} must have shape ({self.rank},) or (samples, {self.rank}), "
                 f"got {tuple(gate.shape)}"
             )
+        if gate.dim() == 2 and self.is_expert:
+            raise AdapterError(
+                f"{self.name} is a parameter with a LoRA: all samples use one weight, so none has its own gate"
+            )
         variant = self.module.lora_variant.get(self.adapter)
         if isinstance(variant, GatedLora):
             variant.gate = gate
         else:
             self.module.lora_variant[self.adapter] = GatedLora(gate, own)
             update_plain_lora_hooks(self.module)
+
+    def note_rank(self) -> None:
+        """Tells PEFT's modules the present rank, after a change of A and B."""
+        if self.is_embedding:
+            return
+        lora_A, lora_B = self.module.lora_A[self.adapter], self.module.lora_B[self.adapter]
+        if not self.is_convolution:
+            lora_A.out_features = lora_B.in_features = int(self.A.shape[0])
+            return
+        lora_A.out_channels = lora_B.in_channels = self.module_rank(self.rank)
+        table, variant = self.module.lora_variant, self._ungated()
+        if not self.rank:  # torch cannot compute a convolution without channels
+            variant = variant or EmptyConvolution()
+        elif isinstance(variant, EmptyConvolution):
+            variant = None
+        gated = table.get(self.adapter)
+        if isinstance(gated, GatedLora):
+            gated.replaced = variant
+        elif variant is None:
+            table.pop(self.adapter, None)
+        else:
+            table[self.adapter] = variant
 
     def __repr__(self) -> str:
         return f"AdapterLayer({self.name}, rank={self.rank}, d_in={self.d_in}, d_out={self.d_out}, s={self.scaling:g})"

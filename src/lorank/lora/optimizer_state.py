@@ -217,8 +217,8 @@ def plan_state_update(
 
     Args:
         name: the parameter's name, for the error message.
-        axis: the rank axis of ``parameter`` (2-D).
-        origins: (ranks after,) int64, the old index of each rank, or −1 for a new rank.
+        axis: the rank axis of ``parameter``.
+        origins: (entries after,) int64, the old index of each entry of the rank axis, or −1 for a new one.
         data: the values of ``parameter`` after the resize.
         turn: how the parameter turns to another basis before its ranks change; None: not at all.
         second_moments: where the second moments of new ranks begin. Without a rule for the optimiser, which entries are
@@ -285,7 +285,7 @@ def _resized_entries(state: Mapping[str, Any], resize: _Resize, shape: torch.Siz
                 rank_axis = resize.axis if is_kept or resize.axis < averaged_axis else resize.axis - 1
                 updates[key] = resize.moved(key, value, rank_axis)
             elif resize.turn is not None:
-                updates[key] = value * _change_of_mean(state, resize, averaged_axis, is_kept).to(value)
+                updates[key] = value * _change_of_mean(state, resize, averaged_axis, is_kept, len(shape)).to(value)
         elif _is_stacked(key, value, shape):
             updates[key] = resize.moved(key, value, resize.axis + 1)
         elif value.shape == shape:
@@ -294,20 +294,21 @@ def _resized_entries(state: Mapping[str, Any], resize: _Resize, shape: torch.Siz
     return updates
 
 
-def _change_of_mean(state: Mapping[str, Any], resize: _Resize, axis: int, is_kept: bool) -> Tensor:
+def _change_of_mean(state: Mapping[str, Any], resize: _Resize, axis: int, is_kept: bool, dims: int) -> Tensor:
     """By what a turn multiplies a factored moment's mean over ranks: as the factor that has ranks says, a tensor ().
 
     Args:
         axis: the rank axis, over which the moment is a mean.
         is_kept: see FACTORED.
+        dims: the number of axes of the parameter.
     """
     assert resize.turn is not None
-    other = next(
-        state[key]
+    other, other_axis = next(
+        (state[key], averaged % dims)
         for key, (averaged, kept) in FACTORED.items()
-        if key in state and averaged % 2 != axis and kept == is_kept
+        if key in state and averaged % dims != axis and kept == is_kept
     )
-    ranks = (other if is_kept else other.unsqueeze(1 - axis)).double()  # (r, 1) or (1, r)
+    ranks = (other if is_kept else other.unsqueeze(other_axis)).double()  # (r, 1) or (1, r)
     before, after = ranks.mean(), turn_ranks(ranks, resize.turn.square, axis).mean()
     return torch.where(before > 0, after / before, torch.ones_like(before))
 

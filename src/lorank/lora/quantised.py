@@ -22,11 +22,15 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lorank.errors import AdapterError
+from lorank.lora.variants.convolution import merges_into_something_else
 
 # PEFT's classes whose forward calls a LoraVariant, so that a gate has an effect.
 SUPPORTED = {
     "Linear": "",
     "Embedding": "",
+    "Conv1d": "",
+    "Conv2d": "",
+    "Conv3d": "",
     "Linear4bit": "bitsandbytes 4-bit",
     "Linear8bitLt": "bitsandbytes int8",
     "TorchaoLoraLinear": "torchao int8 weight-only",
@@ -120,8 +124,12 @@ def is_repacked(module: nn.Module) -> bool:
 
 
 def guard_merge(module: LoraLayer) -> None:
-    """Makes ``merge`` of this layer raise where PEFT would silently drop a part of the adapter (torchao, quanto)."""
-    if "merge" not in vars(module) and (type(module).__name__ == "TorchaoLoraLinear" or _is_quanto(module)):
+    """Makes ``merge`` of this layer raise where the merged weight would silently compute something else.
+
+    PEFT drops a part of the adapter (torchao, quanto), or the merge is of another convolution than the LoRA's.
+    """
+    guarded = type(module).__name__ == "TorchaoLoraLinear" or _is_quanto(module) or merges_into_something_else(module)
+    if "merge" not in vars(module) and guarded:
         module.merge = partial(_checked_merge, module)  # on the instance; each copy of a model is guarded separately
 
 
@@ -130,6 +138,11 @@ def _checked_merge(module: LoraLayer, *args: Any, **kwargs: Any) -> None:
         raise AdapterError(
             "PEFT's merge into quanto's weights is lost: the result is the base model without the adapter. Save the "
             "adapter, and merge it into the unquantised base model"
+        )
+    if (reason := merges_into_something_else(module)) is not None:
+        raise AdapterError(
+            f"PEFT's merge would change what the model computes: {reason}. Use the adapter without merging it, or "
+            "leave this convolution out of target_modules"
         )
     for adapter, variant in module.lora_variant.items():
         part = getattr(variant, "training_part", None)

@@ -9,7 +9,8 @@ the weights, in two places:
 - A folder: in ``target_modules`` of its configuration, as the entry ``rank-0:`` and the module's full name. PEFT adapts
   the modules whose names it finds in ``target_modules``. No module has such a name, so PEFT reads, merges and combines
   the configuration as without the entry, and gives no warning. (An entry in ``rank_pattern`` gives a warning, and
-  ``exclude_modules`` would also exclude the module from an adapter that ``add_weighted_adapter`` makes.)
+  ``exclude_modules`` would also exclude the module from an adapter that ``add_weighted_adapter`` makes.) If only
+  parameters have ranks, the entries are in ``target_parameters``.
 """
 
 from __future__ import annotations

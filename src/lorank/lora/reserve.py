@@ -40,7 +40,7 @@ def reserve_(model: Model, max_rank: int | None = None, adapter: str | None = No
 
     Raises:
         AdapterError: a layer has more than ``max_rank`` ranks, has reserved ranks already, or cannot have a fixed
-            shape: an embedding, DoRA, a LoRA per head, gates.
+            shape: an embedding, a convolution, a parameter, DoRA, a LoRA per head, gates.
     """
     layers = find_layers(model, adapter)
     for name, layer in layers.items():
@@ -84,6 +84,10 @@ def _check_can_reserve(layer: AdapterLayer, max_rank: int | None) -> None:
     reason = None
     if layer.is_embedding:
         reason = "is an embedding"
+    elif layer.is_convolution:
+        reason = "is a convolution"
+    elif layer.is_expert:
+        reason = "is a parameter"
     elif layer.form is not None:
         reason = "uses DoRA" if layer.uses_dora else "has a LoRA per head"
     elif layer.gate is not None:

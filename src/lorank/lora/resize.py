@@ -131,8 +131,8 @@ class _ResizedLayer:
     """The new tensors of a layer.
 
     Args:
-        A: (r, d_in).
-        B: (d_out, r).
+        A: (r, d_in), or in the layer's own layout.
+        B: (d_out, r), or in the layer's own layout.
         grads: the gradients of A and B, or None.
         gate: (r,) or (n, r), or None.
         state_updates: functions that assign the new state of A and B in the optimiser.
@@ -156,40 +156,43 @@ def _plan_layer(
     """Computes all new tensors of a layer. Nothing changes."""
     origins = torch.tensor(layer_plan.origins, dtype=torch.long)
     new = origins < 0  # (r,)
-    turns = [None if layer_plan.basis is None else layer_plan.basis.turn(axis) for axis in (0, 1)]
+    entries = [axis.expand_origins(origins, layer.rank) for axis in layer.axes]  # of the rank axes of A and B
+    basis = layer_plan.basis
+    turns = [None if basis is None else axis.expand_turn(basis.turn(axis.axis)) for axis in layer.axes]
     A, B = (
-        reindex_ranks(weight.data if turn is None else turn_ranks(weight.data, turn.weight, axis), origins, axis)
+        reindex_ranks(weight.data if turn is None else turn_ranks(weight.data, turn.weight, axis), entries[axis], axis)
         for axis, (weight, turn) in enumerate(zip((layer.A, layer.B), turns, strict=True))
     )  # (r, d_in), (d_out, r)
     if layer_plan.add:
         fresh, rows = _draw_new_vectors(layer, layer_plan, generator, init)  # (add, d)
+        axis_A, axis_B = layer.axes
         if rows:
-            A[new] = fresh.to(A)
+            A[entries[0] < 0] = axis_A.tensor(fresh, A.shape).to(A)  # (copies · add, …)
         else:
-            B[:, new] = fresh.T.to(B)
+            B[:, new] = axis_B.tensor(fresh.T, B.shape).to(B)
     gate = None
     if layer.gate is not None:
         gate = reindex_ranks(layer.gate.detach(), origins, layer.gate.dim() - 1)
         gate[..., new.to(gate.device)] = 1
     grad_A, grad_B = (
-        _resized_gradient(parameter.grad, turn, origins, axis)
+        _resized_gradient(parameter.grad, turn, entries[axis], axis)
         for axis, (parameter, turn) in enumerate(zip((layer.A, layer.B), turns, strict=True))
     )
-    states = _plan_states(optimizer, layer, origins, (A, B), turns, second_moments)
+    states = _plan_states(optimizer, layer, entries, (A, B), turns, second_moments)
     return _ResizedLayer(A, B, (grad_A, grad_B), gate, states)
 
 
-def _resized_gradient(gradient: Tensor | None, turn: Turn | None, origins: Tensor, axis: int) -> Tensor | None:
+def _resized_gradient(gradient: Tensor | None, turn: Turn | None, entries: Tensor, axis: int) -> Tensor | None:
     if gradient is None:
         return None
     turned = gradient if turn is None else turn_ranks(gradient, turn.gradient, axis)
-    return reindex_ranks(turned, origins, axis)
+    return reindex_ranks(turned, entries, axis)
 
 
 def _plan_states(
     optimizer: torch.optim.Optimizer | None,
     layer: AdapterLayer,
-    origins: Tensor,
+    entries: Sequence[Tensor],
     resized: tuple[Tensor, Tensor],
     turns: Sequence[Turn | None],
     second_moments: SecondMoments,
@@ -204,7 +207,9 @@ def _plan_states(
                 "get_peft_model, e.g. AdamW(p for p in model.parameters() if p.requires_grad)"
             )
     return [
-        plan_state_update(optimizer, f"{layer.name}.{label}", weight, axis, origins, data, turns[axis], second_moments)
+        plan_state_update(
+            optimizer, f"{layer.name}.{label}", weight, axis, entries[axis], data, turns[axis], second_moments
+        )
         for axis, (label, weight, data) in enumerate(
             zip(("lora_A", "lora_B"), (layer.A, layer.B), resized, strict=True)
         )
@@ -217,10 +222,8 @@ def _assign_layer(layer: AdapterLayer, layer_plan: LayerPlan, new: _ResizedLayer
     replace_data(layer.B, new.B, new.grads[1])
     if layer_plan.head_ranks is not None:
         layer.set_heads(layer.groups, layer_plan.head_ranks)
-    module, adapter, rank = layer.module, layer.adapter, layer_plan.rank
-    if not layer.is_embedding:
-        module.lora_A[adapter].out_features = rank
-        module.lora_B[adapter].in_features = rank
+    module, adapter, rank = layer.module, layer.adapter, layer.module_rank(layer_plan.rank)
+    layer.note_rank()
     s, live, from_alpha = layer.file_scaling, layer.scaling, layer.scaling_is_from_alpha
     module.r[adapter] = rank
     module.lora_alpha[adapter] = alpha_for(s, rank, layer.use_rslora)
@@ -243,10 +246,10 @@ def _draw_new_vectors(
         return layer_plan.vectors.values[: layer_plan.add], not layer.is_embedding
     if layer.is_embedding:  # PEFT: A = 0, B ~ N(0, 1)
         return torch.randn((layer_plan.add, layer.d_out), generator=generator), False
-    width = layer.A.shape[1]  # d_in, or the width of a head where each head has its own A
-    shape = (layer_plan.add, width)
+    width = layer.A.shape[1:].numel()  # d_in, or the width of a head or an expert where each has its own A
+    shape = (layer_plan.add, width * layer.axes[0].copies)
     if isinstance(init, str) and init.lower() == "gaussian":  # PEFT: N(0, 1/r)
-        return torch.randn(shape, generator=generator) / layer_plan.rank, True
+        return torch.randn(shape, generator=generator) / layer.module_rank(layer_plan.rank), True
     bound = 1 / math.sqrt(width)  # kaiming_uniform_(a=√5) with this number of inputs
     return torch.rand(shape, generator=generator) * (2 * bound) - bound, True
 
@@ -278,22 +281,25 @@ def write_patterns(layers: AdapterLayers) -> None:
     match. So a key is ``^`` and the escaped full name, and every module has a key. A missing alpha would silently load
     a wrong scaling. r = the largest rank and alpha = s·r also make the global values correct, for servers that ignore
     the patterns. PEFT's configuration refuses rank 0, so ``target_modules`` lists only the modules with ranks, and
-    states the others (:mod:`lorank.lora.rank_zero`).
+    states the others (:mod:`lorank.lora.rank_zero`). A parameter at rank 0 has one rank of zeros in the file
+    (:mod:`lorank.lora.experts`), so ``target_parameters`` stays as the user gave it.
     """
     config = copy.copy(layers.config)
     set_plain_init_(config)
     alive = {name: layer for name, layer in layers.items() if layer.rank}
-    empty = [name for name in layers if name not in alive]
-    largest = max(layer.rank for layer in alive.values())
-    config.rank_pattern = {f"^{re.escape(name)}": layer.rank for name, layer in alive.items()}
+    empty = [name for name, layer in layers.items() if name not in alive and not layer.is_expert]
+    largest = max(layer.module_rank(layer.rank) for layer in alive.values())
+    saved = {f"^{re.escape(name)}": layer for name, layer in layers.items() if name not in empty}
+    config.rank_pattern = {key: layer.module_rank(layer.rank) or 1 for key, layer in saved.items()}
     config.alpha_pattern = {
-        f"^{re.escape(name)}": layer.module.lora_alpha[layer.adapter] for name, layer in alive.items()
+        key: layer.module.lora_alpha[layer.adapter] or alpha_for(layer.file_scaling, 1, layer.use_rslora)
+        for key, layer in saved.items()
     }
     config.r = largest
     scalings = {layer.file_scaling for layer in alive.values()}
     if len(scalings) == 1:
         config.lora_alpha = alpha_for(scalings.pop(), largest, config.use_rslora)
-    _write_targets(config, layers, alive, empty)
+    _write_targets(config, layers, [name for name, layer in alive.items() if not layer.is_expert], empty)
     layers.config = config
 
 
@@ -302,9 +308,14 @@ def _write_targets(config: LoraConfig, layers: AdapterLayers, alive: Collection[
     for field, value in layers.targets.items():
         setattr(config, field, value)
     # Layers that were found while modules had rank 0 do not know the user's setting, which names these modules too.
-    if not empty and all(check_target_module_exists(config, name) for name in layers):
+    modules = [name for name, layer in layers.items() if not layer.is_expert]
+    if not empty and all(check_target_module_exists(config, name) for name in modules):
         return
-    config.target_modules = {*alive, *target_entries(empty)}
+    entries = target_entries(empty)
+    if alive:
+        config.target_modules = {*alive, *entries}
+    else:  # only parameters have ranks, and PEFT warns of target modules that are not there
+        config.target_modules, config.target_parameters = [], [*(config.target_parameters or ()), *entries]
     config.layers_to_transform = config.layers_pattern = None  # full names need no further choice of layers
     if any(check_target_module_exists(config, name) for name in empty):
         # A name in a set also matches a longer name that ends with it. A string must match the whole name.

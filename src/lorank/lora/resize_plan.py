@@ -17,8 +17,8 @@ class NewVectors:
     """The first values of new ranks, in place of random ones.
 
     Args:
-        values: (n, d_in), rows of A; for an embedding (n, d_out), columns of B. The other factor is zero. n ≥ the
-            number of new ranks, which take the first of them.
+        values: (n, d_in), rows of A (of all experts side by side, if there are any); for an embedding (n, d_out),
+            columns of B. The other factor is zero. n ≥ the number of new ranks, which take the first of them.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -102,7 +102,9 @@ def check_basis(layer: AdapterLayer, wanted: LayerPlan) -> None:
     if wanted.basis is None:
         return
     matrix, inverse = wanted.basis.matrix, wanted.basis.inverse
-    if matrix.shape != (layer.rank, layer.rank) or inverse.shape != matrix.shape:
+    square = (layer.rank, layer.rank)
+    shapes_allowed = [square] + [(layer.layout.experts, *square)] * (layer.layout.experts > 1)
+    if tuple(matrix.shape) not in shapes_allowed or inverse.shape != matrix.shape:
         shapes = f"{tuple(matrix.shape)} and {tuple(inverse.shape)}"
         raise PlanError(
             f"{layer.name} has {layer.rank} ranks; the plan's basis has matrices of shapes {shapes}, expected "
@@ -130,7 +132,7 @@ def check_vectors(layer: AdapterLayer, wanted: LayerPlan) -> None:
     """Raises PlanError if the first values of new ranks do not fit the layer."""
     if wanted.vectors is None:
         return
-    width = layer.d_out if layer.is_embedding else layer.A.shape[1]
+    width = layer.d_out if layer.is_embedding else layer.A.shape[1:].numel() * layer.axes[0].copies
     shape = tuple(wanted.vectors.values.shape)
     if len(shape) != 2 or shape[1] != width or shape[0] < wanted.add:
         raise PlanError(

@@ -67,7 +67,9 @@ class LayersSnapshot:
             update_plain_lora_hooks(module)
             if self._merges[name] is None:
                 vars(module).pop("merge", None)
-            if not layer.is_embedding:
+            if layer.is_convolution:
+                layer.note_rank()
+            elif not layer.is_embedding:
                 lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
                 lora_A.out_features, lora_A.in_features = layer.stored[0].shape
                 lora_B.out_features, lora_B.in_features = layer.stored[1].shape

@@ -1,7 +1,8 @@
-"""The kinds of modules whose ranks can change: linear maps and embeddings. Other kinds are refused, with a way round.
+"""The kinds of modules whose ranks can change: linear maps, embeddings and convolutions. Others are refused.
 
-PEFT also adapts convolutions, ``nn.MultiheadAttention`` and the parameters of experts. These layers do not call a
-``LoraVariant``, or hold A and B in another layout, so their ranks can neither be gated nor resized.
+Parameters (``target_parameters``) are supported too (:mod:`lorank.lora.experts`). PEFT also adapts
+``nn.MultiheadAttention``, whose layer does not call a ``LoraVariant``, so that its ranks cannot be gated. The message
+of a refusal has a way round.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorank.errors import AdapterError
+from lorank.lora.experts import is_expert
 from lorank.lora.quantised import IGNORE_VARIANTS, QUANTISED_ADVICE, SUPPORTED
 
 
@@ -47,10 +49,13 @@ def _reason(base: nn.Module, name: str, module: LoraLayer) -> str | None:
     parent = base.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention) and kind in SUPPORTED:
         return "is part of an nn.MultiheadAttention, which reads its weight without calling it: its LoRA has no effect"
-    if kind in SUPPORTED:
+    if kind in SUPPORTED or is_expert(module):
         return None
-    if kind == "ParamWrapper":
-        return "is a ParamWrapper (a parameter, not a module, has the LoRA), whose ranks cannot be gated or resized"
+    if kind == "MultiheadAttention":
+        return (
+            "is an nn.MultiheadAttention. PEFT gives its two projections one rank, and merges them in every forward "
+            "pass (the output projection twice), so their ranks cannot be gated or move on their own"
+        )
     library = f" ({IGNORE_VARIANTS[kind]})" if kind in IGNORE_VARIANTS else ""
     return f"is a {kind}{library}, whose ranks cannot be gated or resized"
 
@@ -59,17 +64,22 @@ def _other_targets(
     base: nn.Module, adapted: Mapping[str, LoraLayer], refused: Collection[str], config: LoraConfig
 ) -> str:
     """The advice: a LoraConfig for the same base model that lorank supports."""
-    wanted = [name for name in adapted if name not in refused]
+    wanted = [name for name, module in adapted.items() if name not in refused and not is_expert(module)]
     if not wanted:
-        wanted = _linear_maps(base, refused)
+        wanted = _others(base, refused, (nn.Linear, nn.Embedding, Conv1D))
     if not wanted:
-        return "The model has no other linear layer or embedding to adapt, so lorank cannot be used with it"
-    advice = f"Adapt linear layers and embeddings only: LoraConfig(target_modules={_targets(base, wanted)!r})"
-    return advice + (", without target_parameters" if config.target_parameters else "")
+        wanted = _others(base, refused, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    if not wanted:
+        return "The model has no other linear layer, embedding or convolution, so lorank cannot be used with it"
+    kept = f", target_parameters={sorted(config.target_parameters)!r}" if config.target_parameters else ""
+    return (
+        "Adapt linear layers, embeddings and convolutions only: "
+        f"LoraConfig(target_modules={_targets(base, wanted)!r}{kept})"
+    )
 
 
-def _linear_maps(base: nn.Module, refused: Iterable[str]) -> list[str]:
-    """Linear layers and embeddings outside the refused modules, without the model's input and output embeddings."""
+def _others(base: nn.Module, refused: Iterable[str], kinds: tuple[type[nn.Module], ...]) -> list[str]:
+    """Modules of some kinds outside the refused ones, without the model's input and output embeddings."""
     embeddings = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
@@ -80,7 +90,7 @@ def _linear_maps(base: nn.Module, refused: Iterable[str]) -> list[str]:
     return [
         name
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+        if isinstance(module, kinds)
         and not f"{name}.".startswith(outside)
         and not isinstance(base.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
         and all(module is not embedding for embedding in embeddings)

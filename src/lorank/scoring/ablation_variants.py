@@ -153,7 +153,7 @@ class Gates:
 
 def inert_ranks(layer: AdapterLayer, gate: Tensor | None) -> list[int]:
     """The ranks without effect: their row of A, their column of B or their gate is zero."""
-    alive = (layer.A.detach() != 0).any(dim=1) & (layer.B.detach() != 0).any(dim=0)  # (r,)
+    alive = (layer.A_matrix != 0).any(dim=1) & (layer.B_matrix != 0).any(dim=0)  # (r,)
     if gate is not None:
         alive &= gate.detach().to(alive.device) != 0
     return [k for k, alive_k in enumerate(alive.tolist()) if not alive_k]

@@ -11,6 +11,9 @@ units of the loss, so ranks of all modules compare.
 
 S rescales the ranks, so that every row of A has the mean norm that the rows had before: a learning rate then means what
 it meant. The model's function does not change.
+
+Experts are balanced one by one, with the tokens that reach them. They share the number of ranks, so rank i is the i-th
+of every expert, and its worth is the sum over the experts.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ from torch import Tensor
 
 from lorank.errors import NonFiniteError, ValidationBatchError
 from lorank.lora import AdapterLayer, AdapterLayers
-from lorank.lora.basis import Basis, turn_ranks
+from lorank.lora.basis import Basis
 from lorank.scoring.ablation_variants import IncompatibleError
 from lorank.scoring.context import Context, State, TrainingInfo
-from lorank.scoring.gramians import GramianPair, measure_gramians
+from lorank.scoring.gramians import GramianPair, measure_gramians, sum_shape
 from lorank.scoring.loss import prepare_batch
 from lorank.scoring.microbatch import split
 from lorank.scoring.scorer import Choose, Scorer, Scores
@@ -45,7 +48,8 @@ class Balanced:
     """A module in its balanced basis.
 
     Attributes:
-        worth: σ², (r,) float64, descending: twice the loss that the truncation of each rank is predicted to cost.
+        worth: σ², (r,) float64, descending: twice the loss that the truncation of each rank is predicted to cost. Of
+            all experts together, if there are any.
         basis: the basis.
     """
 
@@ -58,7 +62,7 @@ def balance(layer: AdapterLayer, gramians: GramianPair) -> Balanced:
 
     Args:
         layer: the layer. It is not changed.
-        gramians: its Gramians, (r, r).
+        gramians: its Gramians.
 
     Raises:
         NonFiniteError: they hold NaN or infinity.
@@ -73,29 +77,33 @@ def balance(layer: AdapterLayer, gramians: GramianPair) -> Balanced:
             f"the Gramians of {layer.name} hold NaN or infinity: its weights or the gradients of the loss are not "
             "finite. Look at the batches and the loss on them; no rank was moved"
         )
-    values, vectors = torch.linalg.eigh((Z + Z.T) / 2)  # ascending
-    if not float(values[-1]) > 0:  # no token reached this module
-        identity = torch.eye(rank, dtype=torch.float64)
+    # (E, r, r) for experts, else (1, r, r)
+    Z, D = (one.reshape(-1, rank, rank) for one in (Z, D))
+    identity = torch.eye(rank, dtype=torch.float64)
+    unreached = ~(torch.linalg.eigvalsh((Z + Z.mT) / 2)[:, -1:, None] > 0)  # (E, 1, 1): no token was there
+    if bool(unreached.all()):
         return Balanced(torch.zeros(rank, dtype=torch.float64), Basis(identity, identity))
-    root = values.clamp_min(SMALLEST * float(values[-1])).sqrt()  # (r,)
-    L, L_inverse = vectors * root, (vectors / root).T
-    worth, V = torch.linalg.eigh(L.T @ ((D + D.T) / 2) @ L)
-    worth, V = worth.flip(0).clamp_min(0), V.flip(1)
-    T, T_inverse = L @ V, V.T @ L_inverse
+    Z, D = torch.where(unreached, identity, Z), torch.where(unreached, 0, D)
+    values, vectors = torch.linalg.eigh((Z + Z.mT) / 2)  # ascending
+    root = values.clamp_min(SMALLEST * values[:, -1:]).sqrt()  # (E, r)
+    L, L_inverse = vectors * root[:, None, :], (vectors / root[:, None, :]).mT
+    worth, V = torch.linalg.eigh(L.mT @ ((D + D.mT) / 2) @ L)
+    worth, V = worth.flip(1).clamp_min(0), V.flip(2)
+    T, T_inverse = L @ V, V.mT @ L_inverse
     # an embedding's B, and not its A, starts at random values
-    weight, matrix, axis = (layer.B, T.T, 1) if layer.is_embedding else (layer.A, T_inverse, 0)
-    before = _norms(weight.detach(), axis).mean()
-    after = _norms(turn_ranks(weight.detach().double(), matrix, axis), axis)
-    stretch = torch.where((after > 0) & (before > 0), before / after, torch.ones_like(after)).cpu()  # (r,)
+    weight = layer.B.mT[None] if layer.is_embedding else layer.layout.by_expert(layer.A, 0)  # (E, r, d)
+    weight = weight.detach().double().cpu()
+    matrix = T.mT if layer.is_embedding else T_inverse
+    before = torch.linalg.vector_norm(weight, dim=2).mean(1, keepdim=True)  # (E, 1)
+    after = torch.linalg.vector_norm(matrix @ weight, dim=2)  # (E, r)
+    stretch = torch.where((after > 0) & (before > 0), before / after, torch.ones_like(after))
     if layer.is_embedding:
         stretch = 1 / stretch
-    return Balanced(worth, Basis(stretch[:, None] * T_inverse, T / stretch))
-
-
-def _norms(weight: Tensor, axis: int) -> Tensor:
-    """The norm of every rank's vector, (r,) float64."""
-    norms: Tensor = torch.linalg.vector_norm(weight.double(), dim=1 - axis)
-    return norms
+    matrix, inverse = stretch[:, :, None] * T_inverse, T / stretch[:, None, :]
+    matrix, inverse = torch.where(unreached, identity, matrix), torch.where(unreached, identity, inverse)
+    if layer.layout.experts == 1:
+        matrix, inverse = matrix[0], inverse[0]
+    return Balanced(worth.sum(0), Basis(matrix, inverse))
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ def _empty(layers: AdapterLayers) -> State:
     for name, layer in layers.items():
         dtype = torch.promote_types(layer.A.dtype, torch.float32)
         for kind in KINDS:
-            shape = () if kind == "tokens" else (layer.rank, layer.rank)
+            shape = sum_shape(layer)[:-2] if kind == "tokens" else sum_shape(layer)
             state[f"{kind}.{name}"] = torch.zeros(shape, dtype=dtype, device=layer.A.device)
     return state
 
@@ -213,11 +221,11 @@ def _mean(context: Context, state: State) -> dict[str, GramianPair]:
     module stands for it. It is one factor for all modules, so it changes no order.
     """
     layers, steps = context.layers, state["steps"].double().cpu()
-    tokens = torch.stack([state[f"tokens.{name}"].double().cpu() for name in layers])  # (modules,)
-    labels = tokens.max() / steps
+    tokens = {name: state[f"tokens.{name}"].double().cpu() for name in layers}  # (), or (E,)
+    labels = max(float(one.max()) for one in tokens.values()) / steps
     found: dict[str, GramianPair] = {}
-    for index, name in enumerate(layers):
+    for name in layers:
         Z, D = (state[f"{kind}.{name}"].double().cpu() for kind in ("Z", "D"))
-        count = tokens[index] if tokens[index] > 0 else 1.0
+        count = torch.where(tokens[name] > 0, tokens[name], 1.0)[..., None, None]
         found[name] = GramianPair(Z / count, D * labels / steps)
     return found

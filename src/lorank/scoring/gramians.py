@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorank.errors import ValidationBatchError
-from lorank.lora import AdapterLayers
+from lorank.lora import AdapterLayer, AdapterLayers
 from lorank.lora.gramians import Gramians
 from lorank.scoring.loss import LossFn, loss_gradients, loss_with_graph, prepare_batch, require_finite, unwrap_model
 from lorank.scoring.microbatch import labels_in_mean_loss
@@ -30,8 +30,8 @@ class GramianPair:
     """The Gramians of one module.
 
     Attributes:
-        Z: (r, r) float64 on the CPU.
-        D: (r, r) float64 on the CPU.
+        Z: (r, r) float64 on the CPU; (E, r, r) for a layer with E > 1 experts, whose tokens are counted apart.
+        D: of the same shape.
     """
 
     Z: Tensor
@@ -71,8 +71,9 @@ def measure_gramians(
         raise ValidationBatchError("there is no batch to measure Gramians on: give at least one")
     leaves = [part for layer in layers.values() for part in layer.stored]  # what the forward pass uses
     wanted = [leaf.requires_grad for leaf in leaves]
-    zeros = {name: torch.zeros(rank, rank, dtype=torch.float64) for name, rank in layers.ranks.items()}
-    Z, D, tokens = dict(zeros), dict(zeros), dict.fromkeys(layers, 0)
+    zeros = {name: torch.zeros(sum_shape(layer), dtype=torch.float64) for name, layer in layers.items()}
+    Z, D = dict(zeros), dict(zeros)
+    tokens = {name: torch.zeros(values.shape[:-2], dtype=torch.float64) for name, values in zeros.items()}
     with preserve_state(model, layers), torch.enable_grad():
         gramians = Gramians(layers, in_training_mode=False)
         try:
@@ -87,7 +88,7 @@ def measure_gramians(
                     if own.Z is not None and own.D is not None and own.tokens is not None:
                         Z[name] = Z[name] + own.Z.double().cpu()
                         D[name] = D[name] + labels_in_mean_loss(prepared) * own.D.double().cpu()
-                        tokens[name] += int(own.tokens)
+                        tokens[name] = tokens[name] + own.tokens.double().cpu()
                 gramians.clear()
                 if progress is not None:
                     progress(done + 1, len(parts))
@@ -95,4 +96,12 @@ def measure_gramians(
             gramians.remove()
             for leaf, before in zip(leaves, wanted, strict=True):
                 leaf.requires_grad_(before)
-    return {name: GramianPair(Z[name] / max(1, tokens[name]), D[name] / len(parts)) for name in layers}
+    return {
+        name: GramianPair(Z[name] / tokens[name].clamp_min(1)[..., None, None], D[name] / len(parts)) for name in layers
+    }
+
+
+def sum_shape(layer: AdapterLayer) -> tuple[int, ...]:
+    """The shape of a layer's Z and D: (r, r), or (E, r, r) if it has experts."""
+    experts = (layer.layout.experts,) if layer.layout.experts > 1 else ()
+    return (*experts, layer.rank, layer.rank)

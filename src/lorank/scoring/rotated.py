@@ -82,13 +82,17 @@ class RotatedScorer(Scorer):
 @contextmanager
 def turned(layers: AdapterLayers, bases: Mapping[str, Basis]) -> Iterator[None]:
     """The layers in other bases of their ranks. Afterwards A and B have their former values, bit for bit."""
-    stored = [(weight, basis, axis) for name, basis in bases.items() for axis, weight in enumerate(layers[name].stored)]
+    stored = [
+        (weight, layers[name].axes[axis].expand_turn(basis.turn(axis)), axis)
+        for name, basis in bases.items()
+        for axis, weight in enumerate(layers[name].stored)
+    ]
     before = [(weight, weight.detach().clone()) for weight, _, _ in stored]
     try:
         with torch.no_grad():
-            for weight, basis, axis in stored:
-                live = weight.narrow(axis, 0, basis.rank)  # with a pool, the dead ranks come after them
-                live.copy_(turn_ranks(live, basis.turn(axis).weight, axis))
+            for weight, turn, axis in stored:
+                live = weight.narrow(axis, 0, len(turn.weight))  # with a pool, the dead ranks come after them
+                live.copy_(turn_ranks(live, turn.weight, axis))
         yield
     finally:
         with torch.no_grad():

@@ -49,7 +49,7 @@ def saliency_scores(
     """
     model = unwrap_model(model)
     alive = {name: layer for name, layer in layers.items() if layer.rank}
-    rows = [layer.A for layer in alive.values()]  # (r, d_in) each
+    rows = [layer.A for layer in alive.values()]
     wanted = [A.requires_grad for A in rows]
     scores = {name: torch.zeros(layer.rank, dtype=torch.float64) for name, layer in layers.items()}
     count = 0
@@ -62,9 +62,10 @@ def saliency_scores(
                 require_finite(loss.detach(), "the model")
                 gradients = loss_gradients(loss, rows)
                 count += 1
-                for name, A, gradient in zip(alive, rows, gradients, strict=True):
+                for (name, layer), A, gradient in zip(alive.items(), rows, gradients, strict=True):
                     if gradient is not None:  # None: the loss of this batch does not depend on this module
-                        scores[name] += (A.detach().double() * gradient.double()).sum(1).abs().cpu()  # (r, d_in) → (r,)
+                        products = layer.axes[0].matrix(A.detach().double() * gradient.double())  # (r, d_in)
+                        scores[name] += products.sum(1).abs().cpu()  # (r,)
         finally:
             for A, before in zip(rows, wanted, strict=True):
                 A.requires_grad_(before)

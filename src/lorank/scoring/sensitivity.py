@@ -99,8 +99,9 @@ class SensitivityScorer(Scorer):
         gates = (state[f"{_MEAN}.gate"] * state[f"{_UNCERTAINTY}.gate"]).double().cpu()  # (R,)
         vectors = [
             # (r, d_in), (d_out, r) → (r,)
-            smoothed[f"A.{name}"].double().mean(1) + smoothed[f"B.{name}"].double().mean(0)
-            for name in layers
+            layer.axes[0].matrix(smoothed[f"A.{name}"].double()).mean(1)
+            + layer.axes[1].matrix(smoothed[f"B.{name}"].double()).mean(0)
+            for name, layer in layers.items()
         ]
         scores = gates + torch.cat([values.to(vectors[0].device) for values in vectors]).cpu()  # (R,)
         return Scores(dict(zip(layers, torch.split(scores, list(layers.ranks.values())), strict=True)))
@@ -113,11 +114,12 @@ class SensitivityScorer(Scorer):
         for kind in (_MEAN, _UNCERTAINTY):
             first = 0
             for (name, rank), moved in zip(ranks.items(), torch.split(origins, list(ranks.values())), strict=True):
-                before = len(state[f"{kind}.A.{name}"])
+                axes = context.layers[name].axes
+                before = axes[0].rank(state[f"{kind}.A.{name}"])
                 own = torch.where(moved < 0, moved, moved - first)  # (r,)
                 if before != rank or not torch.equal(own, torch.arange(rank)):
-                    state[f"{kind}.A.{name}"] = reindex_ranks(state[f"{kind}.A.{name}"], own, 0)
-                    state[f"{kind}.B.{name}"] = reindex_ranks(state[f"{kind}.B.{name}"], own, 1)
+                    for axis, key in zip(axes, (f"{kind}.A.{name}", f"{kind}.B.{name}"), strict=True):
+                        state[key] = reindex_ranks(state[key], axis.expand_origins(own, before), axis.axis)
                 first += before
             state[f"{kind}.gate"] = reindex_ranks(state[f"{kind}.gate"], origins)
 
@@ -143,11 +145,11 @@ def rank_products(layers: AdapterLayers) -> Tensor:
     """
     groups: dict[tuple[object, ...], list[str]] = {}  # one multiplication for all layers of the same width
     for name, layer in layers.items():
-        groups.setdefault((layer.A.shape[1], layer.A.dtype, layer.A.device), []).append(name)
+        groups.setdefault((layer.A_matrix.shape[1], layer.A.dtype, layer.A.device), []).append(name)
     products: dict[str, Tensor] = {}
     for names in groups.values():
-        A = _upcast([layers[name].A for name in names])  # (r, d_in) each
-        gradients = _upcast([_gradient(layers[name].A) for name in names])
+        A = _upcast([layers[name].A_matrix for name in names])  # (r, d_in) each
+        gradients = _upcast([layers[name].axes[0].matrix(_gradient(layers[name].A)) for name in names])
         sums = (torch.cat(A) * torch.cat(gradients)).sum(1)  # (Σ r, d_in) → (Σ r,)
         products.update(zip(names, torch.split(sums, [len(rows) for rows in A]), strict=True))
     first = next(iter(layers.values())).A

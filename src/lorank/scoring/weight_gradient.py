@@ -15,22 +15,25 @@ p = 8 additional columns:
 
 The residual gradient is the part that an adapter does not reach yet: G (I − P), with P the projection onto the row
 space of A. A new row of A is of use as far as it lies outside of this space. In an embedding it is (I − P) G, with P
-the projection onto the column space of B. A LoRA per head has a residual gradient in each head's block of G.
+the projection onto the column space of B. A LoRA per head has a residual gradient in each head's block of G. A
+parameter with experts has one G per expert (:mod:`lorank.scoring.expert_gradient`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lorank.errors import ValidationBatchError
 from lorank.lora.layer import AdapterLayer, AdapterLayers
+from lorank.scoring.expert_gradient import ExpertGradientSum
 from lorank.scoring.loss import LossFn, loss_gradients, loss_with_graph, prepare_batch, require_finite, unwrap_model
+from lorank.scoring.patches import tokens_of
 from lorank.scoring.preserve_state import preserve_state
 
 OVERSAMPLING = 8
@@ -46,8 +49,9 @@ class WeightGradient:
 
     Attributes:
         values: σ, (k,) float64, descending.
-        left: (d_out, k) float64, orthonormal columns, also where values are zero.
-        right: (d_in, k) float64, orthonormal columns, also where values are zero.
+        left: (d_out, k) float64, orthonormal columns, also where values are zero. With experts, the vectors of all of
+            them below each other, orthonormal in each.
+        right: (d_in, k) float64, as ``left``.
     """
 
     values: Tensor
@@ -87,12 +91,15 @@ def weight_gradients(
     """
     if not batches:
         raise ValidationBatchError("there is no batch to take gradients on: give at least one")
-    sums = {
-        name: [_GradientSum(_whole(layer), count, seed * 1_000_003 + index)]
-        for index, (name, layer) in enumerate(layers.items())
-    }
+    sums: dict[str, list[_Sum]] = {}
+    for index, (name, layer) in enumerate(layers.items()):
+        own_seed = seed * 1_000_003 + index
+        if layer.is_expert:
+            sums[name] = [_of_experts(layer, count, own_seed)]
+        else:
+            sums[name] = [_GradientSum(block, count, own_seed) for block in _blocks(layer)]
     _sum_gradients(model, layers, batches, sums, loss_fn, mean)
-    return {name: one.decompose(len(batches)) for name, (one,) in sums.items()}
+    return {name: _combined([_decompose(one, len(batches)) for one in own]) for name, own in sums.items()}
 
 
 def residual_gradients(
@@ -123,28 +130,46 @@ def residual_gradients(
     """
     if not batches:
         raise ValidationBatchError("there is no batch to take gradients on: give at least one")
-    index, chosen = 0, {}
-    sums: dict[str, list[_GradientSum]] = {}
+    index = 0
+    sums: dict[str, dict[int, list[_Sum]]] = {}
     for name, of_groups in counts.items():
-        chosen[name] = [group for group, count in enumerate(of_groups) if count]
+        sums[name] = {}
+        if layers[name].is_expert:
+            if of_groups[0]:
+                own_seed = seed * 1_000_003 + index
+                sums[name][0] = [_of_experts(layers[name], of_groups[0], own_seed, residual=True)]
+                index += 1
+            continue
         blocks = _residual_blocks(layers[name])
-        limit = FULL_GRADIENT_SIZE // len(blocks)
-        sums[name] = []
-        for group in chosen[name]:
-            sums[name].append(_GradientSum(blocks[group], of_groups[group], seed * 1_000_003 + index, limit))
-            index += 1
-    _sum_gradients(model, layers, batches, sums, loss_fn, mean)
+        limit = FULL_GRADIENT_SIZE // sum(map(len, blocks))
+        for group, count in enumerate(of_groups):
+            if count:
+                own_seed = seed * 1_000_003 + index
+                sums[name][group] = [_GradientSum(block, count, own_seed, limit) for block in blocks[group]]
+                index += 1
+    flat = {name: [one for own in groups.values() for one in own] for name, groups in sums.items()}
+    _sum_gradients(model, layers, batches, flat, loss_fn, mean)
     return {
-        name: {group: one.decompose(len(batches)) for group, one in zip(chosen[name], own, strict=True)}
-        for name, own in sums.items()
+        name: {group: _combined([_decompose(one, len(batches)) for one in own]) for group, own in groups.items()}
+        for name, groups in sums.items()
     }
+
+
+def _combined(parts: Sequence[WeightGradient]) -> WeightGradient:
+    """The gradients of a convolution's groups as one: its i-th vectors are the i-th ones of all groups, at one norm."""
+    if len(parts) == 1:
+        return parts[0]
+    share = len(parts) ** -0.5
+    values = torch.stack([one.values for one in parts]).square().sum(0).sqrt()
+    left, right = torch.cat([one.left for one in parts]), torch.cat([one.right for one in parts])
+    return WeightGradient(values, left * share, right * share)
 
 
 def _sum_gradients(
     model: nn.Module,
     layers: AdapterLayers,
     batches: Sequence[Mapping[str, Any]],
-    sums: Mapping[str, Sequence[_GradientSum]],
+    sums: Mapping[str, Sequence[_Sum]],
     loss_fn: LossFn | None,
     mean: Callable[[Tensor], Tensor] | None,
 ) -> None:
@@ -193,22 +218,55 @@ class _Block:
         return values - self.reached @ (self.reached.T @ values)
 
 
+_Sum: TypeAlias = "_GradientSum | ExpertGradientSum"
+
+
+def _of_experts(layer: AdapterLayer, count: int, seed: int, *, residual: bool = False) -> ExpertGradientSum:
+    return ExpertGradientSum(
+        layer,
+        count,
+        seed,
+        residual=residual,
+        limit=FULL_GRADIENT_SIZE,
+        oversampling=OVERSAMPLING,
+        rounding=ROUNDING,
+    )
+
+
+def _decompose(one: _Sum, batches: int) -> WeightGradient:
+    found = one.decompose(batches)
+    return WeightGradient(*found) if isinstance(found, tuple) else found
+
+
 def _whole(layer: AdapterLayer, reached: Tensor | None = None) -> _Block:
     return _Block(slice(0, layer.d_out), slice(0, layer.d_in), layer.is_embedding, reached)
 
 
-def _residual_blocks(layer: AdapterLayer) -> list[_Block]:
-    """The blocks of a layer's groups, each with what its ranks reach."""
+def _blocks(layer: AdapterLayer) -> list[_Block]:
+    """The whole layer; of a convolution with groups, the rows of each group."""
+    groups = layer.layout.groups
+    if groups == 1:
+        return [_whole(layer)]
+    rows, width = layer.d_out // groups, layer.d_in // groups
+    return [_Block(slice(i * rows, (i + 1) * rows), slice(0, width)) for i in range(groups)]
+
+
+def _residual_blocks(layer: AdapterLayer) -> list[list[_Block]]:
+    """Per group of a layer its blocks, each with what its ranks reach. Only groups of a convolution have several."""
     heads = layer.groups
+    if layer.layout.groups > 1:
+        of_groups = layer.A_matrix.chunk(layer.layout.groups, 1)  # (r, d_in / groups) each
+        pairs = zip(_blocks(layer), of_groups, strict=True)
+        return [[replace(block, reached=_basis_of(rows.T)) for block, rows in pairs]]
     if heads is None:
-        return [_whole(layer, _basis_of(layer.B if layer.is_embedding else layer.A.T))]
+        return [[_whole(layer, _basis_of(layer.B if layer.is_embedding else layer.A_matrix.T))]]
     found = []
     for head, rows_of_A in enumerate(torch.split(layer.A, list(layer.head_ranks))):  # (r_h, d_in) or (r_h, d_h)
         own, reached = heads.span(head), _basis_of(rows_of_A.T)
         is_rows = heads.kind == "rows"
         rows = own if is_rows else slice(0, layer.d_out)
         columns = slice(0, layer.d_in) if is_rows else own
-        found.append(_Block(rows, columns, reached=reached))
+        found.append([_Block(rows, columns, reached=reached)])
     return found
 
 
@@ -326,28 +384,45 @@ def _largest(G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @contextmanager
-def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, Sequence[_GradientSum]]) -> Iterator[list[Tensor]]:
+def _gradient_hooks(layers: AdapterLayers, sums: Mapping[str, Sequence[_Sum]]) -> Iterator[list[Tensor]]:
     """Hooks that pass every layer's x and dy to its sum. Yields A and B of all layers, for the backward pass."""
 
-    def watch(own: Sequence[_GradientSum]) -> Any:
+    def watch(own: Sequence[Any], layer: AdapterLayer) -> Any:
         def after_forward(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
                 x = inputs[0].detach()
 
                 def add(dy: Tensor) -> None:
-                    for one in own:
-                        one.add(x, dy)
+                    lora_A = layer.module.lora_A[layer.adapter] if layer.is_convolution else None
+                    for own_x, own_dy in [(x, dy)] if lora_A is None else tokens_of(x, dy, lora_A):
+                        for one in own:
+                            one.add(own_x, own_dy)
 
                 output.register_hook(add)  # type: ignore[no-untyped-call]  # untyped in torch
 
         return after_forward
 
+    def watch_parameter(own: Sequence[Any]) -> Any:
+        def add(gradient: Tensor) -> Tensor:
+            for one in own:
+                one.add(gradient)
+            return gradient.new_zeros(()).expand_as(gradient)  # the gradients of all experts at once may not fit
+
+        return add
+
     leaves: list[Tensor] = [part for layer in layers.values() for part in layer.stored]  # what the forward pass uses
+    parameters = {name: layers[name].module.get_param() for name in sums if layers[name].is_expert}
+    leaves += parameters.values()
     wanted = [leaf.requires_grad for leaf in leaves]
-    handles = [layers[name].module.register_forward_hook(watch(own)) for name, own in sums.items()]
+    handles = [
+        layers[name].module.register_forward_hook(watch(own, layers[name]))
+        for name, own in sums.items()
+        if name not in parameters
+    ]
     try:
         for leaf in leaves:
             leaf.requires_grad_(True)
+        handles += [parameter.register_hook(watch_parameter(sums[name])) for name, parameter in parameters.items()]
         yield leaves
     finally:
         for handle in handles:

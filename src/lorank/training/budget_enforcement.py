@@ -25,7 +25,7 @@ def prune_to_budget_(layers: AdapterLayers, limits: ResolvedBudget, optimizer: t
     """
     before = layers.ranks
     sizes = {
-        name: layer.A.detach().double().norm(dim=1) * layer.B.detach().double().norm(dim=0) * layer.scaling  # (r,)
+        name: layer.A_matrix.double().norm(dim=1) * layer.B_matrix.double().norm(dim=0) * layer.scaling  # (r,)
         for name, layer in layers.items()
     }
     kept = limits.keep_best(sizes)

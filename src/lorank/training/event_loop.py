@@ -64,6 +64,7 @@ from lorank.training.integrations.nonfinite_checks import NonfiniteChecks, requi
 from lorank.training.integrations.optimizer_checks import OptimizerChecks
 from lorank.training.integrations.pass_watching import PassWatching
 from lorank.training.integrations.quantised_base import QuantisedBase
+from lorank.training.integrations.statistics_notice import StatisticsNotice
 from lorank.training.integrations.torch_compile import TorchCompile
 from lorank.training.integrations.unused_modules import UnusedModules
 from lorank.training.learning_rate import ScaledRate
@@ -133,6 +134,7 @@ class Ranks:
                 PassWatching(compiled),
                 NoAllocationWarning(),
                 BudgetNotice(),
+                StatisticsNotice(),
                 OptimizerChecks(),
                 UnusedModules(),
             ]

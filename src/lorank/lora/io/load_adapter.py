@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
 from lorank.errors import AdapterError
+from lorank.lora.experts import is_expert, is_filler
+from lorank.lora.find_layers import find_layers
 from lorank.lora.initialisation import check_file_can_be_loaded
 from lorank.lora.io.adapter_folder import readable_folder
 from lorank.lora.io.adapter_validation import CONFIG, check_weights, read_config
+from lorank.lora.resize import resize_
+from lorank.lora.resize_plan import LayerPlan
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -55,7 +60,11 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
     check_file_can_be_loaded(config.get("init_lora_weights"))
     try:
         saved = load_peft_weights(str(folder), device="cpu")
-        model = PeftModel.from_pretrained(base, str(folder))
+        with warnings.catch_warnings():
+            if config.get("target_parameters"):  # PEFT looks for their names among modules only, but uses the entries
+                untrue = r"The following (rank|alpha)_pattern keys did not match"
+                warnings.filterwarnings("ignore", untrue, RuntimeWarning)
+            model = PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # settings that are valid one by one may be invalid together, with any error in PEFT
         raise AdapterError(f"{does_not_fit}. {_first_line(error)}") from error
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -64,7 +73,20 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
     if differing:
         where = "file" if differing[0] in saved else "model"
         raise AdapterError(f"{does_not_fit}. {len(differing)} weights differ; {differing[0]} is only in the {where}")
+    _remove_fillers_(model)
     return model.eval()  # type: ignore[no-any-return]  # PEFT is untyped
+
+
+def _remove_fillers_(model: nn.Module) -> None:
+    """Gives the parameters whose rank in the file is a rank of zeros the rank 0 that it stands for."""
+    if not any(is_expert(module) for module in model.modules()):
+        return
+    layers = find_layers(model)
+    fillers = [
+        name for name, one in layers.items() if one.is_expert and is_filler(one.layout.experts, one.A.data, one.B.data)
+    ]
+    if len(fillers) < len(layers):
+        resize_(layers, {name: LayerPlan(()) for name in fillers})
 
 
 def _first_line(error: Exception) -> str:

@@ -33,6 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorank.errors import AdapterError
 from lorank.files import parse_json, read_bounded
+from lorank.lora.experts import is_filler
 from lorank.lora.find_layers import find_layers
 from lorank.lora.io.adapter_validation import CONFIG, MAX_CONFIG_BYTES
 from lorank.lora.io.unadapted_modules import wrap_unadapted_keys_
@@ -138,7 +139,7 @@ class ResizeOnLoad:
         empty = {
             name
             for name in layers
-            if self.adapter in stated_adapters(state_dict.get(f"{prefix}{layers.prefix}{name}.{EXTRA_STATE}"))
+            if self.adapter in stated_adapters(state_dict.get(f"{_place(prefix, layers, name)}{EXTRA_STATE}"))
         }
         empty |= wrap_unadapted_keys_(layers, state_dict, prefix)
         _load(run, empty | stated_in_targets(self.folder_targets, layers), prefix, state_dict)
@@ -154,10 +155,11 @@ def _load(run: _Run, empty: Iterable[str], prefix: str, state_dict: MutableMappi
         state_dict: the weights.
     """
     layers = run.layers
-    keys = {name: _keys(f"{prefix}{layers.prefix}{name}.", layer) for name, layer in layers.items()}
+    keys = {name: _keys(_place(prefix, layers, name), layer) for name, layer in layers.items()}
     _add_adapter_name(layers, keys, prefix, state_dict)
+    empty = {*empty, *_remove_fillers(layers, keys, state_dict)}
     loaded = [name for name in layers if any(key in state_dict for key in keys[name])]
-    if not loaded or any(state_dict[key].dim() != 2 for name in loaded for key in keys[name] if key in state_dict):
+    if not loaded or any(state_dict[key].dim() < 2 for name in loaded for key in keys[name] if key in state_dict):
         return  # weights without this adapter, or with one process's part of it (ZeRO-3)
     # A rank needs both its row of A and its column of B. PyTorch checks the shape of one without the other.
     given = {name: (state_dict[A], state_dict[B]) for name, (A, B) in keys.items() if {A, B} <= state_dict.keys()}
@@ -167,7 +169,7 @@ def _load(run: _Run, empty: Iterable[str], prefix: str, state_dict: MutableMappi
     plan = {
         name: plan_for_heads(layers[name].head_ranks, heads[name])
         if name in heads
-        else plan_for_rank(layers[name].rank, len(A))
+        else plan_for_rank(layers[name].rank, layers[name].axes[0].rank(A))
         for name, (A, _) in given.items()
     }
     resize_(layers, {**plan, **{name: _no_rank(layers[name]) for name in emptied}}, run.optimizer)
@@ -231,6 +233,8 @@ def _folder_targets(folder: Path) -> str | list[str] | None:
     except (OSError, ValueError):
         return None  # PEFT reads the folder next, and says what is wrong
     targets = config.get("target_modules") if isinstance(config, dict) else None
+    if isinstance(targets, list) and isinstance(config.get("target_parameters"), list):
+        targets = [*targets, *config["target_parameters"]]  # the statements are here if only parameters have ranks
     named = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     return targets if named or isinstance(targets, str) else None
 
@@ -255,7 +259,7 @@ def _add_adapter_name(layers: AdapterLayers, keys: Keys, prefix: str, state_dict
     """
     for name, layer in layers.items():
         if not layer.rank:
-            for key, file_key in zip(keys[name], _file_keys(f"{prefix}{layers.prefix}{name}.", layer), strict=True):
+            for key, file_key in zip(keys[name], _file_keys(_place(prefix, layers, name), layer), strict=True):
                 if file_key in state_dict:
                     state_dict[key] = state_dict.pop(file_key)
 
@@ -279,9 +283,10 @@ def _keep_live_gates(layers: AdapterLayers, keys: Keys, state_dict: MutableMappi
         incoming = state_dict.get(keys[name][1])
         if incoming is None:
             continue
-        if layer.gate is None or layer.gate.dim() != 1 or incoming.shape != (layer.d_out, layer.rank):
+        shape = layer.B.shape if layer.is_expert else (layer.d_out, layer.rank)
+        if layer.gate is None or layer.gate.dim() != 1 or incoming.shape[:2] != shape[:2]:
             return False
-        if not torch.equal(incoming.to(layer.B), _in_file_layout(layer, fold_gate(layer.B, layer.gate))):
+        if not torch.equal(incoming.to(layer.B), _in_file_layout(layer, fold_gate(layer.B, layer.gate, layer.layout))):
             return False
         live_B[keys[name][1]] = _in_file_layout(layer, layer.B.detach())
     state_dict.update(live_B)
@@ -335,6 +340,23 @@ def _fill_pool(layer: AdapterLayer, pool: Pool, keys: tuple[str, str], state_dic
     for key, own, axis in zip(keys, (layer.A, layer.B), (0, 1), strict=True):
         own.copy_(state_dict[key])
         state_dict[key] = padded(state_dict[key], axis, pool.capacity)
+
+
+def _place(prefix: str, layers: AdapterLayers, name: str) -> str:
+    """The prefix of a layer's keys."""
+    return f"{prefix}{layers.prefix}{layers[name].path}."
+
+
+def _remove_fillers(layers: AdapterLayers, keys: Keys, state_dict: MutableMapping[str, Tensor]) -> list[str]:
+    """Removes the zeros that stand for parameters at rank 0, and returns the names of these layers."""
+    found = []
+    for name, layer in layers.items():
+        A, B = (state_dict.get(key) for key in keys[name])
+        if layer.is_expert and A is not None and B is not None and is_filler(layer.layout.experts, A, B):
+            found.append(name)
+            for key in keys[name]:
+                del state_dict[key]
+    return found
 
 
 def _keys(prefix: str, layer: AdapterLayer) -> tuple[str, str]:

@@ -30,7 +30,7 @@ def fold_gates_(layers: AdapterLayers) -> None:
     for layer in layers.values():
         if layer.gate is not None:
             with torch.no_grad():
-                layer.B.copy_(fold_gate(layer.B, layer.gate))
+                layer.B.copy_(fold_gate(layer.B, layer.gate, layer.layout))
     layers.drop_gates()
 
 

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -30,6 +31,8 @@ from lorank.lora.io.save_adapter import check_save_directory
 from lorank.lora.layer import TARGET_FIELDS, AdapterLayers
 from lorank.lora.rank_zero import stated_entries
 
+CONVOLUTIONS: Mapping[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+"""By the number of axes of a weight."""
 _PREFIX = "base_model.model."
 _RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", *INIT_FIELDS)
 
@@ -137,16 +140,34 @@ def _empty_module(name: str, tensors: Mapping[str, Tensor], folder: Path) -> nn.
         module.weight = _zeros(A.shape[1], B.shape[0], dtype=A.dtype)
         return module
     A, B = tensors.get(f"{key}lora_A.weight"), tensors.get(f"{key}lora_B.weight")
-    if A is None or B is None or A.dim() != 2 or B.dim() != 2:
+    is_convolution = A is not None and B is not None and A.dim() == B.dim() in CONVOLUTIONS
+    if A is None or B is None or not (is_convolution or A.dim() == B.dim() == 2):
         what = "no pair of lora_A and lora_B" if A is None or B is None else f"lora_A of shape {tuple(A.shape)}"
         raise AdapterError(
-            f"{name} in {folder} has {what}: without the base model, lorank reads the LoRA of linear maps and "
-            "embeddings only"
+            f"{name} in {folder} has {what}: without the base model, lorank reads the LoRA of linear maps, "
+            "convolutions and embeddings only"
         )
-    module = nn.Linear(A.shape[1], B.shape[0], bias=False, device="meta")
-    module.weight = _zeros(B.shape[0], A.shape[1], dtype=A.dtype)
+    if is_convolution:
+        module = _empty_convolution(name, A, B, folder)
+    else:
+        module = nn.Linear(A.shape[1], B.shape[0], bias=False, device="meta")
+        module.weight = _zeros(B.shape[0], A.shape[1], dtype=A.dtype)
     if any(end in tensors for end in (f"{key}base_layer.bias", f"{key}lora_B.bias")):
         module.bias = _zeros(B.shape[0], dtype=A.dtype)
+    return module
+
+
+def _empty_convolution(name: str, A: Tensor, B: Tensor, folder: Path) -> nn.Module:
+    """A convolution of A's kernel. Its stride and padding are not known, and change no weight."""
+    groups, left = divmod(A.shape[0], B.shape[1]) if A.numel() and B.numel() else (0, 1)
+    if left or not groups or A.shape[1] % groups or B.shape[0] % groups:
+        raise AdapterError(
+            f"{name} in {folder} has lora_A of shape {tuple(A.shape)} and lora_B of shape {tuple(B.shape)}, which are "
+            "no LoRA of a convolution. Save the adapter again"
+        )
+    kind = CONVOLUTIONS[A.dim()]
+    module: nn.Module = kind(A.shape[1], B.shape[0], tuple(A.shape[2:]), groups=groups, bias=False, device="meta")
+    module.weight = _zeros(B.shape[0], A.shape[1] // groups, *A.shape[2:], dtype=A.dtype)
     return module
 
 

@@ -30,6 +30,8 @@ def wrap_unadapted_keys_(layers: AdapterLayers, state_dict: MutableMapping[str, 
     """
     unadapted = set()
     for name, layer in layers.items():
+        if layer.is_expert:  # it is in every file, also at rank 0
+            continue
         outer = f"{prefix}{layers.prefix}{name}."
         for key, _ in layer.module.get_base_layer().named_parameters(recurse=False):
             if f"{outer}{key}" in state_dict and f"{outer}base_layer.{key}" not in state_dict:

@@ -13,17 +13,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
+from peft.tuners.lora.variants import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraEmbeddingVariant,
+    DoraLinearVariant,
+)
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from lorank.errors import AdapterError
 
-VARIANTS = (DoraLinearVariant, DoraEmbeddingVariant)
+VARIANTS = (DoraLinearVariant, DoraEmbeddingVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 
 
 def is_dora(variant: Any) -> bool:
-    """Whether ``variant`` is PEFT's DoRA of a linear layer or of an embedding."""
+    """Whether ``variant`` is PEFT's DoRA of a linear layer, of an embedding or of a convolution."""
     return type(variant) in VARIANTS
 
 

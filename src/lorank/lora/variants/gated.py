@@ -17,10 +17,12 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor
 
 from lorank.errors import AdapterError
+from lorank.lora.experts import filler, is_expert, is_filler, update_expert_forward_
 from lorank.lora.pool import pool_of
 from lorank.lora.quantised import guard_merge
+from lorank.lora.rank_layout import RankLayout, layout_of
 from lorank.lora.rank_zero import EXTRA_STATE, extra_state, stated_adapters
-from lorank.lora.variants import dora, merging
+from lorank.lora.variants import convolution, dora, merging
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.per_head import HeadLora
 
@@ -76,6 +78,8 @@ class GatedLora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         """
         scaling = module.scaling[active_adapter]
         update: Tensor
+        if convolution.is_convolution(module):
+            return convolution.forward(module, active_adapter, x, result, self.gate, self.replaced)
         if isinstance(self.replaced, HeadLora | FusedLora):
             return self.replaced.gated(module, active_adapter, x, result, self.gate, expand_gate)
         if self.replaced is not None:
@@ -124,8 +128,9 @@ def update_plain_lora_hooks(module: LoraLayer) -> None:
     A hook is registered if a state dict would contain something else: the module has a gate, heads, a pool or rank 0.
     At rank 0, another hook lets the module load its own state dict. Otherwise the hooks are removed, so that nothing of
     lorank stays on the module. A gate or heads also make ``merge`` raise for quantised layers where PEFT leaves them
-    out.
+    out. The wrapper of a parameter gets its own forward (:mod:`lorank.lora.experts`).
     """
+    update_expert_forward_(module)
     transformed = any(isinstance(variant, GatedLora | HeadLora) for variant in module.lora_variant.values())
     if transformed:
         guard_merge(module)
@@ -152,8 +157,12 @@ def _plain_lora_hook(module: LoraLayer, state_dict: MutableMapping[str, Any], pr
     empty = [adapter for adapter, rank in module.r.items() if rank == 0]
     for adapter in empty:
         # The module stays in the model and in the optimiser, but PEFT cannot load rank 0 from a file.
-        for key in _weights(module, adapter):
-            state_dict.pop(prefix + key, None)
+        fill = filler(module, adapter) if is_expert(module) else (None, None)
+        for key, zeros in zip(_weights(module, adapter), (*fill, None), strict=False):
+            if zeros is not None and prefix + key in state_dict:
+                state_dict[prefix + key] = zeros
+            else:
+                state_dict.pop(prefix + key, None)
     if empty:
         state_dict[prefix + EXTRA_STATE] = extra_state(empty)
     for adapter in module.r:
@@ -161,7 +170,7 @@ def _plain_lora_hook(module: LoraLayer, state_dict: MutableMapping[str, Any], pr
         if adapter in empty or prefix + name_B not in state_dict:
             continue
         A, B = state_dict[prefix + name_A], state_dict[prefix + name_B]
-        if pool_of(module, adapter) is not None and A.dim() != 2:
+        if pool_of(module, adapter) is not None and A.dim() < 2:
             continue  # ZeRO-3: each process has one part of the padded parameter
         state_dict[prefix + name_A], state_dict[prefix + name_B] = to_plain_lora(module, adapter, A, B)
 
@@ -171,10 +180,15 @@ def _load_rank_zero_hook(
 ) -> None:
     """Takes the statement of rank 0 from the weights that are loaded, and puts the module's empty tensors in."""
     stated = stated_adapters(state_dict.get(prefix + EXTRA_STATE))
-    for adapter in stated & {adapter for adapter, rank in module.r.items() if rank == 0}:
-        for key, weight in _weights(module, adapter).items():
-            state_dict.setdefault(prefix + key, weight.detach())
-        state_dict.pop(prefix + EXTRA_STATE, None)
+    for adapter in {adapter for adapter, rank in module.r.items() if rank == 0}:
+        own = {prefix + key: weight.detach() for key, weight in _weights(module, adapter).items()}
+        given = [state_dict[key] for key in own if key in state_dict]
+        if is_expert(module) and len(given) == 2 and is_filler(layout_of(module).experts, *given):
+            state_dict.update(own)
+        if adapter in stated:
+            for key, weight in own.items():
+                state_dict.setdefault(key, weight)
+            state_dict.pop(prefix + EXTRA_STATE, None)
 
 
 def _weights(module: LoraLayer, adapter: str) -> dict[str, Tensor]:
@@ -196,19 +210,20 @@ def to_plain_lora(module: LoraLayer, adapter: str, A: Tensor, B: Tensor) -> tupl
         A, B = A[:rank], B[:, :rank]
     variant = module.lora_variant.get(adapter)
     if isinstance(variant, GatedLora):
-        B = fold_gate(B, variant.gate)
+        B = fold_gate(B, variant.gate, layout_of(module))
         variant = variant.replaced
     if isinstance(variant, HeadLora):
         A, B = variant.dense(A, B)
     return A, B
 
 
-def fold_gate(B: Tensor, gate: Tensor) -> Tensor:
-    """B diag(g), a new tensor. B: (d_out, r), gate: (r,).
+def fold_gate(B: Tensor, gate: Tensor, layout: RankLayout | None = None) -> Tensor:
+    """B diag(g), a new tensor. B: (d_out, r), or in the layout of a convolution or of experts; gate: (r,).
 
     Raises:
         AdapterError: the gate is a gate per sample, (n, r).
     """
     if gate.dim() != 1:
         raise AdapterError(f"a gate per sample, shape {tuple(gate.shape)}, cannot be folded into the weights")
-    return B.detach() * gate.detach().to(device=B.device, dtype=B.dtype)
+    gate = gate.detach().to(device=B.device, dtype=B.dtype)
+    return B.detach() * (gate if layout is None else layout.repeated(gate, B))

@@ -17,6 +17,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor
 
+from lorank.lora.variants.convolution import is_convolution
+
 
 @contextmanager
 def plain_update(module: LoraLayer, adapter: str, A: Tensor, B: Tensor) -> Iterator[None]:
@@ -42,8 +44,15 @@ def plain_update(module: LoraLayer, adapter: str, A: Tensor, B: Tensor) -> Itera
 
 @torch.no_grad()
 def _update(module: LoraLayer, adapter: str, A: Tensor, B: Tensor) -> Tensor:
-    """s · B A in the layout of the base weight: (d_out, d_in), or (d_in, d_out) for an embedding or a Conv1D."""
+    """s · B A in the layout of the base weight: (d_out, d_in), or (d_in, d_out) for an embedding or a Conv1D.
+
+    For a convolution: (d_out, inputs, kernel…).
+    """
     wide = torch.promote_types(A.dtype, torch.float32)  # in 16 bits the product would be rounded once more
+    if is_convolution(module):
+        flat = B.flatten(1).to(wide) @ A.flatten(1).to(wide) * module.scaling[adapter]  # (d_out, inputs × kernel)
+        kernels: Tensor = flat.reshape(B.shape[0], *A.shape[1:])
+        return kernels.to(B.dtype)
     update = B.to(wide) @ A.to(wide) * module.scaling[adapter]  # (d_out, d_in)
     transposed = adapter in module.lora_embedding_A or module.fan_in_fan_out
     layout: Tensor = update.T if transposed else update

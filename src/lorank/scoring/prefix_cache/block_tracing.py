@@ -190,7 +190,7 @@ def trace_blocks(
             # An input with two axes inside a block may be (tokens selected by a router, width). Its first axis then
             # does not count samples, even if its length is the number of samples.
             samples = shape[:1] == (rows,) and (len(shape) > 2 or block is None)
-            if samples and not layer.is_embedding and time < head_time:
+            if samples and not layer.is_embedding and not layer.is_expert and time < head_time:
                 per_sample.add(name)
         head_fits = len(heads) == 1 and len(heads[0][1]) == 3 and heads[0][1][0] == rows
         computed_in = frozenset(dtypes.union(*(chain.dtypes for chain in chosen)))

@@ -91,7 +91,7 @@ def _check_one_variant(
         key=lambda name: (name in found.trace.per_sample, found.trace.start[name]),
     )
     layer = layers[name]
-    k = int((layer.A.detach().float().norm(dim=1) * layer.B.detach().float().norm(dim=0)).argmax())
+    k = int(layer.layout.norms(layer.A.detach().float(), layer.B.detach().float()).argmax())
     variant = gates.variants(name, "without")[k]  # (r,)
     ones = gates.variants(name, "alone").sum(dim=0)  # (r,)
     gates.background("without")

@@ -53,7 +53,9 @@ class LayerCache:
     """
 
     def __init__(self, layers: AdapterLayers, per_sample: frozenset[str]) -> None:
-        self.layers, self.per_sample = layers, per_sample
+        # Wrappers of parameters may be inside each other, and their base computes with the updated parameter.
+        self.layers = {name: layer for name, layer in layers.items() if not layer.is_expert}
+        self.per_sample = per_sample
         self._calls: dict[str, _Call] = {}
         self._called: list[str] | None = None  # while a pass is recorded, the layers in the order of their calls
         self._frozen: dict[str, list[Tensor | None]] = {}

@@ -61,7 +61,8 @@ def _is_equal(a: float, b: float) -> bool:
 
 
 def _values(layers: AdapterLayers, name: str) -> list[float] | list[int]:
-    weight = getattr(layers[name].module.get_base_layer(), "weight", None)
+    layer = layers[name]
+    weight = layer.module.get_param() if layer.is_expert else getattr(layer.module.get_base_layer(), "weight", None)
     if not isinstance(weight, Tensor) or weight.requires_grad or type(weight.data) is not Tensor:
         return []
     if weight.device.type == "meta" or not weight.numel() or hasattr(weight, "ds_id"):
