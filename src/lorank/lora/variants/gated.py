@@ -26,6 +26,8 @@ from lorank.lora.variants import convolution, dora, merging
 from lorank.lora.variants.fused import FusedLora
 from lorank.lora.variants.per_head import HeadLora
 
+_PLAIN = RankLayout()
+
 
 def expand_gate(gate: Tensor, z: Tensor) -> Tensor:
     """Expands the gate to the shape, dtype and device of ``z`` (…, r), so that the two can be multiplied.
@@ -217,7 +219,7 @@ def to_plain_lora(module: LoraLayer, adapter: str, A: Tensor, B: Tensor) -> tupl
     return A, B
 
 
-def fold_gate(B: Tensor, gate: Tensor, layout: RankLayout | None = None) -> Tensor:
+def fold_gate(B: Tensor, gate: Tensor, layout: RankLayout = _PLAIN) -> Tensor:
     """B diag(g), a new tensor. B: (d_out, r), or in the layout of a convolution or of experts; gate: (r,).
 
     Raises:
@@ -226,4 +228,4 @@ def fold_gate(B: Tensor, gate: Tensor, layout: RankLayout | None = None) -> Tens
     if gate.dim() != 1:
         raise AdapterError(f"a gate per sample, shape {tuple(gate.shape)}, cannot be folded into the weights")
     gate = gate.detach().to(device=B.device, dtype=B.dtype)
-    return B.detach() * (gate if layout is None else layout.repeated(gate, B))
+    return B.detach() * layout.repeated(gate, B)
