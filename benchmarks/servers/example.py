@@ -72,5 +72,8 @@ def peft_logits(adapter: Path | None) -> Tensor:
 def report(program: str, package: str, form: str, found: Tensor, wanted: Tensor, what: str = "logits") -> bool:
     """Prints the difference and returns whether it passes."""
     difference = float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
-    print(f"{program} {version(package)}, {form}: largest difference of {what} {difference:.1e} of the largest", flush=True)
+    print(
+        f"{program} {version(package)}, {form}: largest difference of {what} {difference:.1e} of the largest",
+        flush=True,
+    )
     return difference <= LIMIT

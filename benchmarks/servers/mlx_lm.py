@@ -41,7 +41,9 @@ def main() -> int:
             if hasattr(module, "lora_a"):
                 update = module.scale * (numbers(module.lora_a).double() @ numbers(module.lora_b).double()).T
                 found.append(update.flatten())
-                left, right = updates[name].factors if name in updates else (0 * update, torch.eye(update.shape[1]).double())
+                left, right = (
+                    updates[name].factors if name in updates else (0 * update, torch.eye(update.shape[1]).double())
+                )
                 wanted.append((left @ right).flatten())
         passed = report("MLX-LM", "mlx-lm", "mlx", torch.cat(found), torch.cat(wanted), "updates")
     return 0 if passed else 1

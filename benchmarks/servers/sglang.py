@@ -1,7 +1,8 @@
 """SGLang's loader of adapters (no engine, no GPU): python -m benchmarks.servers.sglang
 
-`LoRAConfig` reads the settings; `LoRAAdapter` computes the factor and stacks q, k, v and gate, up. The updates of the
-stacked projections are compared with PEFT's.
+The files of the loader are SGLang's own; the rest of SGLang is replaced by stand-ins (benchmarks/servers/part_of.py),
+so the wheel alone is enough: pip install --no-deps sglang. `LoRAConfig` reads the settings; `LoRAAdapter` computes the
+factor and stacks q, k, v and gate, up. The updates of the stacked projections are compared with PEFT's.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from benchmarks.servers.example import BASE, need, report, save_example
+from benchmarks.servers.part_of import use_part_of
 
 STACKS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def main() -> int:
     need("sglang")
+    real = ("lora.lora", "lora.lora_config", "lora.utils", "layers.utils.common")
+    use_part_of("sglang", [f"sglang.srt.{name}" for name in real])
+    from sglang.srt.layers.utils.common import get_layer_id
+
+    sys.modules["sglang.srt.layers.utils"].get_layer_id = get_layer_id  # type: ignore[attr-defined]  # re-exported there
     from sglang.srt.lora.lora import LoRAAdapter
     from sglang.srt.lora.lora_config import LoRAConfig
 
@@ -49,10 +56,16 @@ def main() -> int:
                     rank = loaded.config.r
                     one = updates.get(f"{parent}.{part}")
                     height = len(one.B) if one is not None else len(B) - row  # only the last one of a stack is absent
-                    update = loaded.scaling * B[row : row + height].double() @ A[number * rank : (number + 1) * rank].double()
+                    update = (
+                        loaded.scaling
+                        * B[row : row + height].double()
+                        @ A[number * rank : (number + 1) * rank].double()
+                    )
                     row += height
                     found.append(update.flatten())
-                    wanted.append((one.factors[0] @ one.factors[1]).flatten() if one else torch.zeros(update.numel()).double())
+                    wanted.append(
+                        (one.factors[0] @ one.factors[1]).flatten() if one else torch.zeros(update.numel()).double()
+                    )
         passed = report("SGLang", "sglang", "uniform", torch.cat(found), torch.cat(wanted), "updates")
     return 0 if passed else 1
 

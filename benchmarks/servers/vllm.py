@@ -1,7 +1,8 @@
 """vLLM's loader of adapters (no engine, no GPU), and its factors and weights: python -m benchmarks.servers.vllm
 
-`PEFTHelper` reads the settings, `LoRAModel.from_local_checkpoint` the weights, and `optimize` multiplies B by the factor.
-The update that this gives is compared with PEFT's, module by module.
+The files of the loader are vLLM's own; the rest of vLLM is replaced by stand-ins (benchmarks/servers/part_of.py), so the
+wheel alone is enough: pip install --no-deps vllm. `PEFTHelper` reads the settings, `LoRAModel` the weights, and `optimize`
+multiplies B by the factor. The update that this gives is compared with PEFT's.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.servers.example import PROJECTIONS, need, report, save_example
+from benchmarks.servers.part_of import use_part_of
 
 
 def main() -> int:
     need("vllm")
+    names = ("peft_helper", "lora_model", "lora_weights", "utils")
+    use_part_of("vllm", [f"vllm.lora.{name}" for name in names], PIN_MEMORY=False)
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
@@ -35,13 +39,12 @@ def main() -> int:
             loaded = LoRAModel.from_local_checkpoint(
                 str(folder / form), set(PROJECTIONS), helper, lora_model_id=1, device="cpu", dtype=torch.float32
             )
-            names = list(wanted)
             found = []
-            for name in names:
+            for name in wanted:
                 one = loaded.loras[name]
                 one.optimize()
                 found.append((one.lora_b.double() @ one.lora_a.double()).flatten())
-            whole = torch.cat([wanted[name].flatten() for name in names])
+            whole = torch.cat([update.flatten() for update in wanted.values()])
             passed &= report("vLLM", "vllm", form, torch.cat(found), whole, "updates")
     return 0 if passed else 1
 

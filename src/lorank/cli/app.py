@@ -21,6 +21,7 @@ from lorank.cli import (
     doctor,
     export,
     init,
+    merge,
     planted,
     prune,
     report,
@@ -119,6 +120,7 @@ app.command(cls=Command)(prune.prune)
 app.command(cls=Command)(resize.resize)
 app.command(cls=Command)(curve.curve)
 app.command(cls=Command)(export.export)
+app.command(cls=Command)(merge.merge)
 app.command()(sweep.sweep)
 app.command()(report.report)
 app.command()(compare.compare)

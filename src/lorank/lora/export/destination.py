@@ -14,8 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorank.errors import AdapterError
-from lorank.files import is_leftover, parse_json, read_bounded, swap_names, sync, sync_tree
-from lorank.files import system_errors_as_write_errors, temporary_path
+from lorank.files import (
+    is_leftover,
+    parse_json,
+    read_bounded,
+    swap_names,
+    sync,
+    sync_tree,
+    system_errors_as_write_errors,
+    temporary_path,
+)
 
 RECORD = "lorank_export.json"
 _MAX_RECORD = 1_000_000

@@ -1,10 +1,11 @@
 """LoRAs of image models: the keys of diffusers, and those of kohya's scripts, which ComfyUI and others read.
 
     diffusers    unet.down_blocks.0.….to_q.lora_A.weight     s is in B; ranks and alphas = ranks in the file's metadata
-    comfyui      lora_unet_down_blocks_0_…_to_q.lora_down.weight, …lora_up.weight, …alpha = s · r
+    comfyui      lora_unet_down_blocks_0_…_to_q.lora_down.weight, …lora_up.weight, …alpha = 1, and s r is in B
 
 diffusers takes the settings of PEFT from the metadata (since 0.34). Without them it gives each module alpha = rank,
 which is s = 1, as it is here. ComfyUI divides each module's alpha by its rank, and takes s = 1 where there is no alpha.
+One alpha for all modules, because diffusers, which reads these keys too, loses those of attention layers if they differ.
 """
 
 from __future__ import annotations
@@ -86,16 +87,17 @@ def write_diffusers(adapter: AdapterFile, folder: Path, component: str, dtype: t
 
 
 def write_comfyui(adapter: AdapterFile, folder: Path, component: str, dtype: torch.dtype | None) -> tuple[str, ...]:
-    """Writes the form ``comfyui``. A and B stay as they are; the factor is in ``.alpha``."""
+    """Writes the form ``comfyui``. Returns notes for the user."""
     check_diffusion(adapter, "comfyui")
+    folded, notes = fold(adapter, {name: one.scaling * one.rank for name, one in adapter.updates.items()}, dtype)
     tensors = {}
-    for name, one in adapter.updates.items():
+    for name, one in folded.items():
         key = _kohya_key(component, name)
-        tensors[f"{key}.lora_down.weight"] = one.A.to(dtype or one.A.dtype).contiguous()
-        tensors[f"{key}.lora_up.weight"] = one.B.to(dtype or one.B.dtype).contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(one.scaling * one.rank, dtype=torch.float32)
+        tensors[f"{key}.lora_down.weight"] = one.A.contiguous()
+        tensors[f"{key}.lora_up.weight"] = one.B.contiguous()
+        tensors[f"{key}.alpha"] = torch.tensor(1.0)
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
-    return ()
+    return notes
 
 
 def read_diffusers(adapter: AdapterFile, folder: Path, component: str) -> dict[str, Factors]:

@@ -158,15 +158,20 @@ def make_form(
     return uniform_form(adapter, dtype, rank=rank, base=base_modules(adapter, config))
 
 
+def write_form(form: PeftForm, folder: Path) -> None:
+    """Writes the settings and the weights into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(form.tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    form.config.save_pretrained(str(folder))
+
+
 def _export_peft(
     adapter: AdapterFile, target: Path, form: str, dtype: torch.dtype | None, rank: int | None, base: str | None
 ) -> Exported:
     check_save_directory(target)
     made = make_form(adapter, form, dtype, rank, base)
     with replacing_adapter(target) as temporary:
-        temporary.mkdir(parents=True, exist_ok=True)
-        save_file(dict(made.tensors), temporary / WEIGHTS, metadata={"format": "pt"})
-        made.config.save_pretrained(str(temporary))
+        write_form(made, temporary)
         written = read_adapter_file(temporary)
         # what PEFT itself makes of the files; it cannot be asked about convolutions without their base model
         if not any(one.is_convolution for one in written.updates.values()):

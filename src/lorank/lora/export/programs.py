@@ -132,9 +132,9 @@ def problem_of(form: str, adapter: AdapterFile, config: Any | None) -> str | Non
 def _dtype(form: str, adapter: AdapterFile) -> torch.dtype:
     if form == "gguf":
         return torch.float32
-    if form in ("peft", "comfyui"):
+    if form == "peft":
         return stored_dtype(adapter)
-    by_rank = form == "tight"
+    by_rank = form in ("tight", "comfyui")
     return folded_dtype(adapter, [one.scaling * (one.rank if by_rank else 1) for one in adapter.updates.values()])
 
 
