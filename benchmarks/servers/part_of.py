@@ -1,6 +1,6 @@
 """Imports single files of a large package, with stand-ins for the rest of it.
 
-The loading code of an engine is a few files, which import the whole engine, its kernels and a hundred packages. Here the
+The loading code of an engine is a few files, which import the whole engine, its kernels and many packages. Here the
 files that read adapters are the engine's own; every other module of the package is a mock.
 """
 

@@ -1,8 +1,8 @@
 """vLLM's loader of adapters (no engine, no GPU), and its factors and weights: python -m benchmarks.servers.vllm
 
-The files of the loader are vLLM's own; the rest of vLLM is replaced by stand-ins (benchmarks/servers/part_of.py), so the
-wheel alone is enough: pip install --no-deps vllm. `PEFTHelper` reads the settings, `LoRAModel` the weights, and `optimize`
-multiplies B by the factor. The update that this gives is compared with PEFT's.
+The files of the loader are vLLM's own; the rest of vLLM is replaced by stand-ins (benchmarks/servers/part_of.py), so
+the wheel alone is enough: pip install --no-deps vllm. `PEFTHelper` reads the settings, `LoRAModel` the weights, and
+`optimize` multiplies B by the factor. The update that this gives is compared with PEFT's.
 """
 
 from __future__ import annotations

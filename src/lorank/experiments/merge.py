@@ -86,7 +86,7 @@ def merge(
         weights: one for each adapter; None: 1 / n each, the mean.
         rank: the highest rank of any module of the result.
         budget: its size, as text: `50%` (of the sum), 8 (ranks per module on average), 120 ranks, 2M or 8MB.
-        by: `balanced` (needs data) or `svd`; None: `balanced` if there are data. Without rank and budget nothing is cut.
+        by: `balanced` (needs data) or `svd`; None: `balanced` if there are data. Nothing is cut without a size.
         configs: configurations with the data to measure on, one for each task; none: those of the adapters' own runs.
         samples: examples of each task to measure on.
         overwrite: replace an adapter in `out`. Other files are never touched.

@@ -41,6 +41,7 @@ def save(kind: str, folder: Path, *, weights: bool = False) -> tuple[Path, Path]
     """Writes an adapter, and its base model's configuration or the whole model. Returns their folders."""
     make, settings = KINDS[kind]
     base, model = folder / "base", make()
+    model.config.architectures = [type(model).__name__]  # as in every saved model
     (model if weights else model.config).save_pretrained(base)
     model = adapted(model, **settings)
     model.peft_config["default"].base_model_name_or_path = str(base)

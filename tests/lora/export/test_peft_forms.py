@@ -99,7 +99,6 @@ def test_half_precision_is_not_rounded_again_unless_asked(
         ("biases", "mlx", r"biases of the base model \(bias='all'\)"),
         ("lora_bias", "mlx", r"biases of B \(lora_bias\)"),
         ("new_tokens", "gguf", r"trained tokens \(trainable_token_indices\)"),
-        ("embedding", "mlx", "is an embedding whose weight is"),
         ("embedding", "diffusers", "are those of no image model"),
         ("conv1d", "gguf", "the base model is 'gpt2'. Use --form tight"),
         ("lorank", "tigth", "expected one of peft, tight, uniform"),

@@ -5,7 +5,7 @@
 
 diffusers takes the settings of PEFT from the metadata (since 0.34). Without them it gives each module alpha = rank,
 which is s = 1, as it is here. ComfyUI divides each module's alpha by its rank, and takes s = 1 where there is no alpha.
-One alpha for all modules, because diffusers, which reads these keys too, loses those of attention layers if they differ.
+There is one alpha for all modules: diffusers, which reads these keys too, loses alphas of attention if they differ.
 """
 
 from __future__ import annotations

@@ -33,14 +33,14 @@ class Program:
         forms: the forms that it reads, the cheapest first.
         problem: why it does not read an adapter's folder as PEFT writes it; None: it reads it.
         kind: the models that it serves: language or image; any: both.
-        plain: whether it reads A and B of plain LoRA only.
+        too_much: what the adapter holds that it reads in no form but ``merged``; None: all but plain LoRA.
     """
 
     name: str
     forms: tuple[str, ...]
     problem: Rule
     kind: str = "language"
-    plain: bool = True
+    too_much: Rule | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _place(
     kind = "language" if problem_of("diffusers", adapter, None) else "image"
     if program.kind not in (kind, "any"):
         return Place(program.name, False, f"it serves {program.kind} models", None, None, None, ())
-    too_much = _plain(adapter) if program.plain else None
+    too_much = (program.too_much or _plain)(adapter)
     why_not = too_much or program.problem(adapter)
     if why_not is None:
         return Place(program.name, True, None, None, _bytes("peft", adapter, modules), 1.0, ())
@@ -160,6 +160,12 @@ def _plain(adapter: AdapterFile) -> str | None:
     return f"it does not read {' and '.join(found)}" if found else None
 
 
+def _plain_or_classifier(adapter: AdapterFile) -> str | None:
+    config = adapter.config
+    only_head = config.modules_to_save and set(config.modules_to_save) <= {"classifier", "score"}
+    return None if only_head and len(adapter.beside_lora) == 1 else _plain(adapter)
+
+
 def _own_rank(adapter: AdapterFile) -> str | None:
     """alpha of the configuration, divided by the rank of each tensor itself."""
     alpha, ranks = adapter.config.lora_alpha, adapter.ranks
@@ -208,8 +214,8 @@ def _converts(adapter: AdapterFile) -> str | None:
 
 
 PROGRAMS = (
-    Program("PEFT", ("peft",), lambda _: None, kind="any", plain=False),
-    Program("vLLM, new", ("tight", "uniform", "merged"), _rank_limit),
+    Program("PEFT", ("peft",), lambda _: None, kind="any", too_much=lambda _: None),
+    Program("vLLM, new", ("tight", "uniform", "merged"), _rank_limit, too_much=_plain_or_classifier),
     Program("vLLM, old", ("uniform", "merged"), _one_factor),
     Program("SGLang", ("uniform", "merged"), _one_rank),
     Program("TGI", ("uniform", "merged"), _one_rank),
@@ -218,7 +224,7 @@ PROGRAMS = (
     Program("Ollama", ("gguf", "merged"), _converts),
     Program("TensorRT-LLM", ("tight", "merged"), _own_rank),
     Program("MLX-LM", ("mlx", "merged"), lambda _: "it has a format of its own"),
-    Program("ONNX Runtime GenAI", ("peft",), lambda _: None, plain=False),
+    Program("ONNX Runtime GenAI", ("peft",), lambda _: None, too_much=lambda _: None),
     Program("diffusers", ("diffusers",), lambda _: "it has keys of its own", kind="image"),
     Program("ComfyUI", ("comfyui",), lambda _: "it has keys of its own", kind="image"),
 )

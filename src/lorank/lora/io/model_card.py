@@ -103,14 +103,25 @@ def _section(layers: AdapterLayers, base: str, about: Mapping[str, str]) -> str:
     lines = [
         BEGIN,
         f"# LoRA adapter of {_cell(facts['Base model'])}",
-        "A plain PEFT adapter: `PeftModel.from_pretrained` loads it, without lorank. Each module has a rank of its own "
-        "(`rank_pattern` and `alpha_pattern` in `adapter_config.json`).",
+        f"A plain PEFT adapter: `PeftModel.from_pretrained` loads it, without lorank. {_ranks_stated(layers)}",
         "\n".join(["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(text)} |" for name, text in facts.items())]),
         "## Ranks by projection",
         _table(layers, ranks),
         END,
     ]
     return "\n\n".join(lines)
+
+
+def _ranks_stated(layers: AdapterLayers) -> str:
+    config = layers.config
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name)]
+    if not patterns:
+        return "All modules have one rank."
+    return (
+        f"Each module has a rank of its own (`{'` and `'.join(patterns)}` in `adapter_config.json`). "
+        "Programs other than PEFT read these settings in different ways, some wrongly: `lorank export --check` says "
+        "where this adapter loads, and `lorank export` writes the form that a program needs."
+    )
 
 
 def _table(layers: AdapterLayers, ranks: Mapping[str, int]) -> str:

@@ -1,0 +1,132 @@
+"""llama.cpp's converter and its runtime: python -m benchmarks.servers.llama_cpp CHECKOUT [--converter-only]
+
+CHECKOUT is a folder with llama.cpp's convert_lora_to_gguf.py and convert_hf_to_gguf.py (the source package of
+llama-cpp-python has them in vendor/llama.cpp).
+
+For every architecture that lorank's form `gguf` knows, the tensors of lorank's file are compared with those that
+convert_lora_to_gguf.py makes of the form `tight`. Then, if llama-cpp-python is installed, llama.cpp runs the packaged tiny
+Llama with lorank's file, and its logits are compared with PEFT's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from benchmarks.servers.example import BASE, need, peft_logits, report, save_example, tokens
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+def converter_agrees(checkout: Path, kind: str, folder: Path) -> str:
+    """What convert_lora_to_gguf.py makes of an adapter, beside what lorank makes: "equal", or what differs."""
+    import gguf
+
+    from lorank import export_adapter
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **SIZES)
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    base.save_pretrained(folder / "base")
+    model: Any = get_peft_model(
+        base, LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
+    )
+    model.save_pretrained(folder / "adapter")
+    export_adapter(folder / "adapter", folder / "gguf", "gguf", base=folder / "base")
+    export_adapter(folder / "adapter", folder / "tight", "tight")
+    script = [sys.executable, str(checkout / "convert_lora_to_gguf.py"), "--base", str(folder / "base")]
+    done = subprocess.run(
+        [*script, "--outfile", str(folder / "theirs.gguf"), str(folder / "tight")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        return f"their converter failed: {done.stderr.strip().splitlines()[-1]}"
+
+    def read(path: Path) -> tuple[dict[str, Any], str, float]:
+        reader = gguf.GGUFReader(path)
+        fields = reader.fields
+        tensors = {one.name: torch.from_numpy(one.data.copy()) for one in reader.tensors}
+        return tensors, fields["general.architecture"].contents(), fields["adapter.lora.alpha"].contents()
+
+    ours, theirs = read(folder / "gguf" / "adapter.gguf"), read(folder / "theirs.gguf")
+    if ours[1:] != theirs[1:] or ours[0].keys() != theirs[0].keys():
+        return f"differ: {ours[1:]}, {theirs[1:]}, {sorted(ours[0].keys() ^ theirs[0].keys())[:4]}"
+    unequal = [name for name, value in ours[0].items() if not torch.equal(value, theirs[0][name])]
+    return f"differ: {unequal[:4]}" if unequal else f"equal, {len(ours[0])} tensors"
+
+
+def convert_base(checkout: Path, outfile: Path) -> None:
+    """The tiny Llama as GGUF, float32. Its tokenizer is none that llama.cpp knows, and numbers of tokens are given here."""
+    patched = (
+        "import sys, runpy; sys.path.insert(0, sys.argv[1]); sys.argv = sys.argv[1:]; import conversion.base as base; "
+        "base.TextModel.get_vocab_base_pre = lambda self, tokenizer: 'default'; "
+        "sys.argv[0] += '/convert_hf_to_gguf.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    options = [BASE, "--outtype", "f32", "--outfile", str(outfile)]
+    subprocess.run([sys.executable, "-c", patched, str(checkout), *options], check=True, capture_output=True)
+
+
+def runtime_logits(base: Path, adapter: Path | None) -> torch.Tensor:
+    from llama_cpp import Llama
+
+    model = Llama(
+        str(base), lora_path=None if adapter is None else str(adapter), logits_all=True, n_ctx=256, verbose=False
+    )
+    model.eval(tokens()[0].tolist())
+    return torch.tensor(model.scores[: tokens().shape[1]])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--converter-only", action="store_true")
+    arguments = parser.parse_args()
+    need("gguf")
+    from lorank import export_adapter
+    from lorank.lora.export.gguf_file import ARCHITECTURES
+
+    passed = True
+    for kind in ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as temporary:
+            found = converter_agrees(arguments.checkout, kind, Path(temporary))
+        passed &= found.startswith("equal")
+        print(f"convert_lora_to_gguf.py, {kind}: {found}", flush=True)
+    if arguments.converter_only:
+        return 0 if passed else 1
+    need("llama_cpp")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        adapter = save_example(folder / "adapter")
+        convert_base(arguments.checkout, folder / "base.gguf")
+        report(
+            "llama.cpp", "llama-cpp-python", "base model", runtime_logits(folder / "base.gguf", None), peft_logits(None)
+        )
+        export_adapter(adapter, folder / "gguf", "gguf")
+        found_logits = runtime_logits(folder / "base.gguf", folder / "gguf" / "adapter.gguf")
+        passed &= report("llama.cpp", "llama-cpp-python", "gguf", found_logits, peft_logits(adapter))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
