@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 
 from lorank.experiments.adapter_session import LoadedAdapter, load_finished
@@ -43,19 +42,14 @@ def by_peft(runs: Sequence[Path], base: Any, weights: list[float], how: str, ran
 
 
 def numbers(model: Any, adapter: str) -> int:
-    return sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if f"lora_A.{adapter}." in name or f"lora_B.{adapter}." in name
-    )
+    own = (f"lora_A.{adapter}.", f"lora_B.{adapter}.")
+    return sum(value.numel() for name, value in model.named_parameters() if any(part in name for part in own))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs=2, type=Path)
-    parser.add_argument(
-        "--rank", type=int, default=8, help="the size of the result: as many numbers as this rank everywhere"
-    )
+    parser.add_argument("--rank", type=int, default=8, help="the result is as large as with this rank everywhere")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -77,7 +71,7 @@ def main() -> None:
     for run, one in zip(arguments.runs, tasks, strict=True):
         show(f"the adapter of {run.name} alone", one.layers.parameters, one.model)
     with tempfile.TemporaryDirectory() as temporary:
-        for weights in ([0.5, 0.5], [0.7, 0.7], [1.0, 1.0]):
+        for weights in ([0.5, 0.5], [1.0, 1.0]):
             given = f"{weights[0]:g}, {weights[1]:g}"
             whole = by_peft(arguments.runs, base(), weights, "cat", None)
             show(f"{given}: PEFT's cat", numbers(whole, "both"), whole)
@@ -86,9 +80,10 @@ def main() -> None:
             show(f"{given}: PEFT's svd, svd_rank={arguments.rank}", size, small)
             for by in ("svd", "balanced"):
                 out = Path(temporary) / f"{by}{given}"
-                merged = merge(arguments.runs, out, weights=weights, budget=str(arguments.rank), by=by, samples=SAMPLES)
+                merged = merge(
+                    arguments.runs, out, weights=weights, budget=f"{size / 1e6:.6f}M", by=by, samples=SAMPLES
+                )
                 show(f"{given}: lorank merge --by {by}", merged.parameters[1], tasks[0].reload(out).model)
-            torch.manual_seed(0)
 
 
 if __name__ == "__main__":

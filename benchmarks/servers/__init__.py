@@ -5,9 +5,9 @@ lorank needs, so each is run in an environment of its own:
 
     python -m benchmarks.servers.mlx_lm               # pip install "mlx[cpu]" mlx-lm
     python -m benchmarks.servers.diffusers            # pip install diffusers
-    python -m benchmarks.servers.vllm                 # pip install vllm
-    python -m benchmarks.servers.sglang               # pip install sglang
-    python -m benchmarks.servers.llama_cpp CHECKOUT   # pip install gguf llama-cpp-python, and a checkout of llama.cpp
+    python -m benchmarks.servers.vllm                 # pip install --no-deps vllm
+    python -m benchmarks.servers.sglang               # pip install --no-deps sglang
+    python -m benchmarks.servers.llama_cpp CHECKOUT   # pip install gguf xllamacpp, and a checkout of llama.cpp
 
 Without the package, a script says so and exits with status 77.
 """

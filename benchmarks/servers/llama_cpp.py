@@ -4,8 +4,8 @@ CHECKOUT is a folder with llama.cpp's convert_lora_to_gguf.py and convert_hf_to_
 llama-cpp-python has them in vendor/llama.cpp).
 
 For every architecture that lorank's form `gguf` knows, the tensors of lorank's file are compared with those that
-convert_lora_to_gguf.py makes of the form `tight`. Then, if llama-cpp-python is installed, llama.cpp runs the packaged tiny
-Llama with lorank's file, and its logits are compared with PEFT's.
+convert_lora_to_gguf.py makes of the form `tight`. Then, if xllamacpp is installed, llama.cpp runs the packaged tiny
+Llama with lorank's file, and its log-probabilities are compared with PEFT's.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ SIZES = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
+VOCABULARY = 4096
+LENGTHS = (5, 17, 48)
 
 
 def converter_agrees(checkout: Path, kind: str, folder: Path) -> str:
@@ -77,7 +79,7 @@ def converter_agrees(checkout: Path, kind: str, folder: Path) -> str:
 
 
 def convert_base(checkout: Path, outfile: Path) -> None:
-    """The tiny Llama as GGUF, float32. Its tokenizer is none that llama.cpp knows, and numbers of tokens are given here."""
+    """The tiny Llama as GGUF, float32. llama.cpp does not know its tokenizer, and is given numbers of tokens."""
     patched = (
         "import sys, runpy; sys.path.insert(0, sys.argv[1]); sys.argv = sys.argv[1:]; import conversion.base as base; "
         "base.TextModel.get_vocab_base_pre = lambda self, tokenizer: 'default'; "
@@ -87,14 +89,33 @@ def convert_base(checkout: Path, outfile: Path) -> None:
     subprocess.run([sys.executable, "-c", patched, str(checkout), *options], check=True, capture_output=True)
 
 
-def runtime_logits(base: Path, adapter: Path | None) -> torch.Tensor:
-    from llama_cpp import Llama
+def log_probabilities(base: Path, adapter: Path | None) -> torch.Tensor:
+    """llama.cpp's log-probabilities of the next token, after prompts of several lengths, (lengths, vocabulary)."""
+    import xllamacpp
 
-    model = Llama(
-        str(base), lora_path=None if adapter is None else str(adapter), logits_all=True, n_ctx=256, verbose=False
-    )
-    model.eval(tokens()[0].tolist())
-    return torch.tensor(model.scores[: tokens().shape[1]])
+    params = xllamacpp.CommonParams()
+    params.model.path = str(base)
+    params.n_ctx, params.warmup = 256, False
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # float16 otherwise
+    if adapter is not None:
+        lora = xllamacpp.CommonAdapterLoraInfo()
+        lora.path, lora.scale = str(adapter), 1.0
+        params.lora_adapters = [lora]
+    server, rows = xllamacpp.Server(params), []
+    for length in LENGTHS:
+        prompt = tokens()[0, :length].tolist()
+        wanted = {"prompt": prompt, "n_predict": 1, "n_probs": VOCABULARY, "temperature": 1.0, "samplers": []}
+        answer = server.handle_completions({**wanted, "cache_prompt": False, "add_special": False})
+        row = torch.full((VOCABULARY,), float("nan"))
+        for one in answer["completion_probabilities"][0]["top_logprobs"]:
+            row[one["id"]] = one["logprob"]
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def pefts_log_probabilities(adapter: Path | None) -> torch.Tensor:
+    return peft_logits(adapter).double().log_softmax(-1)[[length - 1 for length in LENGTHS]]
 
 
 def main() -> int:
@@ -114,17 +135,16 @@ def main() -> int:
         print(f"convert_lora_to_gguf.py, {kind}: {found}", flush=True)
     if arguments.converter_only:
         return 0 if passed else 1
-    need("llama_cpp")
+    need("xllamacpp")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         adapter = save_example(folder / "adapter")
         convert_base(arguments.checkout, folder / "base.gguf")
-        report(
-            "llama.cpp", "llama-cpp-python", "base model", runtime_logits(folder / "base.gguf", None), peft_logits(None)
-        )
         export_adapter(adapter, folder / "gguf", "gguf")
-        found_logits = runtime_logits(folder / "base.gguf", folder / "gguf" / "adapter.gguf")
-        passed &= report("llama.cpp", "llama-cpp-python", "gguf", found_logits, peft_logits(adapter))
+        for form, own, peft in (("base model", None, None), ("gguf", folder / "gguf" / "adapter.gguf", adapter)):
+            found = log_probabilities(folder / "base.gguf", own)
+            what = "log-probabilities"
+            passed &= report("llama.cpp", "xllamacpp", form, found, pefts_log_probabilities(peft), what)
     return 0 if passed else 1
 
 
