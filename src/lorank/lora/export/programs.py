@@ -224,7 +224,7 @@ PROGRAMS = (
     Program("Ollama", ("gguf", "merged"), _converts),
     Program("TensorRT-LLM", ("tight", "merged"), _own_rank),
     Program("MLX-LM", ("mlx", "merged"), lambda _: "it has a format of its own"),
-    Program("ONNX Runtime GenAI", ("peft",), lambda _: None, too_much=lambda _: None),
+    Program("ONNX Runtime GenAI", ("merged",), lambda _: None),
     Program("diffusers", ("diffusers",), lambda _: "it has keys of its own", kind="image"),
     Program("ComfyUI", ("comfyui",), lambda _: "it has keys of its own", kind="image"),
 )
