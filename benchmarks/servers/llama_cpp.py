@@ -105,10 +105,10 @@ def log_probabilities(base: Path, adapter: Path | None) -> torch.Tensor:
     server, rows = xllamacpp.Server(params), []
     for length in LENGTHS:
         prompt = tokens()[0, :length].tolist()
-        wanted = {"prompt": prompt, "n_predict": 1, "n_probs": VOCABULARY, "temperature": 1.0, "samplers": []}
-        answer = server.handle_completions({**wanted, "cache_prompt": False, "add_special": False})
+        wanted = {"prompt": prompt, "max_tokens": 1, "logprobs": 1, "n_probs": VOCABULARY, "temperature": 1.0}
+        answer = server.handle_completions({**wanted, "samplers": [], "cache_prompt": False})
         row = torch.full((VOCABULARY,), float("nan"))
-        for one in answer["completion_probabilities"][0]["top_logprobs"]:
+        for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
             row[one["id"]] = one["logprob"]
         rows.append(row)
     return torch.stack(rows)
