@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorank.cli.common import Json, console, json_output, one_message, quiet_libraries
-from lorank.experiments.adapter_folder import adapter_of_run, check_adapter, check_choice
+from lorank.experiments.adapter_folder import adapter_of_run, check_adapter, check_choice, check_pruned_folder
 from lorank.experiments.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ def export(
     `lorank export my/adapter --form merged --out model`
     """
     with one_message(), json_output(as_json) as write_json:
-        _check_options(adapter, form, out, check=check)
+        _check_options(adapter, form, out, check=check, overwrite=overwrite)
+        if dtype is not None:
+            check_choice("--dtype", dtype, ("float32", "float16", "bfloat16"))
         folder = adapter_of_run(adapter)
         from lorank.lora.export import export_adapter, places
 
@@ -108,7 +110,7 @@ def export(
                 console(stderr=True, soft_wrap=True).print(f"Note: {note}", highlight=False, markup=False)
 
 
-def _check_options(adapter: Path, form: str | None, out: Path | None, *, check: bool) -> None:
+def _check_options(adapter: Path, form: str | None, out: Path | None, *, check: bool, overwrite: bool) -> None:
     check_adapter(adapter)
     if check:
         given = "--form" if form is not None else "--out" if out is not None else None
@@ -122,6 +124,7 @@ def _check_options(adapter: Path, form: str | None, out: Path | None, *, check: 
     check_choice("--form", form, FORMS)
     if out is None:
         raise SettingsError("give a folder for the result: --out for_server")
+    check_pruned_folder(adapter, out, overwrite=overwrite)
 
 
 def _exported(adapter: Path, done: Exported) -> Table:

@@ -10,7 +10,13 @@ import typer
 
 from lorank.cli.adapter_options import progress_bar
 from lorank.cli.common import Json, console, json_output, one_message, quiet_libraries
-from lorank.experiments.adapter_folder import adapter_of_run, check_adapter, check_choice, check_pruned_folder
+from lorank.experiments.adapter_folder import (
+    adapter_of_run,
+    check_adapter,
+    check_choice,
+    check_pruned_folder,
+    check_weights,
+)
 from lorank.experiments.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -90,22 +96,17 @@ def merge(
             console().print(_table(adapters, merged))
 
 
-def _check(
-    adapters: list[Path], out: Path, weights: str | None, by: str | None, *, overwrite: bool
-) -> list[float] | None:
+def _check(adapters: list[Path], out: Path, weights: str | None, by: str | None, *, overwrite: bool) -> list[float]:
     for adapter in adapters:
         check_adapter(adapter)
         check_pruned_folder(adapter_of_run(adapter), out, overwrite=overwrite)
     if by is not None:
         check_choice("--by", by, ("balanced", "svd"))
-    if weights is None:
-        return None
     try:
-        return [float(part) for part in weights.split(",")]
+        numbers = None if weights is None else [float(part) for part in weights.split(",")]
     except ValueError as error:
-        raise SettingsError(
-            f"--weights {weights!r}: expected numbers with commas between them, such as 1,0.5"
-        ) from error
+        raise SettingsError(f"--weights {weights!r}: expected numbers with commas between them: 1,0.5") from error
+    return check_weights(adapters, numbers)
 
 
 def _table(adapters: list[Path], merged: Merged) -> Table:

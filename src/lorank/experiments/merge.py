@@ -15,7 +15,13 @@ from typing import Any
 from lorank.allocators import Budget, resize_layers_, truncate_
 from lorank.allocators.truncation import STAGES
 from lorank.errors import AdapterError, BudgetError
-from lorank.experiments.adapter_folder import ADAPTER, adapter_of_run, budget_of_adapter, check_pruned_folder
+from lorank.experiments.adapter_folder import (
+    ADAPTER,
+    adapter_of_run,
+    budget_of_adapter,
+    check_pruned_folder,
+    check_weights,
+)
 from lorank.experiments.adapter_session import LoadedAdapter, load_finished
 from lorank.experiments.errors import SettingsError
 from lorank.experiments.folder_check import CONFIG
@@ -132,24 +138,6 @@ def merge(
         energy=1 - sum(missing.values()) / total if total else 1.0,
         losses=losses,
     )
-
-
-def check_weights(adapters: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
-    """The weight of each adapter.
-
-    Raises:
-        SettingsError: there are fewer than two adapters, or another number of weights, or a weight is 0.
-    """
-    if len(adapters) < 2:
-        raise SettingsError(f"one adapter ({', '.join(map(str, adapters))}) cannot be merged: give two or more")
-    chosen = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
-    if len(chosen) != len(adapters):
-        raise SettingsError(
-            f"--weights has {len(chosen)} numbers for {len(adapters)} adapters: give one for each, in their order"
-        )
-    if not all(abs(weight) > 0 and abs(weight) < float("inf") for weight in chosen):
-        raise SettingsError(f"--weights {chosen}: expected numbers other than 0; leave an adapter out instead")
-    return chosen
 
 
 def check_one_base(named: Sequence[tuple[Path, str | None]]) -> None:
