@@ -11,12 +11,18 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model,
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lorank.errors import AdapterError
 from lorank.lora import find_layers
 from lorank.lora.export import export_adapter
 from tests.lora.export.adapters import KINDS, logits, save
+from tests.models import token_batch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
@@ -152,6 +158,31 @@ def test_image_models(tmp_path: Path) -> None:
     torch.testing.assert_close(plain(x), wanted)
     with pytest.raises(AdapterError, match="is a convolution"):
         export_adapter(tmp_path / "adapter", tmp_path / "out", "uniform")
+
+
+def test_experts_without_a_module_can_be_merged(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+    def base() -> MixtralForCausalLM:
+        torch.manual_seed(0)
+        return MixtralForCausalLM(MixtralConfig(vocab_size=64, num_local_experts=3, num_key_value_heads=2, **sizes))
+
+    base().save_pretrained(tmp_path / "base")
+    config = LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        init_lora_weights=False,
+    )
+    model = get_peft_model(base(), config)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="Merge it: --form merged"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "tight")
+    assert export_adapter(tmp_path / "adapter", tmp_path / "out", "merged").difference < 1e-5
+    merged = MixtralForCausalLM.from_pretrained(tmp_path / "out").eval()
+    batch = token_batch()
+    torch.testing.assert_close(merged(**batch).logits, model.eval()(**batch).logits, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["lorank", "dora", "head"])

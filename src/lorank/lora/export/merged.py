@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -55,6 +55,7 @@ def write_merged(adapter: AdapterFile, folder: Path, config: Any | None, base: s
         raise AdapterError(f"the base model {name!r} cannot be loaded: {reason} Give --base") from error
     adapted: Any = load_adapter(model, adapter.folder)
     wanted = _results(adapted.get_base_model())
+    whole = _adapted_parameters(adapted.get_base_model())
     saved = _saved_modules(adapted.get_base_model())
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -67,6 +68,8 @@ def write_merged(adapter: AdapterFile, folder: Path, config: Any | None, base: s
     found = _results(written, list(wanted))
     differences = [_difference(value, found[key]) for key, value in wanted.items()]
     modules = dict(written.named_modules())
+    for (owner, part), value in whole.items():
+        differences.append(_difference(value, _sample(getattr(modules[owner], part).detach())))
     for key, values in saved.items():
         own = dict(modules[key].named_parameters())
         differences += [_difference(value, own[part].detach()) for part, value in values.items() if part in own]
@@ -78,7 +81,9 @@ def _results(model: nn.Module, names: list[str] | None = None) -> dict[str, Tens
     """What the adapted modules compute for random inputs."""
     modules = dict(model.named_modules())
     if names is None:
-        names = [name for name, module in modules.items() if isinstance(module, LoraLayer)]
+        names = [
+            name for name, one in modules.items() if isinstance(one, LoraLayer) and not isinstance(one, ParamWrapper)
+        ]
     results = {}
     for number, name in enumerate(names):
         module = modules[name]
@@ -86,6 +91,23 @@ def _results(model: nn.Module, names: list[str] | None = None) -> dict[str, Tens
         generator = torch.Generator().manual_seed(number)
         results[name] = module(_inputs(plain, generator)).double()
     return results
+
+
+@torch.no_grad()
+def _adapted_parameters(model: nn.Module) -> dict[tuple[str, str], Tensor]:
+    """Numbers of the merged parameters that have a LoRA without a module, as those of experts, by module and name."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper):
+            delta = module.get_delta_weight(module.active_adapters[0])
+            owner = name.partition(".base_layer")[0]  # several parameters of one module have nested wrappers
+            found[owner, module.parameter_name] = _sample(module.get_param().double() + delta.double())
+    return found
+
+
+def _sample(values: Tensor) -> Tensor:
+    """At most about 100,000 numbers of a tensor, evenly apart."""
+    return values.flatten()[:: 1 + values.numel() // 100_000].clone()
 
 
 def _inputs(module: nn.Module, generator: torch.Generator) -> Tensor:

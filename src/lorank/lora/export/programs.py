@@ -122,6 +122,8 @@ def problem_of(form: str, adapter: AdapterFile, config: Any | None) -> str | Non
         elif form in ("diffusers", "comfyui"):
             component_of(adapter)
             check_diffusion(adapter, form)
+        elif form == "merged" and adapter.other_forward in ("Activated LoRA", "Arrow", "QA-LoRA"):
+            return f"{adapter.other_forward} cannot be merged: serve it with PEFT"
         elif form == "merged" and getattr(config, "quantization_config", None) is not None:
             return "the base model is quantised: merge into the model in full precision (--base)"
     except LorankError as error:
