@@ -44,7 +44,9 @@ def test_everything_stays(kind: str, form: str, tmp_path: Path) -> None:
     if form == "tight":
         written = settings(tmp_path / "out")
         assert (written["lora_alpha"], written["alpha_pattern"], written["use_rslora"]) == (1, {}, False)
-        assert "rank_pattern" in (tmp_path / "out" / "README.md").read_text()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "| Base model | base (a local folder) |" in card
+        assert ("`rank_pattern`" in card) == bool(written["rank_pattern"])
 
 
 @pytest.mark.parametrize("kind", PLAIN)

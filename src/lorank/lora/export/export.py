@@ -179,7 +179,8 @@ def _export_peft(
             for name, layer in loaded.layers.items():
                 if abs(layer.scaling - written.updates[name].scaling) > 1e-12 * abs(layer.scaling):
                     raise AdapterError(f"PEFT reads another factor for {name} than was written: please report this")
-            write_card(temporary, loaded.layers, {"Form": f"{form}: {FORMS[form]}"})
+            about = {"Form": f"{form}: {FORMS[form]}"}
+            write_card(temporary, loaded.layers, about, base=adapter.config.base_model_name_or_path)
         stored = stored_dtype(written)
         difference = largest_difference(_factors(adapter), _factors(written))
         _check_difference(difference, stored)

@@ -32,19 +32,23 @@ _MAX_README = 10_000_000
 _MAX_ROWS = 30
 
 
-def write_card(folder: Path, layers: AdapterLayers, about: Mapping[str, str] | None = None) -> None:
+def write_card(
+    folder: Path, layers: AdapterLayers, about: Mapping[str, str] | None = None, base: str | None = None
+) -> None:
     """Writes the card of the adapter in ``folder``, or the part of its ``README.md`` that is lorank's.
 
     A README that somebody else wrote stays as it is.
 
     Args:
         about: further lines of the card's first table, label → text: method, budget, data.
+        base: the name of the base model; None: the one in the layers' settings.
 
     Raises:
         WriteError: no space, no permission.
     """
     path = folder / README
-    text = merged_card(path, _card(path, layers, about or {}))
+    name = base or layers.config.base_model_name_or_path or ""
+    text = merged_card(path, _card(path, layers, str(name), about or {}))
     if text is not None:
         write_text(path, text)
 
@@ -69,9 +73,8 @@ def merged_card(path: Path, card: str) -> str | None:
     return card if rest is not None and all(_OF_PEFT.fullmatch(line) for line in rest.splitlines()) else None
 
 
-def _card(path: Path, layers: AdapterLayers, about: Mapping[str, str]) -> str:
+def _card(path: Path, layers: AdapterLayers, base: str, about: Mapping[str, str]) -> str:
     """The whole card, with the metadata and the remarks about quantisation of the card that PEFT has written."""
-    base = str(layers.config.base_model_name_or_path or "")
     card, rest = None, ""
     try:
         if _after_empty_form(read_bounded(path, _MAX_README)) is not None:
