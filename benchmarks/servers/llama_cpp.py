@@ -55,13 +55,7 @@ def converter_agrees(checkout: Path, kind: str, folder: Path) -> str:
     model.save_pretrained(folder / "adapter")
     export_adapter(folder / "adapter", folder / "gguf", "gguf", base=folder / "base")
     export_adapter(folder / "adapter", folder / "tight", "tight")
-    script = [sys.executable, str(checkout / "convert_lora_to_gguf.py"), "--base", str(folder / "base")]
-    done = subprocess.run(
-        [*script, "--outfile", str(folder / "theirs.gguf"), str(folder / "tight")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = convert_lora(checkout, folder / "base", folder / "tight", folder / "theirs.gguf")
     if done.returncode:
         return f"their converter failed: {done.stderr.strip().splitlines()[-1]}"
 
@@ -76,6 +70,14 @@ def converter_agrees(checkout: Path, kind: str, folder: Path) -> str:
         return f"differ: {ours[1:]}, {theirs[1:]}, {sorted(ours[0].keys() ^ theirs[0].keys())[:4]}"
     unequal = [name for name, value in ours[0].items() if not torch.equal(value, theirs[0][name])]
     return f"differ: {unequal[:4]}" if unequal else f"equal, {len(ours[0])} tensors"
+
+
+def convert_lora(checkout: Path, base: Path, adapter: Path, outfile: Path) -> subprocess.CompletedProcess[str]:
+    """llama.cpp's own conversion of an adapter in PEFT's format."""
+    script = [sys.executable, str(checkout / "convert_lora_to_gguf.py"), "--base", str(base)]
+    return subprocess.run(
+        [*script, "--outfile", str(outfile), str(adapter)], capture_output=True, text=True, check=False
+    )
 
 
 def convert_base(checkout: Path, outfile: Path) -> None:
@@ -145,6 +147,10 @@ def main() -> int:
             found = log_probabilities(folder / "base.gguf", own)
             what = "log-probabilities"
             passed &= report("llama.cpp", "xllamacpp", form, found, pefts_log_probabilities(peft), what)
+        convert_lora(arguments.checkout, Path(BASE), adapter, folder / "wrong.gguf").check_returncode()
+        found, wanted = log_probabilities(folder / "base.gguf", folder / "wrong.gguf"), pefts_log_probabilities(adapter)
+        report("llama.cpp", "xllamacpp", "its own conversion of what lorank saves", found, wanted, what)
+        report("llama.cpp", "xllamacpp", "PEFT without the adapter", pefts_log_probabilities(None), wanted, what)
     return 0 if passed else 1
 
 
