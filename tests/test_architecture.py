@@ -20,7 +20,7 @@ ALLOWED = {
     "extras": {"errors"},
     "lazy": set(),
     "files": {"errors"},
-    "lora": {"errors", "files"},
+    "lora": {"errors", "extras", "files"},
     "scoring": {"errors", "lora"},
     "allocators": {"errors", "lora", "scoring"},
     "training": {"errors", "extras", "files", "lora", "scoring", "allocators", "report"},

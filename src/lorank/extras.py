@@ -28,6 +28,7 @@ PACKAGES: Mapping[str, Package] = {
     "omegaconf": Package("omegaconf", "cli"),
     "rich": Package("rich", "cli"),
     "typer": Package("typer", "cli"),
+    "gguf": Package("gguf", "gguf"),
     "altair": Package("altair", "report"),
     "matplotlib": Package("matplotlib", "report"),
     "optuna": Package("optuna", "sweep"),

@@ -19,7 +19,9 @@ from lorank.cli import (
     compare,
     curve,
     doctor,
+    export,
     init,
+    merge,
     planted,
     prune,
     report,
@@ -55,6 +57,8 @@ See what came out, in one HTML file: `lorank report runs/mine --open`
 Halve any trained LoRA adapter: `lorank prune ADAPTER --data e2e_nlg --budget 50% --out smaller`
 
 The same without data: `lorank resize ADAPTER --budget 50% --out smaller`
+
+Where an adapter can be served, and in which form: `lorank export ADAPTER --check`
 """,
 )
 
@@ -115,6 +119,8 @@ app.command(cls=Command)(score.score)
 app.command(cls=Command)(prune.prune)
 app.command(cls=Command)(resize.resize)
 app.command(cls=Command)(curve.curve)
+app.command(cls=Command)(export.export)
+app.command(cls=Command)(merge.merge)
 app.command()(sweep.sweep)
 app.command()(report.report)
 app.command()(compare.compare)

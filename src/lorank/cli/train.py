@@ -108,6 +108,7 @@ def _summary(result: RunResult, picture: Path | None) -> Table:
         table.add_row(f"test {name.replace('_', ' ')}", f"{value:.4f}")
     table.add_row("seconds", f"{seconds['training']:.0f} training, of which {seconds['scoring']:.0f} scoring")
     table.add_row("written to", escape(str(result.folder)))
+    table.add_row("to serve it", f"lorank export {escape(str(result.folder))} --check")
     if picture is not None:
         table.add_row("picture of the ranks", escape(str(picture)))
     table.add_row("what moved", escape(f"lorank show {result.folder}"))

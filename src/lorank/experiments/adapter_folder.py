@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,3 +92,21 @@ def check_one_size(rank: int | None, budget: str | None, max_lora_rank: int | No
         )
     if energy is not None and not 0 < energy <= 1:
         raise BudgetError(f"--energy {energy:g}: expected a share above 0 and at most 1, such as 0.95")
+
+
+def check_weights(adapters: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
+    """The weight of each adapter.
+
+    Raises:
+        SettingsError: there are fewer than two adapters, or another number of weights, or a weight is 0.
+    """
+    if len(adapters) < 2:
+        raise SettingsError(f"one adapter ({', '.join(map(str, adapters))}) cannot be merged: give two or more")
+    chosen = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
+    if len(chosen) != len(adapters):
+        raise SettingsError(
+            f"--weights has {len(chosen)} numbers for {len(adapters)} adapters: give one for each, in their order"
+        )
+    if not all(abs(weight) > 0 and abs(weight) < float("inf") for weight in chosen):
+        raise SettingsError(f"--weights {chosen}: expected numbers other than 0; leave an adapter out instead")
+    return chosen

@@ -70,7 +70,7 @@ def resize(
     before, changed = open_standalone(folder), open_standalone(folder)
     resize_layers_(changed.layers, rank=rank, budget=wanted, energy=energy, seed=seed)
     written = open_standalone(save_standalone(changed, out))
-    energies, losses = _compare(before.layers, written.layers)
+    energies, losses = compare_updates(before.layers, written.layers)
     total = sum(energies.values())
     return Resized(
         folder=Path(out),
@@ -98,7 +98,7 @@ def size_of(budget: str | None, max_lora_rank: int | None) -> Budget | None:
     return wanted if max_lora_rank is None else replace(wanted, max_lora_rank=max_lora_rank)
 
 
-def _compare(before: AdapterLayers, after: AdapterLayers) -> tuple[dict[str, float], dict[str, float]]:
+def compare_updates(before: AdapterLayers, after: AdapterLayers) -> tuple[dict[str, float], dict[str, float]]:
     """Per module ‖s B A‖² before, and ‖s B A − s' B' A'‖²: from products of factors, (d, d) is never formed."""
     energies, losses = {}, {}
     for name, layer in before.items():

@@ -3,6 +3,7 @@
 from lorank.lora.attention_heads import head_groups
 from lorank.lora.base_size import base_parameters
 from lorank.lora.basis import Basis
+from lorank.lora.export.export import export_adapter
 from lorank.lora.find_layers import find_layers
 from lorank.lora.fused_forward import fuse_, is_compiled, unfuse_
 from lorank.lora.gate_compensation import compensate_gates_
@@ -53,6 +54,7 @@ __all__ = [
     "check_zero_rule",
     "compensate_gates_",
     "copies_weights",
+    "export_adapter",
     "find_layers",
     "fold_gates_",
     "fuse_",

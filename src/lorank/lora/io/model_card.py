@@ -32,19 +32,23 @@ _MAX_README = 10_000_000
 _MAX_ROWS = 30
 
 
-def write_card(folder: Path, layers: AdapterLayers, about: Mapping[str, str] | None = None) -> None:
+def write_card(
+    folder: Path, layers: AdapterLayers, about: Mapping[str, str] | None = None, base: str | None = None
+) -> None:
     """Writes the card of the adapter in ``folder``, or the part of its ``README.md`` that is lorank's.
 
     A README that somebody else wrote stays as it is.
 
     Args:
         about: further lines of the card's first table, label → text: method, budget, data.
+        base: the name of the base model; None: the one in the layers' settings.
 
     Raises:
         WriteError: no space, no permission.
     """
     path = folder / README
-    text = merged_card(path, _card(path, layers, about or {}))
+    name = base or layers.config.base_model_name_or_path or ""
+    text = merged_card(path, _card(path, layers, str(name), about or {}))
     if text is not None:
         write_text(path, text)
 
@@ -69,9 +73,8 @@ def merged_card(path: Path, card: str) -> str | None:
     return card if rest is not None and all(_OF_PEFT.fullmatch(line) for line in rest.splitlines()) else None
 
 
-def _card(path: Path, layers: AdapterLayers, about: Mapping[str, str]) -> str:
+def _card(path: Path, layers: AdapterLayers, base: str, about: Mapping[str, str]) -> str:
     """The whole card, with the metadata and the remarks about quantisation of the card that PEFT has written."""
-    base = str(layers.config.base_model_name_or_path or "")
     card, rest = None, ""
     try:
         if _after_empty_form(read_bounded(path, _MAX_README)) is not None:
@@ -103,14 +106,25 @@ def _section(layers: AdapterLayers, base: str, about: Mapping[str, str]) -> str:
     lines = [
         BEGIN,
         f"# LoRA adapter of {_cell(facts['Base model'])}",
-        "A plain PEFT adapter: `PeftModel.from_pretrained` loads it, without lorank. Each module has a rank of its own "
-        "(`rank_pattern` and `alpha_pattern` in `adapter_config.json`).",
+        f"A plain PEFT adapter: `PeftModel.from_pretrained` loads it, without lorank. {_ranks_stated(layers)}",
         "\n".join(["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(text)} |" for name, text in facts.items())]),
         "## Ranks by projection",
         _table(layers, ranks),
         END,
     ]
     return "\n\n".join(lines)
+
+
+def _ranks_stated(layers: AdapterLayers) -> str:
+    config = layers.config
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name)]
+    if not patterns:
+        return "All modules have one rank."
+    return (
+        f"Each module has a rank of its own (`{'` and `'.join(patterns)}` in `adapter_config.json`). "
+        "Programs other than PEFT read these settings in different ways, some wrongly: `lorank export --check` says "
+        "where this adapter loads, and `lorank export` writes the form that a program needs."
+    )
 
 
 def _table(layers: AdapterLayers, ranks: Mapping[str, int]) -> str:

@@ -127,7 +127,7 @@ def save_standalone(adapter: StandaloneAdapter, directory: str | Path) -> Path:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(temporary))
         assert (temporary / CONFIG).is_file()
-        write_card(temporary, layers)
+        write_card(temporary, layers, base=adapter.config.base_model_name_or_path)
     return target
 
 
