@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from typer.testing import CliRunner
 import lorank
 from lorank.allocators import resize_layers_
 from lorank.cli.app import app
+from lorank.config.settings import make_config
+from lorank.experiments.adapted_model import adapted_model
+from lorank.experiments.errors import SettingsError
 from lorank.experiments.models import resolve
 from lorank.lora import find_layers, load_adapter
 from tests.methods import METHODS, STEPS
@@ -143,3 +147,26 @@ def test_prune_and_resize_from_the_command_line(tmp_path: Path) -> None:
     refused = command("resize", tmp_path / "half", "--rank", "2", "--out", tmp_path / "three")
     assert refused.exit_code == 2
     assert "lorank.resize_adapter_" in " ".join(refused.output.split())
+
+
+def test_a_configuration_names_parameters(tmp_path: Path) -> None:
+    tiny_mixtral().save_pretrained(tmp_path / "model")
+    example: Any = {"input_ids": [1, 2]}
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    task: Any = SimpleNamespace(
+        model_kind="causal_lm", train=[example], validation=[example], collator=SimpleNamespace(tokenizer=tokenizer)
+    )
+
+    def made(*names: str) -> Any:
+        values = {
+            "model": {"name": str(tmp_path / "model")},
+            "lora": {"r": 3, "target_modules": ["q_proj"], "target_parameters": list(names)},
+            "task": {"name": "language_modelling", "data": "texts"},
+            "allocator": {"name": "static"},
+            "output_dir": str(tmp_path / "run"),
+        }
+        return find_layers(adapted_model(make_config(values, (), source="a test"), task))
+
+    assert {name.rpartition(".")[2] for name in made("experts.down_proj")} == {"q_proj", "down_proj"}
+    with pytest.raises(SettingsError, match=r"has no parameter 'experts\.up' to adapt"):
+        made("experts.down_proj", "experts.up")
