@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import lorank
@@ -223,3 +223,14 @@ def test_both_engines_and_saliency_see_the_same_ranks() -> None:
     for name, layer in layers.items():
         torch.testing.assert_close(exact.scores[name], reference.scores[name], rtol=1e-3, atol=1e-5)
         assert saliency[name].shape == (layer.rank,)
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+def test_a_point_of_the_rank_curve_makes_an_adapter_of_these_ranks() -> None:
+    model, _ = of(FAMILIES["mixtral"])
+    curve = lorank.rank_curve(model, [BATCH])
+    for budget in ("50%", "20%"):
+        wanted = {name: rank for name, rank in curve.at(budget).ranks.items() if rank}
+        made = find_layers(get_peft_model(tiny_mixtral(), LoraConfig(**curve.lora_config(budget))))
+        assert made.ranks == wanted
+        assert made.parameters == curve.at(budget).parameters

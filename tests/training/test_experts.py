@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,11 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import lorank
+from lorank.allocators import resize_layers_
 from lorank.cli.app import app
+from lorank.config.settings import make_config
+from lorank.experiments.adapted_model import adapted_model
+from lorank.experiments.errors import SettingsError
 from lorank.experiments.models import resolve
 from lorank.lora import find_layers, load_adapter
 from tests.methods import METHODS, STEPS
@@ -127,6 +132,41 @@ def test_prune_and_resize_from_the_command_line(tmp_path: Path) -> None:
     assert 0.35 * whole.parameters < half.parameters <= 0.5 * whole.parameters
     assert any(half.ranks[name] != whole.ranks[name] for name in half if half[name].is_expert)
     assert half["model.layers.0.mlp.experts.down_proj"].layout.experts == EXPERTS
-    refused = command("resize", tmp_path / "adapter", "--rank", "2", "--out", tmp_path / "two")
+    for size, folder in (("--rank", "2"), "two"), (("--energy", "0.6"), "energy"):
+        found = command("resize", tmp_path / "half", *size, "--out", tmp_path / folder)
+        assert found.exit_code == 0, found.output
+        base = type(tiny_mixtral()).from_pretrained(tmp_path / "model")
+        resized = find_layers(load_adapter(base, tmp_path / folder))
+        live = find_layers(load_adapter(type(base).from_pretrained(tmp_path / "model"), tmp_path / "half"))
+        resize_layers_(live, **({"rank": 2} if folder == "two" else {"energy": 0.6}))
+        assert resized.ranks == live.ranks
+        for name, layer in live.items():
+            torch.testing.assert_close(resized[name].layout.norms(resized[name].A, resized[name].B),
+                                       layer.layout.norms(layer.A, layer.B), rtol=1e-4, atol=1e-6)  # fmt: skip
+    (tmp_path / "model" / "config.json").unlink()
+    refused = command("resize", tmp_path / "half", "--rank", "2", "--out", tmp_path / "three")
     assert refused.exit_code == 2
     assert "lorank.resize_adapter_" in " ".join(refused.output.split())
+
+
+def test_a_configuration_names_parameters(tmp_path: Path) -> None:
+    tiny_mixtral().save_pretrained(tmp_path / "model")
+    example: Any = {"input_ids": [1, 2]}
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    task: Any = SimpleNamespace(
+        model_kind="causal_lm", train=[example], validation=[example], collator=SimpleNamespace(tokenizer=tokenizer)
+    )
+
+    def made(*names: str) -> Any:
+        values = {
+            "model": {"name": str(tmp_path / "model")},
+            "lora": {"r": 3, "target_modules": ["q_proj"], "target_parameters": list(names)},
+            "task": {"name": "language_modelling", "data": "texts"},
+            "allocator": {"name": "static"},
+            "output_dir": str(tmp_path / "run"),
+        }
+        return find_layers(adapted_model(make_config(values, (), source="a test"), task))
+
+    assert {name.rpartition(".")[2] for name in made("experts.down_proj")} == {"q_proj", "down_proj"}
+    with pytest.raises(SettingsError, match=r"has no parameter 'experts\.up' to adapt"):
+        made("experts.down_proj", "experts.up")

@@ -124,7 +124,8 @@ class RankCurve:
         """The arguments of a ``LoraConfig`` that makes a fresh adapter with the ranks of a budget.
 
         ``r``, ``lora_alpha``, ``rank_pattern``, ``alpha_pattern`` (s of every module stays as it was measured),
-        ``target_modules`` (full names; modules that receive no rank are left out), ``use_rslora``. JSON-serialisable.
+        ``target_modules`` and, for parameters, ``target_parameters`` (full names; those that receive no rank are left
+        out), ``use_rslora``. JSON-serialisable.
 
         Args:
             budget: see :meth:`at`.
@@ -137,12 +138,16 @@ class RankCurve:
             name: self._scalings[name] * (math.sqrt(rank) if self._use_rslora else rank) for name, rank in ranks.items()
         }
         largest = max(ranks, key=ranks.__getitem__)
+        parameters = [name for name in ranks if self._layers[name].is_expert]
+        modules = [name for name in ranks if name not in parameters]
+        empty = [name for name, layer in self._layers.items() if name not in ranks and not layer.is_expert]
         return {
             "r": ranks[largest],
             "lora_alpha": _whole(alphas[largest]),
             "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items()},
             "alpha_pattern": {f"^{re.escape(name)}": _whole(alpha) for name, alpha in alphas.items()},
-            "target_modules": _target_modules(ranks, [name for name in self._measured if name not in ranks]),
+            "target_modules": _target_modules(modules, empty),
+            **({"target_parameters": parameters} if parameters else {}),
             "use_rslora": self._use_rslora,
         }
 

@@ -11,7 +11,7 @@ import torch
 from lorank.allocators import Budget, resize_layers_
 from lorank.errors import BudgetError
 from lorank.experiments.adapter_folder import adapter_of_run, budget_of_adapter, check_pruned_folder
-from lorank.lora import AdapterLayers, check_save_directory, open_standalone, save_standalone
+from lorank.lora import AdapterLayer, AdapterLayers, check_save_directory, open_standalone, save_standalone
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,22 @@ def compare_updates(before: AdapterLayers, after: AdapterLayers) -> tuple[dict[s
     """Per module ‖s B A‖² before, and ‖s B A − s' B' A'‖²: from products of factors, (d, d) is never formed."""
     energies, losses = {}, {}
     for name, layer in before.items():
-        left, right = [layer.scaling * layer.B_matrix.double()], [layer.A_matrix.double()]
-        energies[name] = _square(left[0], right[0])
+        left, right = _factors(layer)
+        energies[name] = _square(left, right)
         if name in after:
-            left.append(-after[name].scaling * after[name].B_matrix.double())
-            right.append(after[name].A_matrix.double())
-        losses[name] = _square(torch.cat(left, 1), torch.cat(right, 0))
+            new_left, new_right = _factors(after[name])
+            left, right = torch.cat([left, -new_left], 2), torch.cat([right, new_right], 1)
+        losses[name] = _square(left, right)
     return energies, losses
 
 
+def _factors(layer: AdapterLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """s B and A of every block, (blocks, d_out, r) and (blocks, r, d_in): one per expert or group, else one."""
+    by_block = layer.layout.by_block
+    return layer.scaling * by_block(layer.B.detach().double(), 1), by_block(layer.A.detach().double(), 0)
+
+
 def _square(left: torch.Tensor, right: torch.Tensor) -> float:
-    """‖left · right‖² of (d_out, r) and (r, d_in), by triangular factors, which lose no digits to cancellation."""
-    upper = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T  # (·, ·) of at most r rows and columns
+    """‖left · right‖² over all blocks, by triangular factors, which lose no digits to cancellation."""
+    upper = torch.linalg.qr(left).R @ torch.linalg.qr(right.mT).R.mT  # (blocks, ·, ·), of at most r rows and columns
     return float(upper.square().sum())

@@ -126,7 +126,7 @@ def _settings(folder: Path, **changes: Any) -> None:
         (lambda folder: _without(folder, "lora_"), "holds no LoRA weights"),
         (lambda folder: _settings(folder, r=7), "do not fit each other"),
         (lambda folder: _settings(folder, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
-        (lambda folder: _settings(folder, target_parameters=["experts.w"]), "has target_parameters"),
+        (lambda folder: _settings(folder, target_parameters=["experts.w"]), "has target_parameters, which cannot be"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
     ],
 )

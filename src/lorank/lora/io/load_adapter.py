@@ -19,6 +19,9 @@ from lorank.lora.io.adapter_validation import CONFIG, check_weights, read_config
 from lorank.lora.resize import resize_
 from lorank.lora.resize_plan import LayerPlan
 
+UNTRUE = r"The following (rank|alpha)_pattern keys did not match"
+"""PEFT's warning about parameters. It looks for their names among modules only, but uses the entries all the same."""
+
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     """Reads the settings of a plain PEFT LoRA adapter.
@@ -61,9 +64,8 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
     try:
         saved = load_peft_weights(str(folder), device="cpu")
         with warnings.catch_warnings():
-            if config.get("target_parameters"):  # PEFT looks for their names among modules only, but uses the entries
-                untrue = r"The following (rank|alpha)_pattern keys did not match"
-                warnings.filterwarnings("ignore", untrue, RuntimeWarning)
+            if config.get("target_parameters"):
+                warnings.filterwarnings("ignore", UNTRUE, RuntimeWarning)
             model = PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # settings that are valid one by one may be invalid together, with any error in PEFT
         raise AdapterError(f"{does_not_fit}. {_first_line(error)}") from error
@@ -73,11 +75,11 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
     if differing:
         where = "file" if differing[0] in saved else "model"
         raise AdapterError(f"{does_not_fit}. {len(differing)} weights differ; {differing[0]} is only in the {where}")
-    _remove_fillers_(model)
+    remove_fillers_(model)
     return model.eval()  # type: ignore[no-any-return]  # PEFT is untyped
 
 
-def _remove_fillers_(model: nn.Module) -> None:
+def remove_fillers_(model: nn.Module) -> None:
     """Gives the parameters whose rank in the file is a rank of zeros the rank 0 that it stands for."""
     if not any(is_expert(module) for module in model.modules()):
         return

@@ -9,6 +9,7 @@ embeddings with new tokens) and all other settings are carried over as they are.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from lorank.lora.find_layers import find_layers
 from lorank.lora.initialisation import INIT_FIELDS, check_file_can_shrink, set_plain_init_
 from lorank.lora.io.adapter_folder import readable_folder, replacing_adapter
 from lorank.lora.io.adapter_validation import CONFIG, WEIGHTS, check_weights
-from lorank.lora.io.load_adapter import read_adapter_config
+from lorank.lora.io.architecture import architecture_of
+from lorank.lora.io.load_adapter import UNTRUE, read_adapter_config, remove_fillers_
 from lorank.lora.io.model_card import write_card
 from lorank.lora.io.save_adapter import check_save_directory
 from lorank.lora.layer import TARGET_FIELDS, AdapterLayers
@@ -59,30 +61,37 @@ def open_standalone(folder: str | Path) -> StandaloneAdapter:
 
     Raises:
         AdapterError: the folder holds no LoRA adapter, or its weights cannot be read or do not fit its settings; its
-            initialisation changed the base weights; or it adapts convolutions, parameters without a module, or tied
-            modules, which need the model.
+            initialisation changed the base weights; it adapts convolutions or tied modules, which need the model; or
+            it adapts parameters, and the configuration of its base model cannot be read.
     """
     folder = readable_folder(Path(folder))
     settings = read_adapter_config(folder)
     check_weights(folder, settings)
     check_file_can_shrink(settings.get("init_lora_weights"))
     config = LoraConfig.from_pretrained(str(folder))
-    for field in ("target_parameters", "ensure_weight_tying"):
-        if getattr(config, field, None):
-            raise AdapterError(
-                f"the adapter in {folder} has {field}, which cannot be understood without its base model: load it "
-                "onto the model, and use lorank.resize_adapter_(model, …)"
-            )
+    if getattr(config, "ensure_weight_tying", None):
+        raise AdapterError(
+            f"the adapter in {folder} has ensure_weight_tying, which cannot be understood without its base model: load "
+            "it onto the model, and use lorank.resize_adapter_(model, …)"
+        )
     tensors = load_file(folder / WEIGHTS)
     lora = {key: value for key, value in tensors.items() if "lora_" in key}
     names = list(dict.fromkeys(key.removeprefix(_PREFIX).partition(".lora_")[0] for key in lora))
     if not names or not all(key.startswith(_PREFIX) for key in lora):
         raise AdapterError(f"{folder / WEIGHTS} holds no LoRA weights under PEFT's names ({_PREFIX}….lora_A.weight)")
-    skeleton = nn.Module()
-    for name in names:
-        _place(skeleton, name, _empty_module(name, tensors, folder))
+    bare = _bare(config, names)
+    if config.target_parameters:
+        skeleton = architecture_of(config.base_model_name_or_path, config.task_type, next(iter(lora.values())).dtype)
+        bare.target_modules, bare.layers_to_transform = config.target_modules, config.layers_to_transform
+        bare.layers_pattern = config.layers_pattern
+    else:
+        skeleton = nn.Module()
+        for name in names:
+            _place(skeleton, name, _empty_module(name, tensors, folder))
     try:
-        model = get_peft_model(skeleton, _bare(config, names), low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", UNTRUE, RuntimeWarning)
+            model = get_peft_model(skeleton, bare, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
         result = set_peft_model_state_dict(model, lora, low_cpu_mem_usage=True)
     except Exception as error:  # settings that are valid one by one may be invalid together, with any error in PEFT
         raise AdapterError(
@@ -95,6 +104,8 @@ def open_standalone(folder: str | Path) -> StandaloneAdapter:
             f"the weights in {folder} are not complete: {(missing or result.unexpected_keys)[0]} has no counterpart. "
             "Save the adapter again"
         )
+    remove_fillers_(model)
+    layers = find_layers(model)
     return StandaloneAdapter(folder, layers, config, {key: value for key, value in tensors.items() if key not in lora})
 
 
