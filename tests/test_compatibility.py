@@ -47,7 +47,7 @@ def test_every_cell_is_backed() -> None:
     tests = [cell.test for cell in [*cells().values(), *LOOPS.values()] if "::" in cell.test]
     files = {test.partition("::")[0] for test in tests}
     collected = Collected()
-    arguments = ["--collect-only", "-q", "-p", "no:cacheprovider"]
+    arguments = ["--collect-only", "--all", "-q", "-p", "no:cacheprovider"]
     code = pytest.main([*arguments, *(str(ROOT / file) for file in files)], plugins=[collected])
     assert code == 0
     for package, part in SKIPPED_WITHOUT.items():
