@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 
-DDP = ("alora-dnas", "alora-options")
-FSDP = ("adalora, FSDP2", "alora-first-order, FSDP2", "DoRA, FSDP2")
-DEEPSPEED = ("ZeRO-2, adalora", "ZeRO-3, sora", "ZeRO-2, balanced")
+DDP = ("alora-dnas", "alora-options", "alora-first-order")
+FSDP = ("adalora, FSDP2", "alora-first-order, FSDP2", "DoRA, FSDP2", "ard per head, FSDP2")
+DEEPSPEED = ("ZeRO-2, adalora", "ZeRO-3, sora", "ZeRO-2, balanced", "ZeRO-1, ard")
 """Cases of the fixtures with real processes, which leave them out too (``python -m
 tests.training.parallel.processes_table`` runs every method in every form)."""
 
@@ -26,16 +26,23 @@ ONE_MORE = (
     # every method on one model, one method on the others
     _CONFORMANCE + r"test_a_resumed_run_equals_the_uninterrupted_run\[(encoder|vision)-(?!alora\]).+\]",
     _CONFORMANCE + r"test_an_adapter_saved_at_any_step_loads_in_plain_peft\[(encoder|vision)-(?!alora\]).+\]",
+    # a Trainer takes seconds: three methods
+    _CONFORMANCE + r"test_the_trainer_trains_saves_and_resumes_exactly\[causal-(?!alora\]|ard-heads\]|balanced\]).+\]",
     r"tests/test_conformance\.py::test_the_trainer_with_other_models\[ard-heads-.+\]",
+    r"tests/training/test_larger_models\.py::test_a_trainers_run_of_a_larger_model_.+\[(?!alora\]).+\]",
+    r"tests/training/test_attached_runs\.py::test_an_interrupted_trainer_resumes_.+\[(?!alora-|ard-heads-).+\]",
+    r"tests/training/integrations/test_torch_compile\.py::test_methods_compile\[(?!alora\]|ard\]).+\]",
+    r"tests/training/integrations/test_torch_compile\.py::test_every_change_of_ranks_.+\[wrapped\]",
+    r"tests/allocators/test_registry\.py::test_a_recipe_names_a_package_s_method_.+",
     rf"tests/training/parallel/test_ddp\.py::test_two_processes_.+\[({_names(DDP)})\]",
     r"tests/training/parallel/test_ddp\.py::test_so_do_four_processes",
     rf"tests/training/parallel/test_fsdp\.py::test_two_processes_.+\[({_names(FSDP)})\]",
     rf"tests/training/parallel/test_deepspeed\.py::test_ranks_and_losses_.+\[({_names(DEEPSPEED)})\]",
     r"tests/test_examples\.py::test_notebook\[which_rank\]",
     r"tests/test_examples\.py::test_the_trainer_on_a_base_model_that_transformers_sharded",
-    r"tests/test_benchmarks\.py::test_(truncation|scores|step_on_a_4_bit_base)",
+    r"tests/test_benchmarks\.py::test_(run|truncation|scores|step_on_a_4_bit_base)",
     r"tests/experiments/test_posthoc\.py::test_half_of_an_adapter\[ablation\]",
-    r"tests/experiments/compare/test_comparison\.py::test_planted_ranks_are_a_comparison_too",
+    r"tests/experiments/compare/test_comparison\.py::test_(planted_ranks_are_a_comparison_too|jobs_give_the_same_results)",
     r"tests/training/test_attached_runs\.py::test_a_retry_with_a_smaller_batch_.+\[(?!alora-|ard-heads-).+\]",
 )
 
