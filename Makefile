@@ -1,8 +1,7 @@
 # make demo, make test: each does all its set-up in .venv on a fresh machine, and none that is already there.
 PYTHON ?= python3
 BIN := .venv/bin
-# --no-compile: Python compiles a module when it is first imported, and most of them never are.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test test-all lint docs format clean
 help:
