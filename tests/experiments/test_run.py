@@ -369,6 +369,59 @@ def test_dora_with_an_allocator(make: Make) -> None:
     assert task.evaluate(loaded, "test", progress=False) == pytest.approx(result.metrics["test"], abs=1e-5)
 
 
+def test_an_initialisation_of_peft_that_changes_the_base(make: Make) -> None:
+    """A static run with PiSSA: the figures in its metrics are those of the files in plain PEFT."""
+    config = make(allocator={"name": "static"}, lora={"init": "pissa"}, training={"load_best_model_at_end": False})
+    result = train(config)
+    task = build_task(config.task, load_tokenizer(config.model))
+    base = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2)
+    base.config.pad_token_id = task.collator.tokenizer.pad_token_id
+    loaded = PeftModel.from_pretrained(base, str(result.folder / "adapter"))
+    assert loaded.peft_config["default"].init_lora_weights == "pissa"
+    assert task.evaluate(loaded, "test", progress=False) == pytest.approx(result.metrics["test"], abs=1e-5)
+    with pytest.raises(LorankError, match="changed the base weights"):
+        train(make(lora={"init": "pissa"}, output_dir=f"{config.output_dir}2"))
+
+
+def test_lora_plus_trains_b_at_a_rate_of_its_own(make: Make) -> None:
+    class Seen(TrainerCallback):
+        rates: dict[str, float]
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            of = {id(p): group["lr"] for group in given["optimizer"].param_groups for p in group["params"]}
+            self.rates = {n: of[id(p)] for n, p in given["model"].named_parameters() if p.requires_grad}
+
+    seen = Seen()
+    result = train(make(training={"lora_plus": 4.0}), callbacks=[seen])
+    assert result.metrics["ranks_moved"] > 0
+    a = {rate for name, rate in seen.rates.items() if "lora_A" in name}
+    b = {rate for name, rate in seen.rates.items() if "lora_B" in name}
+    head = {rate for name, rate in seen.rates.items() if "score" in name}
+    assert len(a) == len(b) == 1
+    assert next(iter(b)) == pytest.approx(4 * next(iter(a)))
+    assert head == a
+
+
+def test_ranks_given_at_the_start(make: Make) -> None:
+    pattern = {"layers.0.self_attn.q_proj": 7, ".*layers.1.self_attn.[qk]_proj": 0}
+    config = make(allocator={"name": "static"}, lora={"rank_pattern": pattern})
+    result = train(config)
+    ranks = read_history(result.folder / "rank_history.jsonl")[0].ranks
+    assert {name.removeprefix("model."): rank for name, rank in ranks.items()} == {
+        "layers.0.self_attn.q_proj": 7,
+        "layers.0.self_attn.v_proj": 4,
+        "layers.1.self_attn.q_proj": 0,
+        "layers.1.self_attn.v_proj": 4,
+    }
+    task = build_task(config.task, load_tokenizer(config.model))
+    model = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2)
+    model.config.pad_token_id = task.collator.tokenizer.pad_token_id
+    loaded = PeftModel.from_pretrained(model, str(result.folder / "adapter"))
+    assert {layer.scaling["default"] for layer in loaded.modules() if hasattr(layer, "lora_A")} == {2.0}
+    with pytest.raises(SettingsError, match="no adapted module is called 'k_proj'"):
+        train(make(lora={"rank_pattern": {"k_proj": 2}}, output_dir=f"{config.output_dir}2"))
+
+
 @pytest.mark.parametrize("method", ["gradient", "eva"])
 def test_initial_ranks_from_data_within_the_budget_and_a_resumed_run_finds_them_again(make: Make, method: str) -> None:
     lora = {"initial_ranks": method, "initial_batches": 4, "r": 2}

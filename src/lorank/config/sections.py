@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -41,9 +42,14 @@ class LoraSettings(Settings):
     """Scale by alpha/√r (rank-stabilised LoRA, arXiv 2312.03732)."""
     use_dora: bool = False
     """Also learn a magnitude per output row (DoRA, arXiv 2402.09353); works with any allocator."""
-    init: Literal["default", "gradient"] = "default"
-    """The directions that A begins with: random, as PEFT makes them, or those in which B learns most by the gradient of
-    the frozen weights. With gradient, initial_ranks is gradient too unless it is set."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    """Ranks of some modules at the start, by the ends of their names or regular expressions, as in PEFT's LoraConfig;
+    the others have r. The factor of the update is alpha/r in all of them."""
+    init: Literal["default", "gradient", "pissa", "olora", "orthogonal"] = "default"
+    """How A and B begin. default: A random and B 0, as PEFT makes them. gradient: A has the directions in which B
+    learns most by the gradient of the frozen weights; initial_ranks is gradient too unless it is set. pissa (arXiv
+    2404.02948), olora (arXiv 2406.01775), orthogonal: PEFT's own. pissa and olora change the base weights, so they are
+    for static ranks only."""
     initial_ranks: Literal["uniform", "gradient", "eva"] | None = None
     """How ranks are distributed over the modules at the start, within the budget: evenly (the default), by the largest
     gradients of the frozen weights, or by EVA (arXiv 2410.07170), which also chooses A's directions."""
@@ -52,11 +58,26 @@ class LoraSettings(Settings):
 
     @model_validator(mode="after")
     def _one_choice_of_directions(self) -> Self:
-        if self.init == "gradient" and self.initial_ranks == "eva":
+        if self.init != "default" and self.initial_ranks == "eva":
             raise ValueError(
-                "init is gradient and initial_ranks is eva, and both choose A's directions: set initial_ranks to "
+                f"init is {self.init} and initial_ranks is eva, and both choose A's directions: set initial_ranks to "
                 "gradient or uniform, or init to default"
             )
+        if self.init not in ("default", "gradient") and self.initial_ranks not in (None, "uniform"):
+            raise ValueError(
+                f"init is {self.init} and initial_ranks is {self.initial_ranks}: PEFT's initialisations are made at "
+                "the ranks that the adapter keeps; leave out initial_ranks, or set init to default or gradient"
+            )
+        spread = self.initial_ranks or ("gradient" if self.init == "gradient" else "uniform")
+        if self.rank_pattern and (spread != "uniform" or self.init not in ("default", "gradient")):
+            raise ValueError(
+                "rank_pattern gives the ranks at the start, and init or initial_ranks would give others: leave one out"
+            )
+        for key in self.rank_pattern or ():
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"rank_pattern: {key!r} is not a regular expression ({error})") from error
         return self
 
 
@@ -81,6 +102,8 @@ class TrainingSettings(Settings):
     """Fraction of the run in which the learning rate rises from 0."""
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad"] = "adamw_torch"
     """The optimiser, by transformers' name for it."""
+    lora_plus: float | None = Field(default=None, gt=0)
+    """The learning rate of B as a multiple of lr, which is A's (LoRA+, arXiv 2402.12354); null: the same."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of the adapter."""
     max_grad_norm: float = Field(default=1.0, gt=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from typing import Literal
 
@@ -12,10 +13,13 @@ from lorank.allocators import Context, TrainingInfo, gradient_start_, initial_ra
 from lorank.config.settings import FullSettings, RunConfig
 from lorank.experiments.errors import SettingsError
 from lorank.experiments.models import load_model
-from lorank.lora import find_layers, make_peft_model
+from lorank.lora import find_layers, make_peft_model, plan_for_rank, resize_
 from lorank.tasks import Task
 
 logger = logging.getLogger("lorank")
+
+PEFT_INITS = ("pissa", "olora", "orthogonal")
+"""Values of ``lora.init`` that PEFT knows."""
 
 
 def adapted_model(config: RunConfig, task: Task) -> nn.Module:
@@ -35,6 +39,7 @@ def adapted_model(config: RunConfig, task: Task) -> nn.Module:
             target_modules=targets if isinstance(targets, str) else list(targets),
             target_parameters=list(lora.target_parameters) if lora.target_parameters else None,
             modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
+            init_lora_weights=lora.init if lora.init in PEFT_INITS else True,
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
         )
@@ -44,7 +49,22 @@ def adapted_model(config: RunConfig, task: Task) -> nn.Module:
     for wanted in lora.target_parameters or ():
         if not any(f".{name}".endswith(f".{wanted}") for name in names):
             raise SettingsError(f"lora.target_parameters: {config.model.name!r} has no parameter {wanted!r} to adapt")
+    if lora.rank_pattern:
+        _give_ranks_(config, model)
     return model
+
+
+def _give_ranks_(config: RunConfig, model: nn.Module) -> None:
+    """Gives the modules in ``lora.rank_pattern`` their ranks, which may be 0. The factor of the update stays."""
+    layers, pattern = find_layers(model), config.lora.rank_pattern or {}
+    keys = {name: next((key for key in pattern if re.fullmatch(rf"(.*\.)?({key})", name)), None) for name in layers}
+    for key in pattern:
+        if key not in keys.values():
+            raise SettingsError(
+                f"lora.rank_pattern: no adapted module is called {key!r}; there are {', '.join(list(layers)[:3])}, …"
+            )
+    plan = {name: plan_for_rank(layers[name].rank, pattern[key]) for name, key in keys.items() if key is not None}
+    resize_(layers, plan, seed=config.training.seed)
 
 
 def spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:
@@ -53,6 +73,8 @@ def spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:
     A resumed run computes the same ones again.
     """
     lora = config.lora
+    if lora.init in PEFT_INITS:
+        return
     spread = lora.initial_ranks or ("gradient" if lora.init == "gradient" else "uniform")
     if (lora.init == "default" and spread == "uniform") or isinstance(config.allocator, FullSettings):
         return

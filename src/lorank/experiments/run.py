@@ -27,7 +27,7 @@ from lorank.experiments.errors import SettingsError
 from lorank.experiments.models import load_model, load_onto_new_base, load_tokenizer
 from lorank.experiments.progress import TrainingProgress
 from lorank.files import write_text
-from lorank.lora import find_layers, save_adapter
+from lorank.lora import find_layers, make_lora_plus_optimizer, save_adapter
 from lorank.tasks import Task, build_task, mean_loss
 from lorank.training import RankCallback
 from lorank.training.summary import moved
@@ -221,7 +221,8 @@ def make_trainer(
 ) -> Trainer:
     if config.training.patience is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=config.training.patience)]
-    trainer = _TrainerWithoutExtraStep(
+    trainer = _Trainer(
+        lora_plus=config.training.lora_plus,
         model=model,
         args=arguments,
         data_collator=task.collator,
@@ -234,11 +235,29 @@ def make_trainer(
     return trainer
 
 
-class _TrainerWithoutExtraStep(Trainer):
-    """A Trainer that takes no further step if it resumes from the run's last checkpoint.
+class _Trainer(Trainer):
+    """A Trainer that takes no further step if it resumes from the run's last checkpoint, and that knows LoRA+.
 
     transformers' Trainer would take one step more.
+
+    Args:
+        lora_plus: the learning rate of B as a multiple of A's; None: the same.
+        arguments: those of the Trainer.
     """
+
+    def __init__(self, *, lora_plus: float | None, **arguments: Any) -> None:
+        self._lora_plus = lora_plus
+        super().__init__(**arguments)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self._lora_plus is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        adapted: Any = self.model if model is None else model
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, adapted)
+        self.optimizer = make_lora_plus_optimizer(
+            adapted, kind, ratio=self._lora_plus, weight_decay=self.args.weight_decay, **settings
+        )
+        return self.optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         stopped_early = any(

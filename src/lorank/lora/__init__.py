@@ -14,13 +14,14 @@ from lorank.lora.io.adapter_folder import is_adapter_file
 from lorank.lora.io.load_adapter import load_adapter, read_adapter_config
 from lorank.lora.io.load_weights import ResizeOnLoadHandle, remove_stated_ranks_, resize_on_load
 from lorank.lora.io.model_card import write_card
-from lorank.lora.io.save_adapter import check_save_directory, fold_gates_, make_peft_model, save_adapter
+from lorank.lora.io.save_adapter import check_save_directory, fold_gates_, save_adapter
 from lorank.lora.io.standalone import StandaloneAdapter, open_standalone, save_standalone
 from lorank.lora.kernels.per_head import HeadGroups
 from lorank.lora.layer import AdapterLayer, AdapterLayers
 from lorank.lora.optimizer_rules import check_optimizer, check_zero_rule, copies_weights
 from lorank.lora.optimizer_state import SecondMoments, check_state, unwrap_optimizer
 from lorank.lora.optimizer_trial import try_optimizer
+from lorank.lora.peft_objects import make_lora_plus_optimizer, make_peft_model
 from lorank.lora.per_head_conversion import merge_heads_, restore_layout_, split_again_, split_into_heads_
 from lorank.lora.pool import padded
 from lorank.lora.quantised import RepackingPrevention, prevent_repacking
@@ -62,6 +63,7 @@ __all__ = [
     "is_adapter_file",
     "is_compiled",
     "load_adapter",
+    "make_lora_plus_optimizer",
     "make_peft_model",
     "merge_heads_",
     "open_standalone",

@@ -174,7 +174,7 @@ def test_a_run_that_fails_is_a_result_and_a_mistake_is_not(file: Path, monkeypat
         def failing(*_: Any, **__: Any) -> Any:
             raise error
 
-        monkeypatch.setattr(recipe_runs, "train_adapter", failing)
+        monkeypatch.setattr(recipe_runs, "train_", failing)
 
     _, trials = trials_of(read_comparison(file))
     trial = next(iter(trials.values()))

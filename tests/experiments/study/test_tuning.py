@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,39 @@ def test_the_choice_sees_tuning_runs_alone() -> None:
     assert {trial.seed for trial in asked if trial.stage == "tuning"} == {7, 8}
     first_test = next(place for place, trial in enumerate(asked) if trial.stage == "test")
     assert all(trial.stage == "test" for trial in asked[first_test:])
+
+
+def test_a_grid_grows_by_its_own_factor() -> None:
+    one = dataclasses.replace(contender([0.01, 0.0178]), factor=10**0.25)
+    tuned, _, _ = solve(one, lambda trial: -trial.setting[0] if trial.setting[0] < 0.05 else 1.0)
+    assert sorted(lr for lr, _ in tuned.losses) == [0.01, 0.0178, 0.0317, 0.0564]
+    assert tuned.best == (0.0317, None)
+
+
+def test_a_contender_that_comes_after_another_one() -> None:
+    """Its trials have the other's results of the same seed and stage, at the other's best setting."""
+
+    def trial(setting: Setting, seed: int, stage: Stage, line: Line) -> Asked:
+        return Asked((setting[0], line["loss"]), seed, stage)
+
+    first = contender([1.0, 2.0, 4.0])
+    second = Contender("second", [(8.0, None), (16.0, None)], trial, lambda line: line["loss"], after=first)
+    plan = study_plan([second, first], tuning_seeds=[7, 8], seeds=[0, 1])
+    known: dict[str, Line] = {}
+    assert (len(plan(known).trials), plan(known).later) == (6, 4 + 4)
+    while missing := [one for one in plan(known).trials if one.fingerprint not in known]:
+        for one in missing:
+            lr, before = one.setting  # type: ignore[attr-defined]
+            known[one.fingerprint] = {"loss": abs(lr - 2) + one.seed / 100 if before is None else lr - before}  # type: ignore[attr-defined]
+    assert plan(known).later == 0
+    after = [one for one in plan(known).trials if one.setting[1] is not None]  # type: ignore[attr-defined]
+    assert {(one.seed, one.stage, one.setting[1]) for one in after} == {  # type: ignore[attr-defined]
+        (7, "tuning", 0.07),
+        (8, "tuning", 0.08),
+        (0, "test", 0.0),
+        (1, "test", 0.01),
+    }
+    assert tune(second, [7, 8], known).best == (8.0, None)
 
 
 def test_a_knob_is_chosen_with_the_rate() -> None:

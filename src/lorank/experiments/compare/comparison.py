@@ -19,8 +19,8 @@ from lorank.experiments.compare.statistics import (
     sentence,
 )
 from lorank.experiments.compare.subject import Entry, Subject
-from lorank.experiments.study.trials import Line, Progress, Results, Wanted, run_trials
-from lorank.experiments.study.tuning import study_plan, tune
+from lorank.experiments.study.trials import Line, Progress, Results, Trial, Wanted, run_trials
+from lorank.experiments.study.tuning import Setting, Stage, study_plan, trial_of, tune
 
 TOLERANCE = 0.02
 """Final sizes that differ from the budget by more are told."""
@@ -113,16 +113,15 @@ def tidy_rows(comparison: Comparison, subject: Subject, known: Mapping[str, Line
     file, rows = comparison.file, []
     for entry in subject.shown:
         tuned = tune(entry.contender, file.tuning_seeds, known)
-        trials = [
-            ("tuning", entry.contender.trial(s, seed, "tuning")) for s in tuned.asked for seed in file.tuning_seeds
+        asked: list[tuple[Setting, int, Stage]] = [
+            (s, seed, "tuning") for s in tuned.asked for seed in file.tuning_seeds
         ]
         if tuned.best is not None:
-            trials += [("test", entry.contender.trial(tuned.best, seed, "test")) for seed in file.seeds]
-        rows += [
-            subject.tidy(entry, stage, known[trial.fingerprint])  # type: ignore[arg-type]  # two literals
-            for stage, trial in trials
-            if trial.fingerprint in known
-        ]
+            asked += [(tuned.best, seed, "test") for seed in file.seeds]
+        for setting, seed, stage in asked:
+            trial = trial_of(entry.contender, setting, seed, stage, tuning_seeds=file.tuning_seeds, known=known)
+            if trial is not None and trial.fingerprint in known:
+                rows.append(subject.tidy(entry, stage, known[trial.fingerprint]))
     return rows
 
 
@@ -134,12 +133,18 @@ class _Found:
         self.tuned = tune(entry.contender, comparison.file.tuning_seeds, known)
         assert self.tuned.best is not None  # all runs are finished
         self.best = self.tuned.best
-        self.lines = [known[entry.contender.trial(self.best, seed, "test").fingerprint] for seed in self.seeds]
+        self.lines = [known[self._trial(seed, comparison, known).fingerprint] for seed in self.seeds]
         self.rows = [subject.tidy(entry, "test", line) for line in self.lines]
         self.values = [subject.value(line) for line in self.lines]
         self.mean, self.error = mean_and_error(self.values)
         examples = [subject.examples(line) for line in self.lines]
         self.examples = None if any(one is None for one in examples) else [one for one in examples if one is not None]
+
+    def _trial(self, seed: int, comparison: Comparison, known: Mapping[str, Line]) -> Trial:
+        tuning_seeds = comparison.file.tuning_seeds
+        trial = trial_of(self.entry.contender, self.best, seed, "test", tuning_seeds=tuning_seeds, known=known)
+        assert trial is not None  # all runs are finished
+        return trial
 
     def mean_of(self, column: str) -> float | None:
         found = [row[column] for row in self.rows if row.get(column) is not None]
@@ -166,6 +171,7 @@ def _row(
         "title": entry.title,
         "budget": entry.budget,
         "reference": entry.reference,
+        "sized": entry.sized,
         "lr": found.best[0],
         "lr_grid": {_setting(setting): loss for setting, loss in sorted(found.tuned.losses.items(), key=_by_rate)},
         "seeds": list(found.seeds),
@@ -175,6 +181,8 @@ def _row(
         "parameters": None if parameters is None else round(parameters),
         "most_parameters": found.mean_of("most_parameters"),
         "seconds": found.mean_of("seconds"),
+        "other_loss_before": found.mean_of("other_loss_before"),
+        "other_loss": found.mean_of("other_loss"),
         "allocation_seconds": found.mean_of("allocation_seconds"),
         "difference": None if difference is None else vars(difference) | {"real": difference.real},
         "equivalent_k": equivalent.k,
@@ -206,6 +214,8 @@ def _told(
 def _notes(found: _Found, parameters: float | None) -> list[str]:
     notes = []
     wanted = found.entry.parameters
+    if not found.entry.sized:
+        notes.append("trains all weights of the model, so it is not of the budget's size")
     if wanted is not None and parameters is not None and abs(parameters / wanted - 1) > TOLERANCE:
         notes.append(
             f"ends with {parameters:,.0f} parameters, {abs(parameters / wanted - 1):.1%} "
@@ -225,7 +235,7 @@ def _notes(found: _Found, parameters: float | None) -> list[str]:
 def _summary(rows: Sequence[Mapping[str, Any]], subject: Subject, baseline: str, seeds: int) -> str:
     parts = []
     for budget in subject.budgets:
-        methods = [row for row in rows if row["budget"] == budget and row["reference"] is None]
+        methods = [row for row in rows if row["budget"] == budget and row["reference"] is None and row["sized"]]
         measured = [row for row in methods if math.isfinite(row["mean"])]
         if not measured:
             parts.append(f"{budget}: every method failed.")

@@ -30,7 +30,7 @@ from lorank.config.errors import ConfigError, explain
 from lorank.config.recipes import find_file, with_absolute_paths
 from lorank.config.sections import RunSections, TrainingSettings
 from lorank.config.yaml_files import apply_overrides, read_yaml
-from lorank.tasks.settings import Settings
+from lorank.tasks.settings import Settings, TaskSettings
 
 WIDE_STARTS = {"adalora": 2.0, "sora": 2.0}
 """Methods that prune down to their budget: where they begin by default, as a multiple of the budget."""
@@ -66,6 +66,14 @@ class MethodKeys(Settings):
     """How wide it begins, as a multiple of the budget; null: 2 for adalora and sora, which only prune, else 1."""
     lrs: list[Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
     """Its own first grid of learning rates."""
+    ranks_of: str | None = None
+    """A control: it begins with the ranks that this method ended with, at the same budget and with the same seed. With
+    `allocator: {name: static}`, the question is whether the ranks are enough without the way to them."""
+    shuffled: bool = False
+    """With ranks_of: these ranks are shuffled among modules of the same shape. So only their sizes are kept."""
+    cut_at_end: bool = False
+    """It trains `start` times the budget to the end, and is then cut to the budget by balanced truncation, as
+    `lorank prune` does, and not trained any more. For `allocator: {name: static}`."""
 
 
 class CompareFile(Settings):
@@ -78,25 +86,30 @@ class CompareFile(Settings):
     """Instead of a base: planted, the task whose true ranks are known (docs/planted.md)."""
     planted: PlantedSettings = PlantedSettings()
     """Settings of the task planted."""
-    methods: dict[str, dict[str, Any] | None] = Field(min_length=1)
+    methods: Annotated[dict[str, dict[str, Any] | None], Field(min_length=1)]
     """By name: changes of the base, such as `allocator: {name: balanced}`, as sections or dotted keys; and `title`,
-    `start` (how wide the method begins, as a multiple of the budget) and `lrs` (its own first grid). For the task
-    planted: names of its methods, each without changes."""
+    `start` (how wide the method begins, as a multiple of the budget), `lrs` (its own first grid), and the keys of
+    controls (`ranks_of`, `shuffled`, `cut_at_end`). For the task planted: names of its methods, each without changes.
+    Or the path of a YAML file with such methods, relative to this file."""
     baseline: str | None = None
     """The method that the others are compared with; null: the first one."""
     budgets: list[float | str | dict[str, Any]] = Field(default=["100% of adapter"], min_length=1)
     """Budgets, in any form that lorank knows: 2 (ranks per module), 50k params, 0.5% of base, 100% of adapter."""
     lrs: list[float] = Field(default=[5e-4, 1e-3, 2e-3, 4e-3], min_length=1)
-    """The first learning rates to try, a factor of two apart. The grid grows until both neighbours of the best are
+    """The first learning rates to try, a `factor` apart. The grid grows until both neighbours of the best are
     worse."""
     growth: int = Field(default=4, ge=0)
     """The largest number of learning rates by which a grid grows."""
+    factor: float = Field(default=2.0, gt=1)
+    """The ratio of neighbouring learning rates by which a grid grows; 1.78 is a quarter of a decade."""
     tuning_seeds: list[int] = Field(default=[100], min_length=1)
     """Seeds of the runs that choose learning rates, by validation data alone."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     """Seeds of the runs that are reported, on test data."""
     references: list[float] = Field(default_factory=list)
     """Sizes k: LoRA with k times the parameters of each budget is run too, and differences are told in this unit."""
+    forgetting: TaskSettings | None = None
+    """Another task, on whose validation part the model is measured before and after each test run: what it forgets."""
     metric: str = "loss"
     """The test metric that is compared: loss; or accuracy, bleu, rouge_l, perplexity, as far as the task has it."""
     output_dir: str = Field(min_length=1)
@@ -123,7 +136,11 @@ class CompareFile(Settings):
         if self.baseline is not None and self.baseline not in self.methods:
             wrong.append(f"baseline {self.baseline!r} is not one of the methods {', '.join(self.methods)}")
         if self.task is not None:
-            given = [key for key in ("budgets", "lrs", "growth", "metric") if key in self.model_fields_set]
+            given = [
+                key
+                for key in ("budgets", "lrs", "growth", "factor", "metric", "forgetting")
+                if key in self.model_fields_set
+            ]
             if given:
                 wrong.append(f"{', '.join(given)}: the task planted has its own; leave this out")
             if any(self.methods.values()):
@@ -176,6 +193,8 @@ def read_comparison(
             f"{path} is the recipe of one run. A comparison is a file with methods, and a recipe as its base, such as "
             "compare_e2e (docs/comparing.md)."
         )
+    if isinstance(values.get("methods"), str):
+        values["methods"] = read_yaml(find_file(values["methods"], beside=file.parent))
     own = [text for text in overrides if _is_own(text)]
     values = {**values, **apply_overrides({key: v for key, v in values.items() if key not in ("base", "methods")}, own)}
     try:
@@ -234,7 +253,10 @@ def _selected(content: CompareFile, methods: Sequence[str] | None) -> CompareFil
             f"--methods {','.join(methods)}: {unknown[0] if unknown else ''!r} is not one of the methods "
             f"{', '.join(content.methods)}"
         )
-    kept = {name: value for name, value in content.methods.items() if name in methods or name == baseline}
+    needed = {*methods, baseline}
+    # a control needs the method whose ranks it takes
+    needed |= {str((content.methods[name] or {}).get("ranks_of", name)) for name in methods}
+    kept = {name: value for name, value in content.methods.items() if name in needed}
     return content.model_copy(update={"baseline": baseline, "methods": kept})
 
 
@@ -298,8 +320,9 @@ def _checked(
             values = apply_overrides(base, [*overrides, *(f"{key}={_yaml(changes[key])}" for key in changes)])
             if not isinstance(values.get("allocator"), Mapping) or "name" not in values["allocator"]:
                 wrong.append(f"methods.{name}: no allocator; write allocator: {{name: …}}")
-            elif values["allocator"]["name"] == "full":
-                wrong.append(f"methods.{name}: full fine-tuning has no budget, so it cannot be compared at equal size")
+            elif values["allocator"]["name"] == "full" and name == content.baseline:
+                wrong.append(f"methods.{name}: full fine-tuning has no budget, so it cannot be the baseline")
+            wrong += [f"methods.{name}: {problem}" for problem in _wrong_control(content, keys, values)]
             RunSections.model_validate(values)
         except ConfigError as error:
             wrong.append(f"methods.{name}: {error}")
@@ -310,6 +333,31 @@ def _checked(
     if wrong:
         raise ConfigError(f"{source}:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(wrong)))
     return made
+
+
+def _wrong_control(content: CompareFile, keys: MethodKeys, values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the keys of a control."""
+    allocator, wrong = _allocator_of(values), []
+    if keys.shuffled and keys.ranks_of is None:
+        wrong.append("shuffled needs ranks_of, the method whose ranks are shuffled")
+    if keys.ranks_of is not None:
+        other = content.methods.get(keys.ranks_of) or {}
+        if keys.ranks_of not in content.methods:
+            wrong.append(f"ranks_of {keys.ranks_of!r} is not one of the methods {', '.join(content.methods)}")
+        elif other.get("ranks_of") is not None or _allocator_of(other) == "full":
+            wrong.append(
+                f"ranks_of {keys.ranks_of!r} is itself a control, or has no ranks: name a method that moves ranks"
+            )
+        if allocator != "static" or keys.start is not None or keys.cut_at_end:
+            wrong.append("ranks_of is for allocator: {name: static}, without start and cut_at_end")
+    if keys.cut_at_end and (allocator != "static" or keys.start is None or keys.start == 1):
+        wrong.append("cut_at_end is for allocator: {name: static}, with start above 1, such as start: 4")
+    return wrong
+
+
+def _allocator_of(values: Mapping[str, Any]) -> Any:
+    section = values.get("allocator")
+    return section.get("name") if isinstance(section, Mapping) else None
 
 
 def _reserved_keys(changes: Mapping[str, Any]) -> list[str]:

@@ -28,6 +28,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from lorank.allocators import Budget, truncate_
 from lorank.config.settings import ConfigError, FullSettings, RunConfig, make_config
 from lorank.errors import BudgetError, LorankError, ScheduleError
 from lorank.experiments.adapted_model import adapted_model, spread_ranks
@@ -46,6 +47,9 @@ from lorank.training import RankCallback
 LOSSES = "losses"
 """The subfolder with the losses of every test example, one file per test run."""
 
+CUT_SAMPLES = 128
+"""Training examples on which Gramians are measured for a cut at the end."""
+
 _MISTAKES = (ConfigError, ModelError, SettingsError, DataError, ScheduleError, BudgetError, MissingPackageError)
 """Errors that say that the comparison itself is wrong. They end it; any other of lorank's errors is a run's result."""
 
@@ -57,7 +61,10 @@ class RecipeTrial:
     Args:
         method: its key in the file.
         budget: the budget as it is told to users.
-        config: the whole configuration as JSON, without its folder, learning rate and seed.
+        config: the configuration as JSON, without defaults, its folder, learning rate and seed.
+        cut: the numbers in A and B to which the trained adapter is cut at the end; None: it is not cut.
+        forgetting: the settings of the task that shows what is forgotten, as JSON; None: there is none.
+        failure: why the trial cannot be done; None: it can.
     """
 
     method: str
@@ -66,11 +73,15 @@ class RecipeTrial:
     seed: int
     stage: Stage
     config: str = field(repr=False)
+    cut: int | None = None
+    forgetting: str | None = field(default=None, repr=False)
+    failure: str | None = None
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the configuration, the rate, the seed and the stage."""
-        described = json.dumps([self.config, self.lr, self.seed, self.stage])
+        """A hash of all that decides the result."""
+        more = [value for value in (self.cut, self.forgetting, self.failure) if value is not None]
+        described = json.dumps([self.config, self.lr, self.seed, self.stage, *more])
         return hashlib.sha256(described.encode()).hexdigest()[:16]
 
     @property
@@ -91,16 +102,19 @@ class RecipeTrial:
 
 
 def config_text(config: RunConfig) -> str:
-    """A configuration for :class:`RecipeTrial`. Keys that do not matter here have one value, so that they do not make
-    another trial: there are no checkpoints, and the weights after the last step are measured."""
-    values = config.model_dump(mode="json", exclude={"output_dir"})
-    for key in ("lr", "seed", "eval_steps", "save_steps", "keep_checkpoints", "logging_steps"):
-        del values["training"][key]
-    values["training"] |= {"load_best_model_at_end": False, "patience": None}
+    """A configuration for :class:`RecipeTrial`. Keys that do not matter here are left out, so that they do not make
+    another trial: there are no checkpoints, and the weights after the last step are measured. Defaults are left out
+    too, so that a key that a later version adds does not make another trial."""
+    values = config.model_dump(mode="json", exclude={"output_dir"}, exclude_defaults=True)
+    training = values.setdefault("training", {})
+    for key in ("lr", "seed", "eval_steps", "save_steps", "keep_checkpoints", "logging_steps", "patience"):
+        training.pop(key, None)
+    training["load_best_model_at_end"] = False
+    values["task"]["name"] = config.task.name  # it says which settings these are
     return json.dumps(values, sort_keys=True)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _task(model: str, task: str) -> Task:
     config = make_config(
         {"model": json.loads(model), "task": json.loads(task), "allocator": {"name": "static"}, "output_dir": "-"}
@@ -111,6 +125,11 @@ def _task(model: str, task: str) -> Task:
 def task_of(config: RunConfig) -> Task:
     """The task of a configuration, read once per process."""
     return _task(json.dumps(config.model.model_dump(mode="json")), json.dumps(config.task.model_dump(mode="json")))
+
+
+def other_task(config: RunConfig, settings: str) -> Task:
+    """The task that shows what is forgotten, from its settings as JSON, read once per process."""
+    return _task(json.dumps(config.model.model_dump(mode="json")), settings)
 
 
 def run_trial(trial: RecipeTrial, out: Path) -> dict[str, Any]:
@@ -133,6 +152,8 @@ def run_trial(trial: RecipeTrial, out: Path) -> dict[str, Any]:
         "stage": trial.stage,
         "failure": None,
     }
+    if trial.failure is not None:
+        return {**line, "failure": trial.failure, "validation_loss": None, "test": {}, "seconds": 0.0}
     gc.collect()  # a Trainer and its callbacks refer to each other: without it, two models would be in memory
     began = time.perf_counter()
     try:
@@ -148,25 +169,26 @@ def run_trial(trial: RecipeTrial, out: Path) -> dict[str, Any]:
 
 
 def _train_and_measure(config: RunConfig, task: Task, trial: RecipeTrial, out: Path) -> dict[str, Any]:
-    settings = config.training
-    model, callback, trained = train_adapter(config, task)
-    assert callback.ranks is not None
-    layers = find_layers(model)
-    records = callback.ranks.history
-    measured: dict[str, Any] = {
-        "parameters": layers.parameters,
-        "most_parameters": max([layers.parameters, *(record.parameters for record in records)]),
-        "ranks": layers.ranks,
-        "steps": callback.ranks.step,
-        "training_seconds": trained,
-        "allocation_seconds": sum(record.seconds for record in records.allocations),
-    }
-    batch = settings.eval_batch_size
-    measured["validation_loss"] = _finite(
-        mean_loss(model, task.validation, task.collator, batch_size=batch, progress=False)
-    )
-    if trial.stage == "tuning":
+    batch = config.training.eval_batch_size
+    tuning = trial.stage == "tuning"
+    other = None if tuning or trial.forgetting is None else other_task(config, trial.forgetting)
+    set_seed(config.training.seed)
+    model = adapted_model(config, task)
+    measured: dict[str, Any] = {}
+    if other is not None:
+        measured["other_loss_before"] = _validation_loss(model, other, batch)
+    callback, trained = train_(model, config, task)
+    if callback is None:
+        measured |= {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "ranks": None}
+        measured |= {"most_parameters": measured["parameters"], "allocation_seconds": 0.0}
+    else:
+        measured |= _of_ranks(model, callback, config, task, trial.cut)
+    measured |= {"training_seconds": trained}
+    measured["validation_loss"] = _validation_loss(model, task, batch)
+    if tuning:
         return {**measured, "test": {}}
+    if other is not None:
+        measured["other_loss"] = _validation_loss(model, other, batch)
     test = task.evaluate(model, "test", batch_size=batch, progress=False)
     examples = example_losses(model, task.test, task, batch_size=batch)
     with replacing_file(out / LOSSES / f"{trial.fingerprint}.npz") as path, path.open("wb") as file:
@@ -174,28 +196,62 @@ def _train_and_measure(config: RunConfig, task: Task, trial: RecipeTrial, out: P
     return {**measured, "test": {name: _finite(value) for name, value in test.items()}}
 
 
-def train_adapter(
-    config: RunConfig, task: Task, callbacks: Sequence[TrainerCallback] = ()
-) -> tuple[nn.Module, RankCallback, float]:
-    """Trains an adapter without checkpoints. Returns (the model with the finished adapter, the callback, seconds)."""
-    set_seed(config.training.seed)
-    model = adapted_model(config, task)
+def _validation_loss(model: nn.Module, task: Task, batch: int) -> float | None:
+    return _finite(mean_loss(model, task.validation, task.collator, batch_size=batch, progress=False))
+
+
+def _of_ranks(
+    model: nn.Module, callback: RankCallback, config: RunConfig, task: Task, cut: int | None
+) -> dict[str, Any]:
+    """What a line holds of the ranks. Cuts the adapter before, if the trial says so."""
+    assert callback.ranks is not None
+    layers, records = find_layers(model), callback.ranks.history
+    most = max([layers.parameters, *(record.parameters for record in records)])
+    seconds = sum(record.seconds for record in records.allocations)
+    if cut is not None:
+        began = time.perf_counter()
+        budget = Budget(parameters=cut).resolve(layers, layers.ranks)
+        examples, batch = task.train[:CUT_SAMPLES], config.training.batch_size
+        parts = [examples[start : start + batch] for start in range(0, len(examples), batch)]
+        truncate_(model, layers, [task.collator(part) for part in parts], budget)
+        seconds += time.perf_counter() - began
+    return {
+        "parameters": layers.parameters,
+        "most_parameters": most,
+        "ranks": layers.ranks,
+        "steps": callback.ranks.step,
+        "allocation_seconds": seconds,
+    }
+
+
+def train_(
+    model: nn.Module, config: RunConfig, task: Task, callbacks: Sequence[TrainerCallback] = ()
+) -> tuple[RankCallback | None, float]:
+    """Trains a model as :func:`adapted_model` made it, without checkpoints.
+
+    Returns:
+        (the callback that moved the ranks, None for full fine-tuning; seconds).
+    """
     spread_ranks(config, task, model)
-    assert not isinstance(config.allocator, FullSettings)  # refused in the file of a comparison
+    callback = None if isinstance(config.allocator, FullSettings) else _rank_callback(config, task)
+    arguments = training_arguments(config, len(task.train), checkpoints=False)
+    trainer = make_trainer(config, arguments, task, model, [*([callback] if callback else []), *callbacks])
+    began = time.perf_counter()
+    trainer.train()
+    return callback, time.perf_counter() - began
+
+
+def _rank_callback(config: RunConfig, task: Task) -> RankCallback:
+    assert not isinstance(config.allocator, FullSettings)
     allocator = config.allocator.build()
     samples = config.allocator_samples or allocator.validation_samples
-    callback = RankCallback(
+    return RankCallback(
         allocator,
         validation_batch=task.collator(task.validation[:samples]),
         seed=config.training.seed,
         progress=False,
         fused=config.training.fused,
     )
-    arguments = training_arguments(config, len(task.train), checkpoints=False)
-    trainer = make_trainer(config, arguments, task, model, [callback, *callbacks])
-    began = time.perf_counter()
-    trainer.train()
-    return model, callback, time.perf_counter() - began
 
 
 def example_losses(
@@ -257,7 +313,9 @@ def seconds_per_run(config: RunConfig, steps: int = 12) -> float:
     with tempfile.TemporaryDirectory() as folder:
         training = config.training.model_copy(update={"max_steps": steps, "epochs": 1e6, "patience": None})
         short = config.model_copy(update={"output_dir": folder, "training": training})
-        model, _, _ = train_adapter(short, task, [clock])
+        set_seed(config.training.seed)
+        model = adapted_model(short, task)
+        train_(model, short, task, [clock])
     step = statistics.median(after - before for before, after in itertools.pairwise(clock.times[steps // 3 :]))
     batch = config.training.eval_batch_size
     sample, began = task.validation[: 2 * batch], time.perf_counter()

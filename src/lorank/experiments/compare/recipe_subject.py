@@ -7,36 +7,32 @@ wider; the factor s of the update is the base's for all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorank.allocators.budget import Budget
-from lorank.config.settings import ALLOCATORS, ConfigError, RunConfig, make_config
-from lorank.experiments.adapted_model import adapted_model
-from lorank.experiments.compare.file import WIDE_STARTS, Comparison, MethodKeys
+from lorank.config.settings import ALLOCATORS, ConfigError, FullSettings, RunConfig, make_config
+from lorank.experiments.compare.contenders import Contenders, Size
+from lorank.experiments.compare.file import Comparison, MethodKeys
 from lorank.experiments.compare.recipe_runs import (
     LOSSES,
-    RecipeTrial,
-    config_text,
+    other_task,
     run_trial,
     seconds_per_run,
-    selection_loss,
     task_of,
 )
 from lorank.experiments.compare.statistics import Examples, grouped
 from lorank.experiments.compare.subject import Entry, Subject
 from lorank.experiments.errors import SettingsError
 from lorank.experiments.study.trials import Line
-from lorank.experiments.study.tuning import Contender, Setting, Stage
-from lorank.lora import AdapterLayers, find_layers
+from lorank.experiments.study.tuning import Contender, Stage
 from lorank.tasks import Task
 
 RESULTS = "results.jsonl"
-_Shared = dict[tuple[str, tuple[float, ...]], Contender]
 _METRICS = {
     "generation": ("loss", "bleu", "rouge_l"),
     "classification": ("loss", "accuracy"),
@@ -58,20 +54,23 @@ def recipe_subject(comparison: Comparison) -> Subject:
     task = task_of(first)
     _check_metric(comparison, first, task)
     budgets = {budget_label(spec): Budget.parse(spec) for spec in file.budgets}
-    plain, layers, shared = _plain(comparison), _Layers(task), _Shared()
+    plain, contenders = _plain(comparison), Contenders(file, task)
     entries: list[Entry] = []
-    make = partial(_contender, lrs=file.lrs, layers=layers, growth=file.growth, shared=shared)
     for label, budget in budgets.items():
-        _, parameters = layers.even(plain, budget)
+        _, parameters = contenders.layers.even(plain, budget)
+        made: dict[str, Contender] = {}
+        for name in sorted(configs, key=lambda name: comparison.methods[name][0].ranks_of is not None):
+            size = Size(label, parameters, budget.max_lora_rank)
+            made[name] = contenders.of(configs[name], name, comparison.methods[name][0], size, made)
         for name, config in configs.items():
-            keys = comparison.methods[name][0]
-            contender = make(config, name, keys, parameters, label, budget.max_lora_rank)
-            entries.append(Entry(name, keys.title or name, label, contender, parameters))
+            full = isinstance(config.allocator, FullSettings)
+            title = comparison.methods[name][0].title or name
+            entries.append(Entry(name, title, label, made[name], None if full else parameters, sized=not full))
         for k in sorted(file.references):
-            size = round(k * parameters)
+            size = Size(label, round(k * parameters))
             name = f"LoRA × {k:g}"
-            contender = make(plain, name, MethodKeys(), size, label)
-            entries.append(Entry(name, name, label, contender, size, k))
+            contender = contenders.of(plain, name, MethodKeys(), size, {})
+            entries.append(Entry(name, name, label, contender, size.parameters, k))
     return Subject(
         task=first.task.data,
         metric=file.metric,
@@ -103,7 +102,10 @@ def _configurations(comparison: Comparison) -> dict[str, RunConfig]:
             wrong.append(str(error))
             continue
         section = ALLOCATORS.get(config.allocator.name)
-        if section is None or "budget" not in section.model_fields:
+        if section is None:  # full fine-tuning, which is shown beside the methods
+            made[name] = config
+            continue
+        if "budget" not in section.model_fields:
             wrong.append(f"methods.{name}: {config.allocator.name} has no setting budget, so it cannot be held to one")
         made[name] = config
     for spec in comparison.file.budgets:
@@ -134,70 +136,15 @@ def _check_metric(comparison: Comparison, config: RunConfig, task: Task) -> None
             "test_split"
         )
     _ = task.test  # report a missing split or column now
-
-
-class _Layers:
-    """The layers of a method's adapter: made once for all methods and budgets with the same `lora` section."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self._made: dict[str, AdapterLayers] = {}
-
-    def of(self, config: RunConfig) -> AdapterLayers:
-        key = config.lora.model_dump_json()
-        if key not in self._made:
-            self._made[key] = find_layers(adapted_model(config, self._task))
-        return self._made[key]
-
-    def even(self, config: RunConfig, budget: Budget) -> tuple[int, int]:
-        """(the highest rank, the numbers in A and B) of even ranks that use up the budget."""
-        layers = self.of(config)
-        ranks = budget.resolve(layers, layers.ranks).uniform()
-        return max(ranks.values()), sum(rank * (layers[n].d_in + layers[n].d_out) for n, rank in ranks.items())
-
-
-def _contender(
-    config: RunConfig,
-    method: str,
-    keys: MethodKeys,
-    parameters: int,
-    label: str,
-    cap: int | None = None,
-    *,
-    lrs: Sequence[float],
-    layers: _Layers,
-    growth: int,
-    shared: _Shared,
-) -> Contender:
-    limits = {"parameters": parameters, **({} if cap is None else {"max_lora_rank": cap})}
-    rank, _ = layers.even(config, Budget.parse(limits))
-    start = keys.start or WIDE_STARTS.get(config.allocator.name, 1.0)
-    text = config_text(_at_budget(config, limits, math.ceil(rank * start)))
-    grid = tuple(sorted(keys.lrs or lrs))
-    if (text, grid) not in shared:
-
-        @cache  # a plan asks for it again after every run
-        def trial(setting: Setting, seed: int, stage: Stage) -> RecipeTrial:
-            return RecipeTrial(method, label, setting[0], seed, stage, text)
-
-        shared[text, grid] = Contender(
-            kind=f"{method} {label}",
-            grid=[(lr, None) for lr in grid],
-            trial=trial,
-            selection=selection_loss,
-            growth=growth,
+    other = comparison.file.forgetting
+    if other is None:
+        return
+    kind = other_task(config, other.model_dump_json()).model_kind
+    if kind != task.model_kind:
+        raise ConfigError(
+            f"{comparison.name}: forgetting is a task for a model of the kind {kind}, and the base trains a "
+            f"{task.model_kind}: the same model must do both"
         )
-    return shared[text, grid]
-
-
-def _at_budget(config: RunConfig, limits: Mapping[str, int], rank: int) -> RunConfig:
-    """The configuration with this budget, made with this rank; the factor s of the update does not change."""
-    lora, ratio = config.lora, rank / config.lora.r
-    alpha = lora.alpha * (math.sqrt(ratio) if lora.use_rslora else ratio)
-    values = config.model_dump(mode="json")
-    values["lora"] |= {"r": rank, "alpha": alpha}
-    values["allocator"]["budget"] = dict(limits)
-    return make_config(values)
 
 
 def _value(line: Line, *, metric: str) -> float:

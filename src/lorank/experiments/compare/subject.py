@@ -22,6 +22,7 @@ class Entry:
         contender: its trials. Entries with the same configuration share one, so that no run is done twice.
         parameters: the numbers in A and B that the budget buys; None: it differs between seeds.
         reference: k, for LoRA with k times the parameters; None: one of the methods.
+        sized: whether it is of the budget's size; full fine-tuning is not.
     """
 
     method: str
@@ -30,6 +31,7 @@ class Entry:
     contender: Contender
     parameters: int | None
     reference: float | None = None
+    sized: bool = True
 
 
 @dataclass(frozen=True)

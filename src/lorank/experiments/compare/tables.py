@@ -19,7 +19,8 @@ COMPARISON, TABLE, PARQUET = "comparison.json", "table.md", "runs.parquet"
 def columns(result: Mapping[str, Any]) -> list[str]:
     """The head of the table."""
     metric = result["metric"].replace("_", " ")
-    return ["method", f"test {metric}", "− baseline", "95 %", "p", "k", "parameters", "lr", "seconds"]
+    head = ["method", f"test {metric}", "− baseline", "95 %", "p", "k", "parameters", "lr", "seconds"]
+    return [*head, "other text"] if _forgetting(result) else head
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -42,6 +43,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         _number(row["parameters"], ",.0f"),
         f"{row['lr']:g}",
         _number(row["seconds"], ".0f"),
+        *([] if row.get("other_loss") is None else [f"{row['other_loss'] - row['other_loss_before']:+.3f}"]),
     ]
 
 
@@ -57,7 +59,13 @@ def rich_tables(result: Mapping[str, Any]) -> list[Table]:
             if row["budget"] == budget:
                 method, mean, difference, interval, _, *others = cells(row)
                 together = f"{difference} ({interval})" if interval else difference
-                style = "dim" if row["reference"] is not None else "bold" if _is_better(row, result) else None
+                style = (
+                    "dim"
+                    if row["reference"] is not None or not row["sized"]
+                    else "bold"
+                    if _is_better(row, result)
+                    else None
+                )
                 table.add_row(*map(escape, [method, mean, together, *others[:2]]), style=style)
         tables.append(table)
     return tables
@@ -99,6 +107,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"chosen on seeds {tuning} by validation data:",
         "",
     ]
+    if _forgetting(result):
+        lines[-2] = (
+            "Other text: the loss on another task, after training less before, which shows what is forgotten. "
+            + lines[-2]
+        )
     for row in result["rows"]:
         grid = "; ".join(f"{lr}: {_number(loss, '.4f') or 'failed'}" for lr, loss in row["lr_grid"].items())
         lines.append(f"- {row['title']}, {row['budget']}: {grid}")
@@ -118,6 +131,10 @@ def write_parquet(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     }
     with replacing_file(path) as temporary:
         pq.write_table(pa.table(arrays), temporary)
+
+
+def _forgetting(result: Mapping[str, Any]) -> bool:
+    return any(row.get("other_loss") is not None for row in result["rows"])
 
 
 def _is_better(row: Mapping[str, Any], result: Mapping[str, Any]) -> bool:

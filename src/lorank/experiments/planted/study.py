@@ -23,7 +23,7 @@ from lorank.experiments.planted.methods import METHODS, method_of
 from lorank.experiments.planted.problem import Scenario, make_problem
 from lorank.experiments.planted.student import Outcome, train_student
 from lorank.experiments.study.trials import Progress, Results, run_trials
-from lorank.experiments.study.tuning import Contender, Setting, study_plan, tune
+from lorank.experiments.study.tuning import Contender, Setting, Stage, study_plan, tune
 
 RUNS = "runs.jsonl"
 SEEDS = (0, 1, 2, 3, 4)
@@ -115,10 +115,14 @@ def run_trial(trial: Trial, device: str = "cpu") -> dict[str, Any]:
 
 def contender(scenario: Scenario, method: str) -> Contender:
     """A method and its settings to try."""
+
+    def trial(setting: Setting, seed: int, stage: Stage) -> Trial:
+        return Trial(scenario, method, *setting, seed)
+
     return Contender(
         kind=method,
         grid=method_of(method).grid,
-        trial=lambda setting, seed, _: Trial(scenario, method, *setting, seed),
+        trial=trial,
         selection=selection_loss,
     )
 

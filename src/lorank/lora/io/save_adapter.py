@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
 
 from lorank.errors import AdapterError
 from lorank.files import WriteError, is_leftover
@@ -132,8 +131,3 @@ def _without_embeddings(model: Any) -> dict[str, Any]:
     except AttributeError:  # no transformers model; PEFT does not ask it
         pass
     return {}
-
-
-def make_peft_model(model: nn.Module, **lora_config: Any) -> nn.Module:
-    """``get_peft_model(model, LoraConfig(**lora_config))``, for folders that do not import PEFT."""
-    return get_peft_model(model, LoraConfig(**lora_config))  # type: ignore[no-any-return]  # PEFT is untyped
