@@ -69,6 +69,8 @@ class TestSchedule:
         ({"scores": "balanced", "engine": "reference"}, "engine belongs to the scores by ablation"),
         ({"scores": "balanced", "samples": 64}, "samples belongs to the scores by ablation"),
         ({"scores": "balanced", "rotate": True}, "balanced scores are in their own basis already"),
+        ({"scores": "random", "rotate": True}, "random scores need no basis"),
+        ({"scores": "random", "terms": "alone"}, "belongs to the scores by ablation"),
         ({"per_parameter": True}, r"Give terms='without' or 'alone', or scores='balanced'"),
         ({"samples": 0}, r"samples=0\): expected a whole number of at least 1, or None"),
     ],
@@ -157,6 +159,27 @@ def test_how_many_samples_a_method_asks_for() -> None:
     assert ALoRA(scores="screen").validation_samples == 32
     assert ALoRA().validation_samples == ALoRA(scores="first_order").validation_samples == 128
     assert ALoRA(scores="exact", samples=5).validation_samples == 5
+
+
+def test_random_scores_are_drawn_from_the_seed_and_the_step() -> None:
+    def ranks(seed: int) -> list[dict[str, int]]:
+        model = adapted(tiny_llama())
+        run = attach(model, adamw(model), ALoRA(**ROUNDS, scores="random"), total_steps=9, seed=seed)
+        for step in range(9):
+            model(**token_batch(seed=step)).loss.backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        run.detach()
+        first, second = (
+            torch.cat([torch.as_tensor(v) for v in record.scores.values()]) for record in run.history.allocations[:2]
+        )
+        assert first.min() >= 0
+        assert first.max() < 1
+        assert not set(first.tolist()) & set(second.tolist())
+        return [dict(record.ranks) for record in run.history.allocations]
+
+    assert ranks(3) == ranks(3)
+    assert ranks(3) != ranks(4)
 
 
 def test_samples_of_the_users_choice_also_give_the_gradient() -> None:

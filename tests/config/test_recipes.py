@@ -12,6 +12,7 @@ import yaml
 from lorank.config.errors import ConfigError
 from lorank.config.recipes import FOLDER, find_file, recipe_names
 from lorank.config.settings import load_config, to_yaml
+from lorank.experiments.compare.file import read_comparison
 from lorank.experiments.sweep import load_sweep
 from tests.config.test_settings import MINIMAL
 
@@ -35,6 +36,28 @@ def write(path: Path, values: dict[str, Any], **task: Any) -> Path:
 def test_a_recipe_is_found_by_its_name_from_any_folder(given: str, elsewhere: Path) -> None:
     assert find_file(given) == FOLDER / "e2e_alora.yaml"
     assert load_config(given, ["output_dir=x"]).model.name == "tiny"
+
+
+def test_a_recipe_in_a_folder_has_the_folder_in_its_name(elsewhere: Path) -> None:
+    assert find_file("suite/manual") == find_file("recipes/suite/manual.yaml") == FOLDER / "suite" / "manual.yaml"
+    assert "suite/manual" in recipe_names()
+    with pytest.raises(ConfigError, match="no such file"):
+        find_file("manual")
+    with pytest.raises(ConfigError, match="no such file"):
+        find_file("suite/_contenders")  # a part of others
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("suite/")])
+def test_every_comparison_of_the_suite_is_in_order(name: str, elsewhere: Path) -> None:
+    found = read_comparison(name)
+    assert found.file.baseline == "LoRA"
+    assert found.file.output_dir == f"runs/{name}"
+    if found.base is not None:
+        assert found.file.factor == 1.7783
+        assert {1.0, 2.0} <= set(found.file.references)
+        assert not {*found.file.seeds} & {*found.file.tuning_seeds}
+        steps = {values["training"]["max_steps"] for _, values in found.methods.values()}
+        assert steps == {found.base["training"]["max_steps"], found.base["training"]["max_steps"] * 1.25}
 
 
 @pytest.mark.parametrize("name", ["ard_ablation", "ard_lambda_beta", "ard_learning_rates"])

@@ -45,7 +45,7 @@ from pydantic import Field
 from lorank.allocators.rounds import RoundAllocator
 from lorank.allocators.settings import settings
 from lorank.errors import ScheduleError
-from lorank.scoring import AblationScorer, BalancedScorer, RotatedScorer, Scorer
+from lorank.scoring import AblationScorer, BalancedScorer, RandomScorer, RotatedScorer, Scorer
 
 
 @settings(raises=ScheduleError)
@@ -61,7 +61,7 @@ class ALoRA(RoundAllocator):
             evaluations until the ranks to prune are certain; it prunes the ranks that ``"exact"`` would prune, often in
             less time). ``"balanced"`` is another score: σ² of balanced truncation
             (:class:`~lorank.scoring.BalancedScorer`), from the passes of training; modules that lose ranks are turned
-            to the basis in which these are defined.
+            to the basis in which these are defined. ``"random"`` is a control: scores drawn from the run's seed.
         samples: |B_val|, if rows are given and a batch is made of them; None: 32 as in the paper, or 128 for
             ``first_order``. A batch that is given is used unchanged. ≥ 1.
         engine: the engine of exact evaluations: ``"exact"`` (prefix reuse, same scores) or ``"reference"`` (plain
@@ -75,27 +75,27 @@ class ALoRA(RoundAllocator):
     """
 
     terms: Literal["both", "without", "alone"] = "both"
-    scores: Literal["first_order", "exact", "screen", "balanced"] = "first_order"
+    scores: Literal["first_order", "exact", "screen", "balanced", "random"] = "first_order"
     samples: Annotated[int | None, Field(ge=1)] = None
     engine: Literal["exact", "reference"] = "exact"
     rotate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scores == "balanced":
+        if self.scores in ("balanced", "random"):
             own: list[tuple[str, object, object]] = [("terms", self.terms, "both"), ("engine", self.engine, "exact")]
             if self.new_ranks == "random":  # else these samples give the gradient
                 own.append(("samples", self.samples, None))
             for name, value, default in own:
                 if value != default:
                     raise ScheduleError(
-                        f"ALoRA(scores='balanced', {name}={value!r}): {name} belongs to the scores by ablation; leave "
-                        "it out, or give scores='first_order'"
+                        f"ALoRA(scores={self.scores!r}, {name}={value!r}): {name} belongs to the scores by ablation; "
+                        "leave it out, or give scores='first_order'"
                     )
             if self.rotate:
+                why = "need no basis" if self.scores == "random" else "are in their own basis already"
                 raise ScheduleError(
-                    "ALoRA(scores='balanced', rotate=True): balanced scores are in their own basis already; leave out "
-                    "rotate"
+                    f"ALoRA(scores={self.scores!r}, rotate=True): {self.scores} scores {why}; leave out rotate"
                 )
         elif self.per_parameter and self.terms == "both":
             raise ScheduleError(
@@ -112,5 +112,7 @@ class ALoRA(RoundAllocator):
     def scorer(self) -> Scorer:
         if self.scores == "balanced":
             return BalancedScorer()
+        if self.scores == "random":
+            return RandomScorer()
         ablation = AblationScorer(self.scores, self.terms, self.samples, self.engine)
         return RotatedScorer(ablation) if self.rotate else ablation

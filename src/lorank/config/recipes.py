@@ -17,8 +17,12 @@ PATHS = ("model.name", "task.data")
 
 
 def recipe_names() -> list[str]:
-    """The names of the recipes in the package, in order."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """The names of the recipes in the package, in order: `e2e_alora`, `suite/manual`, …
+
+    A file whose name begins with _ is a part of others.
+    """
+    files = [path.relative_to(FOLDER) for path in FOLDER.rglob("*.yaml") if not path.name.startswith("_")]
+    return sorted(path.with_suffix("").as_posix() for path in files)
 
 
 def find_file(given: str | Path, *, beside: Path | None = None) -> Path:
@@ -41,10 +45,11 @@ def find_file(given: str | Path, *, beside: Path | None = None) -> Path:
     else:
         if path.is_dir():
             raise ConfigError(f"{given} is a folder. Give a YAML file in it, for example {path / 'config.yaml'}.")
-    name = Path(given).stem if Path(given).suffix in ("", ".yaml") else ""
-    recipe = FOLDER / f"{name}.yaml"
-    if Path(given).parent in (Path(), Path("recipes")) and name in recipe_names():
-        return recipe
+    name = (
+        Path(given).with_suffix("").as_posix().removeprefix("recipes/") if Path(given).suffix in ("", ".yaml") else ""
+    )
+    if name in recipe_names():
+        return FOLDER / f"{name}.yaml"
     near = get_close_matches(name, recipe_names(), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ConfigError(

@@ -7,6 +7,7 @@ from lorank.scoring.balanced_scores import balanced_scores
 from lorank.scoring.context import Context, State, TrainingInfo
 from lorank.scoring.gramians import GramianPair, measure_gramians
 from lorank.scoring.mean_loss import mean_loss
+from lorank.scoring.random_scorer import RandomScorer
 from lorank.scoring.rotated import RotatedScorer
 from lorank.scoring.saliency import saliency_scores
 from lorank.scoring.scorer import Choose, Scorer, Scores
@@ -25,6 +26,7 @@ __all__ = [
     "Choose",
     "Context",
     "GramianPair",
+    "RandomScorer",
     "RotatedScorer",
     "Scorer",
     "Scores",
