@@ -181,6 +181,7 @@ def _row(
         "parameters": None if parameters is None else round(parameters),
         "most_parameters": found.mean_of("most_parameters"),
         "seconds": found.mean_of("seconds"),
+        "untrained_loss": found.mean_of("untrained_loss"),
         "other_loss_before": found.mean_of("other_loss_before"),
         "other_loss": found.mean_of("other_loss"),
         "allocation_seconds": found.mean_of("allocation_seconds"),

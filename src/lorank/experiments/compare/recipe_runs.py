@@ -177,6 +177,9 @@ def _train_and_measure(config: RunConfig, task: Task, trial: RecipeTrial, out: P
     measured: dict[str, Any] = {}
     if other is not None:
         measured["other_loss_before"] = _validation_loss(model, other, batch)
+    if isinstance(config.allocator, FullSettings) and not tuning:  # so that others can be told as parts of its gain
+        untrained = mean_loss(model, task.test, task.collator, batch_size=batch, progress=False)
+        measured["untrained_loss"] = _finite(untrained)
     callback, trained = train_(model, config, task)
     if callback is None:
         measured |= {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "ranks": None}

@@ -1,0 +1,284 @@
+"""The page of the suite, made from finished comparisons.   python -m benchmarks.suite docs/results/suite
+
+Every folder in the given one is the output of `lorank compare suite/TASK`: comparison.json, results.jsonl, table.md.
+The command writes index.md and its figures beside them. It says nothing that is not in these files.
+
+How methods are put together over tasks:
+
+- **k**: LoRA with k times the parameters is as good, by interpolation between LoRAs of other sizes; mean of log k.
+- **Rank**: the place of a method among all methods of its size on a task, 1 the best; mean over tasks.
+- **Holm**: p of the difference to LoRA (paired bootstrap over seeds and test examples), corrected for all methods and
+  tasks of the page by Holm's method.
+
+Only tasks that separate sizes count: LoRA of twice the parameters must be better than LoRA, its interval without 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite_figures import capacity, rates
+from benchmarks.suite_ranks import tables
+
+BASELINE = "LoRA"
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Task:
+    """One finished comparison.
+
+    Args:
+        name: the name of its folder.
+        result: its comparison.json.
+        lines: all its runs, the lines of results.jsonl.
+    """
+
+    name: str
+    result: Mapping[str, Any]
+    lines: Sequence[Mapping[str, Any]]
+
+    @property
+    def seconds(self) -> float:
+        """The computing time of all runs."""
+        return sum(float(line["seconds"]) for line in self.lines)
+
+    def ranks(self, method: str) -> list[Mapping[str, int]]:
+        """The final ranks of a method's test runs at the first budget, by module."""
+        return [
+            line["ranks"]
+            for line in self.lines
+            if (line["method"], line["budget"], line["stage"]) == (method, self.budget, "test") and line.get("ranks")
+        ]
+
+    @property
+    def budget(self) -> str:
+        return str(self.result["budgets"][0])
+
+    @property
+    def rows(self) -> list[Mapping[str, Any]]:
+        """The rows of the first budget."""
+        return [row for row in self.result["rows"] if row["budget"] == self.budget]
+
+    @property
+    def methods(self) -> dict[str, Mapping[str, Any]]:
+        """By name, the methods of the budget's size, with a result: no references and no full fine-tuning."""
+        return {
+            row["method"]: row
+            for row in self.rows
+            if row["reference"] is None and row["sized"] and row["mean"] is not None
+        }
+
+    @property
+    def sizes(self) -> dict[float, Mapping[str, Any]]:
+        """LoRA of other sizes, by k, ascending; 1 is the baseline."""
+        found = {float(row["reference"]): row for row in self.rows if row["reference"] is not None}
+        return dict(sorted({**found, 1.0: self.methods[BASELINE]}.items()))
+
+    @property
+    def full(self) -> Mapping[str, Any] | None:
+        """Full fine-tuning."""
+        return next((row for row in self.rows if not row["sized"] and row["mean"] is not None), None)
+
+    @property
+    def separates(self) -> bool:
+        """Whether LoRA of twice the parameters is better."""
+        twice = self.sizes.get(2.0)
+        return bool(twice and twice["difference"]["real"] and self.gain(twice) > 0)
+
+    def gain(self, row: Mapping[str, Any]) -> float:
+        """By how much a row is better than LoRA, in the unit of the metric."""
+        sign = 1 if self.result["higher_is_better"] else -1
+        return float(sign * (row["mean"] - self.methods[BASELINE]["mean"]))
+
+    def places(self) -> dict[str, float]:
+        """Per method, its place, 1 the best; equal means share their mean place."""
+        gains = {name: self.gain(row) for name, row in self.methods.items()}
+        return {
+            name: 1 + sum(other > gain for other in gains.values()) + (list(gains.values()).count(gain) - 1) / 2
+            for name, gain in gains.items()
+        }
+
+    def share_of_full(self, row: Mapping[str, Any]) -> float | None:
+        """The improvement of a row as a share of full fine-tuning's; None: it was not measured."""
+        full = self.full
+        if full is None or full.get("untrained_loss") is None or self.result["metric"] != "loss":
+            return None
+        return float((full["untrained_loss"] - row["mean"]) / (full["untrained_loss"] - full["mean"]))
+
+
+def read(folder: Path) -> list[Task]:
+    """All finished comparisons in a folder, by name."""
+    tasks = []
+    for path in sorted(folder.glob("*/comparison.json")):
+        lines = [json.loads(line) for line in (path.parent / "results.jsonl").read_text().splitlines()]
+        tasks.append(Task(path.parent.name, json.loads(path.read_text()), lines))
+    return tasks
+
+
+def holm(values: Mapping[Any, float]) -> dict[Any, float]:
+    """p-values corrected for their number by Holm's method: the smallest times n, the next times n − 1, …"""
+    corrected, largest = {}, 0.0
+    for place, (key, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, p * (len(values) - place)))
+        corrected[key] = largest
+    return corrected
+
+
+def corrected(tasks: Sequence[Task]) -> dict[tuple[str, str], float]:
+    """Holm-corrected p of every method on every task, by (task, method)."""
+    found = {
+        (task.name, name): row["difference"]["p"]
+        for task in tasks
+        for name, row in task.methods.items()
+        if row["difference"] is not None and row["difference"]["p"] is not None
+    }
+    return holm(found)
+
+
+def page(tasks: Sequence[Task]) -> str:
+    """index.md."""
+    counted = [task for task in tasks if task.separates]
+    dropped = [task.name for task in tasks if not task.separates]
+    not_counted = [f"LoRA of twice the parameters is not better on {', '.join(dropped)}: not counted below.", ""]
+    runs = sum(len(task.lines) for task in tasks)
+    hours = sum(task.seconds for task in tasks) / 3600
+    text = [
+        "# The suite",
+        "",
+        "<!-- written by `python -m benchmarks.suite docs/results/suite` -->",
+        "",
+        f"{runs:,} runs on {len(tasks)} tasks, {hours:.1f} hours of computing on one core "
+        "each. How it was done: [comparing methods](../../comparing.md); what was compared: "
+        "`src/lorank/recipes/suite`. `lorank compare suite/TASK --methods NAME` runs one row again.",
+        "",
+        "## Does size matter?",
+        "",
+        "![Test loss by size of LoRA, for every task](capacity.png)",
+        "",
+        *_sizes(tasks),
+        "",
+        *(not_counted if dropped else []),
+        "## All methods",
+        "",
+        "Test loss minus LoRA's, at equal trained parameters, each method at its own learning rate. Bold: better, and "
+        f"in italics: worse, p < {LEVEL} after Holm's correction for all cells. In brackets, and k: worth LoRA with k "
+        "times the parameters.",
+        "",
+        *_methods(counted, corrected(tasks)),
+        "",
+        "![Learning rates that were tried, and validation loss, for every method and task](rates.png)",
+        "",
+        "## Beside the loss",
+        "",
+        *_beside(tasks),
+        "",
+        "## Where the ranks went",
+        "",
+        *(line for task in tasks for line in tables(task)),
+        "## Tasks",
+        "",
+        *(f"- [{task.name}]({task.name}/table.md): {task.result['sentence']}" for task in tasks),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def _sizes(tasks: Sequence[Task]) -> list[str]:
+    every = sorted({k for task in tasks for k in task.sizes})
+    lines = _head(["task", *(f"LoRA × {k:g}" for k in every), "full", "untrained"])
+    for task in tasks:
+        cells = [f"{task.sizes[k]['mean']:.4f}" if k in task.sizes else "" for k in every]
+        full = task.full
+        more = ["", ""] if full is None else [f"{full['mean']:.4f}", _number(full.get("untrained_loss"), ".4f")]
+        lines.append(_line([task.name, *cells, *more]))
+    return lines
+
+
+def _methods(tasks: Sequence[Task], p: Mapping[tuple[str, str], float]) -> list[str]:
+    titles = {name: row["title"] for task in tasks for name, row in task.methods.items()}
+    lines = _head(["method", *(task.name for task in tasks), "mean place", "k"])
+    places = {name: [task.places()[name] for task in tasks if name in task.methods] for name in titles}
+    complete = [name for name in titles if len(places[name]) == len(tasks)]
+    for name in sorted(titles, key=lambda name: (name not in complete, statistics.fmean(places[name]))):
+        cells = [_cell(task, name, p.get((task.name, name))) for task in tasks]
+        mean = f"{statistics.fmean(places[name]):.1f}" if name in complete else ""
+        lines.append(_line([titles[name], *cells, mean, _number(mean_k(tasks, name), ".2f")]))
+    return lines
+
+
+def mean_k(tasks: Sequence[Task], name: str) -> float | None:
+    """The geometric mean of k over tasks; None: a task gives no k, or lacks the method."""
+    found = [1.0 if name == BASELINE else task.methods.get(name, {}).get("equivalent_k") for task in tasks]
+    if not found or any(k is None for k in found):
+        return None
+    return math.exp(statistics.fmean(math.log(k) for k in found if k is not None))
+
+
+def _cell(task: Task, name: str, p: float | None) -> str:
+    row = task.methods.get(name)
+    if row is None:
+        return ""
+    if name == BASELINE:
+        return f"({row['mean']:.4f})"
+    text = f"{row['mean'] - task.methods[BASELINE]['mean']:+.4f}"
+    if row["equivalent_k"] is not None:
+        text += f" ({row['equivalent_k']:.1f})"
+    if p is None or p >= LEVEL:
+        return text
+    return f"**{text}**" if task.gain(row) > 0 else f"*{text}*"
+
+
+def _beside(tasks: Sequence[Task]) -> list[str]:
+    """Time, size on the way, forgetting, and the share of full fine-tuning's gain."""
+    titles = {name: row["title"] for task in tasks for name, row in task.methods.items()}
+    lines = _head(["method", "time / LoRA's", "largest size / final", "of full's gain", "other text"])
+    for name, title in titles.items():
+        rows = [(task, task.methods[name]) for task in tasks if name in task.methods]
+        times = [row["seconds"] / task.methods[BASELINE]["seconds"] for task, row in rows]
+        sizes = [row["most_parameters"] / row["parameters"] for _, row in rows]
+        shares = [share for task, row in rows if (share := task.share_of_full(row)) is not None]
+        other = [row["other_loss"] - row["other_loss_before"] for _, row in rows if row.get("other_loss") is not None]
+        cells = [statistics.median(times), statistics.fmean(sizes), _mean(shares), _mean(other)]
+        forms = [".2f", ".1f", ".1%", "+.3f"]
+        lines.append(_line([title, *(_number(cell, form) for cell, form in zip(cells, forms, strict=True))]))
+    return lines
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _head(names: Sequence[str]) -> list[str]:
+    return [_line(names), _line(["---", *["---:"] * (len(names) - 1)])]
+
+
+def _line(parts: Sequence[str]) -> str:
+    return "| " + " | ".join(part.replace("|", "\\|") for part in parts) + " |"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("docs/results/suite"))
+    given = parser.parse_args(arguments)
+    tasks = read(given.folder)
+    if not tasks:
+        parser.error(f"{given.folder} holds no folder with a comparison.json: run `lorank compare suite/TASK` first")
+    capacity(tasks, given.folder / "capacity.png")
+    rates(tasks, given.folder / "rates.png")
+    (given.folder / "index.md").write_text(page(tasks), encoding="utf-8")
+    print(f"wrote {given.folder / 'index.md'}, capacity.png and rates.png from {len(tasks)} comparisons")
+
+
+if __name__ == "__main__":
+    main()
