@@ -129,6 +129,9 @@ def _estimate(row: Mapping[str, Any]) -> Estimate:
     if _is_number(row.get("equivalent_k")):
         more["as LoRA with k times the parameters"] = f"{row['equivalent_k']:.2g}"
     size = row.get("parameters")
+    if row.get("sized") is False:  # all weights: on their axis, adapters would look alike
+        more["trained parameters"] = _text(size)
+        size = None
     return replace(
         found,
         parameters=float(size) if _is_number(size) and math.isfinite(size) else None,

@@ -17,6 +17,7 @@ from lorank.experiments.compare.comparison import assess, make_subject, run_comp
 from lorank.experiments.compare.file import read_comparison
 from lorank.experiments.compare.recipe_runs import RecipeTrial, task_of
 from lorank.experiments.compare.tables import markdown
+from lorank.experiments.run_numbers import read_comparison as read_result
 from lorank.lora import find_layers
 
 LORA = {"allocator": {"name": "static"}}
@@ -94,6 +95,14 @@ def test_controls_begin_with_the_ranks_that_a_method_ended_with(content: dict[st
     assert rows["all weights"]["notes"] == ["trains all weights of the model, so it is not of the budget's size"]
     assert "all weights" not in result["sentence"]
     assert "other text" in markdown(result).splitlines()[6]
+    assert 0 < rows["all weights"]["untrained_loss"] < 20
+    assert rows["LoRA"]["untrained_loss"] is None
+
+    (out := tmp_path / "told").mkdir()
+    (out / "comparison.json").write_text(json.dumps(result))
+    (shown,) = read_result(out / "comparison.json").groups.values()
+    assert [one.label for one in shown if one.parameters is None] == ["all weights"]
+    assert shown[-1].more["trained parameters"] == str(rows["all weights"]["parameters"])
 
 
 def test_a_shuffle_differs_between_seeds_and_is_the_same_each_time(content: dict[str, Any], tmp_path: Path) -> None:
