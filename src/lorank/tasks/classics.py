@@ -43,9 +43,10 @@ def _books() -> list[str]:
     folder = os.environ.get("LORANK_DATA")
     file = Path(folder or "", "classics", "corpus.txt.gz")
     if not folder or not file.is_file():
+        problem = f"there is no {file}" if folder else "it is not set"
         raise DataError(
-            f"Data set 'classics' is a folder of LORANK_DATA, and {f'there is no {file}' if folder else 'it is not set'}."
-            " The books are neither in lorank nor on the Hugging Face hub. Set LORANK_DATA to the folder that has "
+            f"Data set 'classics' is a folder of LORANK_DATA, and {problem}. "
+            "The books are neither in lorank nor on the Hugging Face hub. Set LORANK_DATA to the folder that has "
             "classics/corpus.txt.gz, one text in which every book begins with 'Title: …', an empty line, 'Author: …'."
         )
     # paragraphs are rows of text files in general; here they become books again

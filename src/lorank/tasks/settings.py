@@ -27,8 +27,8 @@ class DataSettings(Settings):
 
     data: str = Field(min_length=1)
     """A known name (rotten_tomatoes, clinc150, banking77, e2e_nlg, gsm8k, python_reference, classics, facts), a folder
-    in LORANK_DATA, a data set on the Hugging Face hub (owner/name), or the path of a file or folder (.jsonl, .csv, .txt,
-    each also with .gz)."""
+    in LORANK_DATA, a data set on the Hugging Face hub (owner/name), or the path of a file or folder (.jsonl, .csv,
+    .txt, each also with .gz)."""
     subset: str | None = Field(default=None, coerce_numbers_to_str=True)
     """The configuration name of a hub data set that has several configurations; the number of `facts`."""
     train_split: str = "train"

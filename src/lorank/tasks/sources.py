@@ -1,7 +1,8 @@
 """Reading the rows of a data set from a path, the folder LORANK_DATA, the Hugging Face hub, or lorank itself.
 
-Searched in this order: the known names that are on no hub (`python_reference`, `classics`, `facts`); an existing path; a folder of this name inside the folder given
-by the environment variable LORANK_DATA; the hub. lorank copies no data (the hub's client has its own cache).
+Searched in this order: the known names that are on no hub (`python_reference`, `classics`, `facts`); an existing path;
+a folder of this name inside the folder given by the environment variable LORANK_DATA; the hub. lorank copies no data
+(the hub's client has its own cache).
 """
 
 import os
