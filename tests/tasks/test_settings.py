@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lorank.tasks import ClassificationSettings, GenerationSettings
+from lorank.tasks import ClassificationSettings, GenerationSettings, LanguageModellingSettings
 from lorank.tasks.known import KNOWN
 
 
@@ -28,6 +28,15 @@ def test_settings_survive_writing_out() -> None:
         ClassificationSettings(data="x", holdout=0.1, test_split=None),
     ):
         assert type(settings).model_validate(settings.model_dump()) == settings
+
+
+def test_a_number_may_name_a_subset() -> None:
+    assert GenerationSettings.model_validate({"data": "facts", "subset": 300}).subset == "300"
+
+
+def test_one_word_cannot_be_permuted() -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 2"):
+        LanguageModellingSettings(data="x", permute_words=1)
 
 
 def test_every_known_default_is_a_setting() -> None:

@@ -128,22 +128,20 @@ def _on_terminal() -> bool:
 
 
 def _kind(data: str) -> str:
-    from lorank.tasks.known import KNOWN, PYTHON_REFERENCE, nearest_name
+    from lorank.tasks.known import KNOWN, nearest_name
 
     if near := nearest_name(data):
         raise SettingsError(f"--data {data!r} is no known data set; did you mean {near}?")
     if data in KNOWN:
-        return "generation" if "prompt" in KNOWN[data].defaults else "classification"
-    if data == PYTHON_REFERENCE:
-        return "language_modelling"
+        return KNOWN[data].task
     raise SettingsError(f"--data {data!r} is of no known kind: give --task, one of {', '.join(KINDS)}")
 
 
 def _columns(kind: str, data: str) -> str:
     """The lines about columns and splits, which known data sets need not have."""
-    from lorank.tasks.known import KNOWN, PYTHON_REFERENCE
+    from lorank.tasks.known import KNOWN
 
-    if data in KNOWN or data == PYTHON_REFERENCE:
+    if data in KNOWN:
         return ""
     return (
         "".join(f"  {line}\n" for line in COLUMNS[kind])

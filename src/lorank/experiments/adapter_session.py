@@ -137,7 +137,7 @@ def _kind(saved: Mapping[str, Any], data: str, overrides: Sequence[str]) -> str:
     """The kind of task that fits the adapter and the data, if the user does not name one."""
     if saved.get("task_type") == "SEQ_CLS":
         return "classification"
-    prompted = data in KNOWN and "prompt" in KNOWN[data].defaults
+    prompted = data in KNOWN and KNOWN[data].task == "generation"
     prompted = prompted or any(override.startswith("task.prompt=") for override in overrides)
     return "generation" if prompted else "language_modelling"
 

@@ -10,6 +10,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from lorank.tasks.base import ModelKind, Split, Task, mean_loss
 from lorank.tasks.collate import Example, padding_tokenizer
 from lorank.tasks.errors import DataError
+from lorank.tasks.permuted_words import replace_words, word_permutation
 from lorank.tasks.settings import LanguageModellingSettings
 from lorank.tasks.sources import Row, load_rows
 from lorank.tasks.splits import draw, read_parts, read_test
@@ -18,11 +19,11 @@ from lorank.tasks.template import render
 
 class LanguageModellingTask(Task):
     """Language modelling. Texts are joined by the end-of-text token and cut into blocks; max_train and max_eval count
-    blocks.
+    blocks. With permute_words, frequent words are exchanged before (see `lorank.tasks.permuted_words`).
 
     Raises:
-        DataError: a split or column does not exist, the tokenizer has no end-of-text token, or a split does not fill
-            one block.
+        DataError: a split or column does not exist, the tokenizer has no end-of-text token, a split does not fill one
+            block, or the training text has fewer words than are to be permuted.
     """
 
     model_kind: ModelKind = "causal_lm"
@@ -34,6 +35,7 @@ class LanguageModellingTask(Task):
         self.collator = DataCollatorForSeq2Seq(padding_tokenizer(tokenizer))
         self.has_test = settings.test_split is not None
         kept, held = read_parts(settings, self._load)
+        self._replacements = self._permutation(kept, settings.permute_words) if settings.permute_words else {}
         self.train = self._encode(kept, settings.train_split, settings.max_train)
         self.validation = self._encode(held, settings.validation_split or settings.train_split, settings.max_eval)
 
@@ -56,14 +58,27 @@ class LanguageModellingTask(Task):
 
     def _encode(self, rows: Sequence[Row], split: str, limit: int | None) -> list[Example]:
         settings = self._settings
-        where = f"Data set {settings.data!r}, split {split!r}"
-        blocks = pack([render(settings.template, row, where) for row in rows], self._tokenizer, settings.block_size)
+        texts = self._texts(rows, split)
+        if self._replacements:
+            texts = [replace_words(text, self._replacements) for text in texts]
+        blocks = pack(texts, self._tokenizer, settings.block_size)
         if not blocks:
             raise DataError(
-                f"{where}: its text does not fill one block of {settings.block_size} tokens. "
+                f"{self._where(split)}: its text does not fill one block of {settings.block_size} tokens. "
                 "Give more text or a smaller block_size."
             )
         return draw(blocks, limit, settings.seed)
+
+    def _permutation(self, rows: Sequence[Row], count: int) -> dict[str, str]:
+        """From the training rows alone: held-out text decides nothing."""
+        split = self._settings.train_split
+        return word_permutation(self._texts(rows, split), count, self._settings.seed, self._where(split))
+
+    def _texts(self, rows: Sequence[Row], split: str) -> list[str]:
+        return [render(self._settings.template, row, self._where(split)) for row in rows]
+
+    def _where(self, split: str) -> str:
+        return f"Data set {self._settings.data!r}, split {split!r}"
 
 
 def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> list[Example]:

@@ -26,11 +26,11 @@ class DataSettings(Settings):
     """The source of the rows and the rows to use; the same for all tasks."""
 
     data: str = Field(min_length=1)
-    """A known name (rotten_tomatoes, clinc150, banking77, e2e_nlg, gsm8k, python_reference), a folder in LORANK_DATA, a
-    data set on the Hugging Face hub (owner/name), or the path of a file or folder (.jsonl, .csv, .txt, each also with
-    .gz)."""
-    subset: str | None = None
-    """The configuration name of a hub data set that has several configurations."""
+    """A known name (rotten_tomatoes, clinc150, banking77, e2e_nlg, gsm8k, python_reference, classics, facts), a folder
+    in LORANK_DATA, a data set on the Hugging Face hub (owner/name), or the path of a file or folder (.jsonl, .csv,
+    .txt, each also with .gz)."""
+    subset: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """The configuration name of a hub data set that has several configurations; the number of `facts`."""
     train_split: str = "train"
     """The split to train on."""
     validation_split: str | None = "validation"
@@ -46,7 +46,8 @@ class DataSettings(Settings):
     """Use at most this many validation examples, and as many test examples; for generation, this many prompts with all
     their references."""
     seed: int = 0
-    """Seed for holding out and drawing rows. It is separate from the training seed, which may differ on equal data."""
+    """Seed for holding out and drawing rows, and of permute_words. It is separate from the training seed, which may
+    differ on equal data."""
 
     @model_validator(mode="before")
     @classmethod
@@ -115,6 +116,9 @@ class LanguageModellingSettings(DataSettings):
     block_size: int = Field(default=256, ge=8)
     """Tokens per block. Texts are joined by the end-of-text token and cut into blocks; the incomplete last block is
     dropped."""
+    permute_words: int | None = Field(default=None, ge=2)
+    """Exchange so many of the training text's most frequent words among each other, in all splits alike, by a random
+    permutation drawn with `seed`; null: leave the text as it is."""
 
 
 TaskSettings = Annotated[

@@ -1,7 +1,8 @@
-"""Reading the rows of a data set from a path, the folder LORANK_DATA, the Hugging Face hub, or Python itself.
+"""Reading the rows of a data set from a path, the folder LORANK_DATA, the Hugging Face hub, or lorank itself.
 
-Searched in this order: the built-in `python_reference`; an existing path; a folder of this name inside the folder given
-by the environment variable LORANK_DATA; the hub. lorank copies no data (the hub's client has its own cache).
+Searched in this order: the known names that are on no hub (`python_reference`, `classics`, `facts`); an existing path;
+a folder of this name inside the folder given by the environment variable LORANK_DATA; the hub. lorank copies no data
+(the hub's client has its own cache).
 """
 
 import os
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lorank.extras import require
+from lorank.tasks.classics import read_classics
 from lorank.tasks.errors import DataError
+from lorank.tasks.facts import read_facts
 from lorank.tasks.files import SUFFIXES, read_file
 from lorank.tasks.known import KNOWN, nearest_name
 
@@ -23,7 +26,7 @@ def load_rows(data: str, split: str, *, subset: str | None = None) -> list[Row]:
     Args:
         data: a known name, a path, the name of a folder in LORANK_DATA, or a hub name (see `DataSettings.data`).
         split: the split's name; a single file has only the split "train".
-        subset: the configuration name of a hub data set that has several configurations.
+        subset: the configuration name of a hub data set that has several configurations; the number of `facts`.
 
     Raises:
         DataError: the folder, file, data set or split does not exist, is empty or cannot be read.
@@ -41,6 +44,10 @@ def load_rows(data: str, split: str, *, subset: str | None = None) -> list[Row]:
 def _load(data: str, split: str, subset: str | None) -> list[Row]:
     if data == "python_reference":
         return _python_reference(split)
+    if data == "classics":
+        return list(read_classics(split))
+    if data == "facts":
+        return list(read_facts(split, subset))
     path = Path(data).expanduser()
     if path.exists():
         return _from_path(path, split)
@@ -82,7 +89,7 @@ def _from_hub(data: str, split: str, subset: str | None) -> list[Row]:
     import datasets  # slow
 
     known = KNOWN.get(data)
-    address = known.hub if known else data
+    address = known.hub if known and known.hub else data
     subset = subset or (known.subset if known else None)
     try:
         try:
