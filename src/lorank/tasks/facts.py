@@ -7,8 +7,8 @@ facts of a smaller number are among those of a larger one.
 Every fact is in every split, in other words: training has four phrasings of it, validation and test one each that
 training lacks. So the loss measures what is stored, not the phrasing that it was learned in.
 
-All words are common, and values are words that the packaged tiny Llama can predict with certainty. Its embeddings of
-rare words hardly differ, and an adapter that leaves embeddings alone learns next to nothing about them.
+All words are common, and values are words that the packaged tiny Llama can predict with certainty: variants with rare
+words as keys or values were tried, and an adapter that leaves embeddings alone learned little of them in 200 steps.
 """
 
 import random

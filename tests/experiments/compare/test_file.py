@@ -46,6 +46,15 @@ def test_every_method_has_a_whole_configuration(write: Write) -> None:
     assert {one["training"]["batch_size"] for one in (config, plain, found.base or {})} == {2}
 
 
+def test_a_method_may_train_longer_and_a_quick_look_keeps_the_ratio(write: Write) -> None:
+    file = write(methods={"LoRA": None, "longer": {"allocator": {"name": "static"}, "steps": 1.5}})
+    for quick, steps in ((False, 12), (True, 4)):
+        found = read_comparison(file, quick=quick).methods
+        assert found["LoRA"][1]["training"]["max_steps"] == steps
+        assert found["longer"][1]["training"]["max_steps"] == 1.5 * steps
+        assert found["longer"][1]["training"]["epochs"] == pytest.approx(1.5 * found["LoRA"][1]["training"]["epochs"])
+
+
 def test_the_base_may_be_a_recipe(write: Write, recipe: Path) -> None:
     found = read_comparison(write(base="recipe.yaml"))
     assert found.methods["moving"][1]["lora"]["r"] == 4

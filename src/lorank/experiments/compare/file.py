@@ -66,6 +66,8 @@ class MethodKeys(Settings):
     """How wide it begins, as a multiple of the budget; null: 2 for adalora and sora, which only prune, else 1."""
     lrs: list[Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
     """Its own first grid of learning rates."""
+    steps: float = Field(default=1.0, gt=0)
+    """How long it trains, as a multiple of the base's steps: what the same computing time would give elsewhere."""
     ranks_of: str | None = None
     """A control: it begins with the ranks that this method ended with, at the same budget and with the same seed. With
     `allocator: {name: static}`, the question is whether the ranks are enough without the way to them."""
@@ -88,9 +90,9 @@ class CompareFile(Settings):
     """Settings of the task planted."""
     methods: Annotated[dict[str, dict[str, Any] | None], Field(min_length=1)]
     """By name: changes of the base, such as `allocator: {name: balanced}`, as sections or dotted keys; and `title`,
-    `start` (how wide the method begins, as a multiple of the budget), `lrs` (its own first grid), and the keys of
-    controls (`ranks_of`, `shuffled`, `cut_at_end`). For the task planted: names of its methods, each without changes.
-    Or the path of a YAML file with such methods, relative to this file."""
+    `start` (how wide the method begins, as a multiple of the budget), `lrs` (its own first grid), `steps` (as a
+    multiple of the base's), and the keys of controls (`ranks_of`, `shuffled`, `cut_at_end`). For the task planted:
+    names of its methods, each without changes. Or the path of a YAML file with such methods, relative to this file."""
     baseline: str | None = None
     """The method that the others are compared with; null: the first one."""
     budgets: list[float | str | dict[str, Any]] = Field(default=["100% of adapter"], min_length=1)
@@ -212,7 +214,7 @@ def read_comparison(
         return Comparison(name, content, None, {key: (MethodKeys(), {}) for key in content.methods}, quick)
     base = _base(content, file)
     if quick:
-        base = _fewer_steps(base)
+        base = _times_steps(base, 1 / 3)  # overrides come later, and win
     _check_names(for_base)
     changed = apply_overrides(base, for_base)
     try:
@@ -277,16 +279,16 @@ def _quick(content: CompareFile) -> CompareFile:
     return content.model_copy(update=smaller)
 
 
-def _fewer_steps(base: Mapping[str, Any]) -> dict[str, Any]:
-    """The base with a third of its training. Overrides come later, and win."""
+def _times_steps(base: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """A configuration with so many times its training."""
     training = base.get("training") or {}
-    if not isinstance(training, Mapping):
-        return dict(base)  # a mistake, which is told when the base is checked
+    if not isinstance(training, Mapping) or factor == 1:
+        return dict(base)  # if not a mapping: a mistake, which is told when the base is checked
     given = {"epochs": TrainingSettings().epochs, **training}
-    shorter = {key: given[key] / 3 for key in ("epochs", "max_steps") if isinstance(given.get(key), int | float)}
-    if "max_steps" in shorter:
-        shorter["max_steps"] = max(1, round(shorter["max_steps"]))
-    return {**base, "training": {**training, **shorter}}
+    changed = {key: given[key] * factor for key in ("epochs", "max_steps") if isinstance(given.get(key), int | float)}
+    if "max_steps" in changed:
+        changed["max_steps"] = max(1, round(changed["max_steps"]))
+    return {**base, "training": {**training, **changed}}
 
 
 def _base(content: CompareFile, file: Path) -> dict[str, Any]:
@@ -318,6 +320,7 @@ def _checked(
             continue
         try:
             values = apply_overrides(base, [*overrides, *(f"{key}={_yaml(changes[key])}" for key in changes)])
+            values = _times_steps(values, keys.steps)
             if not isinstance(values.get("allocator"), Mapping) or "name" not in values["allocator"]:
                 wrong.append(f"methods.{name}: no allocator; write allocator: {{name: …}}")
             elif values["allocator"]["name"] == "full" and name == content.baseline:
