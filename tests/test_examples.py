@@ -113,8 +113,26 @@ def torchrun(script: str, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+TORCHRUN_LOOP = ["torchrun_loop.py", "--steps", "5", "--output", "adapter"]
+
+
 def test_torchrun_in_two_processes(tmp_path: Path) -> None:
-    assert "step 5: loss" in torchrun("torchrun_loop.py", tmp_path, "--steps", "5", "--output", "adapter")
+    assert "step 5: loss" in torchrun(TORCHRUN_LOOP[0], tmp_path, *TORCHRUN_LOOP[1:])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_torchrun_in_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process that torchrun starts, with the variables that it sets; test_ddp.py has two processes."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", TORCHRUN_LOOP)
+    runpy.run_path(str(EXAMPLES / TORCHRUN_LOOP[0]), run_name="__main__")
+    assert "step 5: loss" in capsys.readouterr().out
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 

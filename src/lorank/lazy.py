@@ -5,8 +5,10 @@ torch, transformers and PEFT take seconds to import. A command that finds a mist
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +24,8 @@ def lazy_attributes(package: str, homes: Mapping[str, str]) -> tuple[Callable[[s
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{package}.{homes[name]}"), name)
+        with no_garbage_collection():
+            value = getattr(import_module(f"{package}.{homes[name]}"), name)
         setattr(sys.modules[package], name, value)
         return value
 
@@ -30,3 +33,15 @@ def lazy_attributes(package: str, homes: Mapping[str, str]) -> tuple[Callable[[s
         return sorted(sys.modules[package].__all__)
 
     return get, names
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Imports make hardly any garbage, but looking for it is a fifth of the time that torch and PEFT take to import."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -104,8 +104,15 @@ def test_the_factor_of_rslora_stays(recipe: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes(
-    run: Path, recipe: Path, tmp_path: Path, options: list[Any], message: str, monkeypatch: pytest.MonkeyPatch
+    recipe: Path,
+    tmp_path: Path,
+    options: list[Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if "run" in options:
+        request.getfixturevalue("run")
     monkeypatch.chdir(tmp_path)
     result = lorank("curve", *options)
     assert result.exit_code == 2, result.output

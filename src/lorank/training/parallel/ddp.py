@@ -11,6 +11,7 @@ import weakref
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
@@ -33,7 +34,8 @@ class DdpBackend(Backend):
 
     @classmethod
     def supports(cls, layers: AdapterLayers, model: nn.Module, optimizer: Any) -> bool:
-        return ProcessGroup.of(layers).several
+        # DDP needs a process group, and has a reducer also where that is of one process (torchrun on one GPU).
+        return ProcessGroup.of(layers).several or (dist.is_available() and dist.is_initialized())
 
     @classmethod
     def inner(cls, model: nn.Module) -> nn.Module:
