@@ -6,6 +6,9 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true
 
+# compiled modules of lorank and of the tests are kept, also where the environment says otherwise: every process needs them
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-all lint docs format clean
 help:
 	@echo "make demo    adapt a tiny Llama to Python's reference manual, LoRA, ALoRA and BalancedLoRA (2 minutes, offline)"

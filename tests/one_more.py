@@ -13,6 +13,12 @@ DEEPSPEED = ("ZeRO-2, adalora", "ZeRO-3, sora", "ZeRO-2, balanced", "ZeRO-1, ard
 """Cases of the fixtures with real processes, which leave them out too (``python -m
 tests.training.parallel.processes_table`` runs every method in every form)."""
 
+FAMILIES = (
+    *("Gemma 3", "Phi-3", "GPT-NeoX", "BLOOM", "Falcon", "OPT", "MPT", "Jamba", "BART", "BERT, tokens", "BERT, spans"),
+    *("BERT, several labels", "BERT, choices", "DeBERTa-v2", "DistilBERT", "Swin", "Qwen2-VL"),
+)
+"""``python -m tests.families`` runs these too, with every method, and writes the table of docs/compatibility.md."""
+
 
 def _names(names: tuple[str, ...]) -> str:
     return "|".join(map(re.escape, names))
@@ -38,6 +44,12 @@ ONE_MORE = (
     r"tests/training/parallel/test_ddp\.py::test_so_do_four_processes",
     rf"tests/training/parallel/test_fsdp\.py::test_two_processes_.+\[({_names(FSDP)})\]",
     rf"tests/training/parallel/test_deepspeed\.py::test_ranks_and_losses_.+\[({_names(DEEPSPEED)})\]",
+    rf"tests/families/test_families\.py::test_a_family_trains_.+\[({_names(FAMILIES)})\]",
+    # variants of one method beside the method itself
+    r"tests/training/integrations/test_fused_forward\.py::test_a_fused_run_.+\[alora-(retry|first-order|sensi|dnas)-.+\]",
+    r"tests/training/integrations/test_grad_scaling\.py::test_a_scaled_loss_.+\[alora-(retry|first-order|sensi)-.+\]",
+    # every method where whole modules have ranks, three where heads have them
+    r"tests/experiments/test_planted\.py::test_every_method_ends_.+\[(?!alora-heads|ard-|uniform-).+-heads\]",
     r"tests/test_examples\.py::test_notebook\[which_rank\]",
     r"tests/test_examples\.py::test_torchrun_in_two_processes",
     r"tests/test_examples\.py::test_the_trainer_on_a_base_model_that_transformers_sharded",
