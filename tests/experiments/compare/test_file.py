@@ -99,6 +99,7 @@ def test_some_methods_and_the_baseline(write: Write) -> None:
         ({"planted": {"steps": 100}}, "planted: belongs to task: planted"),
         ({"methods": {"a": {"allocator": {"name": "full"}}}}, "full fine-tuning has no budget"),
         ({"methods": {"a": {"allocator": "alora"}}}, "methods.a: no allocator"),
+        ({"methods": {"a, b": None}}, "methods: 'a, b' has a comma"),
         ({"methods": {"a": {"start": 0.5}}}, r"methods\.a: 1 error\n.*start: .*given 0.5"),
         ({"methods": {"a": {"lora.rank": 2}}}, r"lora\.rank: unknown key; did you mean lora\.r\?"),
         ({"methods": {"a": {"lora": {"r": 2}}}}, r"lora\.r cannot differ between methods: set budgets"),

@@ -135,6 +135,8 @@ class CompareFile(Settings):
             wrong.append("seeds and tuning_seeds: expected numbers of at least 0")
         if not all(k > 0 for k in self.references):
             wrong.append(f"references {self.references}: expected numbers above 0, such as [1, 2, 4]")
+        if commas := [name for name in self.methods if "," in name]:
+            wrong.append(f"methods: {commas[0]!r} has a comma, which separates names in --methods; put it into title")
         if self.baseline is not None and self.baseline not in self.methods:
             wrong.append(f"baseline {self.baseline!r} is not one of the methods {', '.join(self.methods)}")
         if self.task is not None:
