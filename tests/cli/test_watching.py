@@ -104,6 +104,7 @@ def test_doctor_lists_what_is_there_and_how_to_get_the_rest(monkeypatch: pytest.
         ("e2e_nlg", [], "generation"),
         ("clinc150", [], "classification"),
         ("python_reference", [], "language_modelling"),
+        ("digits", [], "image_classification"),
         ("owner/name", ["--task", "classification"], "classification"),
         ("owner/name", ["--task", "generation"], "generation"),
         ("owner/name", ["--task", "language_modelling"], "language_modelling"),

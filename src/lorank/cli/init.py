@@ -12,7 +12,7 @@ from lorank.cli.common import console, one_message
 from lorank.experiments.adapter_folder import check_choice
 from lorank.experiments.errors import SettingsError
 
-KINDS = ("classification", "generation", "language_modelling")
+KINDS = ("classification", "generation", "language_modelling", "image_classification")
 COLUMNS = {
     "classification": (
         'template: "{text}"     # column names in braces',
@@ -62,7 +62,7 @@ output_dir: {output}
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The recipe to write.")] = Path("recipe.yaml"),
     model: Annotated[
-        str | None, typer.Option(help="The base model: a hub name, a folder, tiny or minilm. [asked for]")
+        str | None, typer.Option(help="The base model: a hub name, a folder, tiny, tiny_vit or minilm. [asked for]")
     ] = None,
     data: Annotated[
         str | None,
@@ -76,7 +76,7 @@ def init(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="classification, generation or language_modelling. [default: what fits the data]"),
+        typer.Option(help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}. [default: what fits the data]"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
 ) -> None:
@@ -128,7 +128,7 @@ def _on_terminal() -> bool:
 
 
 def _kind(data: str) -> str:
-    from lorank.tasks.known import KNOWN, PYTHON_REFERENCE, nearest_name
+    from lorank.tasks.known import DIGITS, KNOWN, PYTHON_REFERENCE, nearest_name
 
     if near := nearest_name(data):
         raise SettingsError(f"--data {data!r} is no known data set; did you mean {near}?")
@@ -136,14 +136,16 @@ def _kind(data: str) -> str:
         return "generation" if "prompt" in KNOWN[data].defaults else "classification"
     if data == PYTHON_REFERENCE:
         return "language_modelling"
+    if data == DIGITS:
+        return "image_classification"
     raise SettingsError(f"--data {data!r} is of no known kind: give --task, one of {', '.join(KINDS)}")
 
 
 def _columns(kind: str, data: str) -> str:
     """The lines about columns and splits, which known data sets need not have."""
-    from lorank.tasks.known import KNOWN, PYTHON_REFERENCE
+    from lorank.tasks.known import DIGITS, KNOWN, PYTHON_REFERENCE
 
-    if data in KNOWN or data == PYTHON_REFERENCE:
+    if data in KNOWN or data in (PYTHON_REFERENCE, DIGITS) or kind == "image_classification":
         return ""
     return (
         "".join(f"  {line}\n" for line in COLUMNS[kind])

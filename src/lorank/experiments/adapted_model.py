@@ -7,6 +7,7 @@ import time
 from typing import Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from lorank.allocators import Context, TrainingInfo, gradient_start_, initial_ranks_
 from lorank.config.settings import FullSettings, RunConfig
@@ -17,6 +18,9 @@ from lorank.tasks import Task
 
 logger = logging.getLogger("lorank")
 
+_TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "image_classification": None}
+"""PEFT's names; it has none for images."""
+
 
 def adapted_model(config: RunConfig, task: Task) -> nn.Module:
     """The base model with a new adapter; for full fine-tuning, the base model with all weights trainable."""
@@ -25,16 +29,20 @@ def adapted_model(config: RunConfig, task: Task) -> nn.Module:
         return base.requires_grad_()
     lora = config.lora
     targets = lora.target_modules
+    saved = list(lora.modules_to_save or ())
+    heads = _heads(base) if task.model_kind == "image_classification" else []
     try:
         model = make_peft_model(
             base,
-            task_type="CAUSAL_LM" if task.model_kind == "causal_lm" else "SEQ_CLS",
+            task_type=_TASK_TYPES[task.model_kind],
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             target_parameters=list(lora.target_parameters) if lora.target_parameters else None,
-            modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
+            # of a classifier of texts, PEFT knows the head
+            modules_to_save=list(dict.fromkeys([*saved, *heads])) or None,
+            exclude_modules=heads or None,
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
         )
@@ -45,6 +53,11 @@ def adapted_model(config: RunConfig, task: Task) -> nn.Module:
         if not any(f".{name}".endswith(f".{wanted}") for name in names):
             raise SettingsError(f"lora.target_parameters: {config.model.name!r} has no parameter {wanted!r} to adapt")
     return model
+
+
+def _heads(base: PreTrainedModel) -> list[str]:
+    """The names of the modules with weights beside the pretrained part."""
+    return [name for name, part in base.named_children() if name != base.base_model_prefix and list(part.parameters())]
 
 
 def spread_ranks(config: RunConfig, task: Task, model: nn.Module) -> None:

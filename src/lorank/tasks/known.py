@@ -64,6 +64,7 @@ KNOWN: Mapping[str, KnownData] = {
 }
 
 PYTHON_REFERENCE = "python_reference"
+DIGITS = "digits"
 
 
 def nearest_name(data: str) -> str | None:
@@ -72,7 +73,7 @@ def nearest_name(data: str) -> str | None:
     Returns:
         The name; None: there is none, or ``data`` is known, a path, a folder in LORANK_DATA, or has an owner.
     """
-    names = [*KNOWN, PYTHON_REFERENCE]
+    names = [*KNOWN, PYTHON_REFERENCE, DIGITS]
     if data in names or "/" in data or "\0" in data or len(data) > 200:
         return None
     if Path(data).expanduser().exists() or (Path(os.environ.get("LORANK_DATA") or os.devnull) / data).is_dir():

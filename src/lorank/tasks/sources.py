@@ -1,7 +1,8 @@
-"""Reading the rows of a data set from a path, the folder LORANK_DATA, the Hugging Face hub, or Python itself.
+"""Reading the rows of a data set from a path, the folder LORANK_DATA, the Hugging Face hub, or an installed package.
 
-Searched in this order: the built-in `python_reference`; an existing path; a folder of this name inside the folder given
-by the environment variable LORANK_DATA; the hub. lorank copies no data (the hub's client has its own cache).
+Searched in this order: `python_reference`, of Python itself; `digits`, of scikit-learn; an existing path; a folder of
+this name inside the folder given by the environment variable LORANK_DATA; the hub. lorank copies no data (the hub's
+client has its own cache).
 """
 
 import os
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lorank.extras import require
+from lorank.tasks.digits import load_digits_split
 from lorank.tasks.errors import DataError
 from lorank.tasks.files import SUFFIXES, read_file
-from lorank.tasks.known import KNOWN, nearest_name
+from lorank.tasks.known import DIGITS, KNOWN, PYTHON_REFERENCE, nearest_name
 
 Row = Mapping[str, Any]
 
@@ -39,8 +41,10 @@ def load_rows(data: str, split: str, *, subset: str | None = None) -> list[Row]:
 
 
 def _load(data: str, split: str, subset: str | None) -> list[Row]:
-    if data == "python_reference":
+    if data == PYTHON_REFERENCE:
         return _python_reference(split)
+    if data == DIGITS:
+        return load_digits_split(split)
     path = Path(data).expanduser()
     if path.exists():
         return _from_path(path, split)

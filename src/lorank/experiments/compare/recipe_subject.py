@@ -40,6 +40,7 @@ _Shared = dict[tuple[str, tuple[float, ...]], Contender]
 _METRICS = {
     "generation": ("loss", "bleu", "rouge_l"),
     "classification": ("loss", "accuracy"),
+    "image_classification": ("loss", "accuracy"),
     "language_modelling": ("loss", "perplexity"),
 }
 _LOWER_IS_BETTER = ("loss", "perplexity")
