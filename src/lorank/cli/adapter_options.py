@@ -38,13 +38,15 @@ Data = Annotated[
 Kind = Annotated[
     str | None,
     typer.Option(
-        "--task", help="classification, generation or language_modelling. [default: from the adapter and the data]"
+        "--task",
+        help="classification, generation, language_modelling or image_classification. "
+        "[default: from the adapter and the data]",
     ),
 ]
 Model = Annotated[
     str | None,
     typer.Option(
-        help="The base model: a hub name, a folder, tiny or minilm. [default: the model named in the adapter]"
+        help="The base model: a hub name, a folder, tiny, tiny_vit or minilm. [default: the model named in the adapter]"
     ),
 ]
 Config = Annotated[Path | None, typer.Option(help="A configuration of `lorank train`, for model and task.")]

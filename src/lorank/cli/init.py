@@ -12,7 +12,7 @@ from lorank.cli.common import console, one_message
 from lorank.experiments.adapter_folder import check_choice
 from lorank.experiments.errors import SettingsError
 
-KINDS = ("classification", "generation", "language_modelling")
+KINDS = ("classification", "generation", "language_modelling", "image_classification")
 COLUMNS = {
     "classification": (
         'template: "{text}"     # column names in braces',
@@ -62,7 +62,7 @@ output_dir: {output}
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The recipe to write.")] = Path("recipe.yaml"),
     model: Annotated[
-        str | None, typer.Option(help="The base model: a hub name, a folder, tiny or minilm. [asked for]")
+        str | None, typer.Option(help="The base model: a hub name, a folder, tiny, tiny_vit or minilm. [asked for]")
     ] = None,
     data: Annotated[
         str | None,
@@ -76,7 +76,7 @@ def init(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="classification, generation or language_modelling. [default: what fits the data]"),
+        typer.Option(help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}. [default: what fits the data]"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
 ) -> None:
@@ -141,7 +141,7 @@ def _columns(kind: str, data: str) -> str:
     """The lines about columns and splits, which known data sets need not have."""
     from lorank.tasks.known import KNOWN
 
-    if data in KNOWN:
+    if data in KNOWN or kind == "image_classification":
         return ""
     return (
         "".join(f"  {line}\n" for line in COLUMNS[kind])

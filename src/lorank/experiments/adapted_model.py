@@ -8,6 +8,7 @@ import time
 from typing import Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from lorank.allocators import Context, TrainingInfo, gradient_start_, initial_ranks_
 from lorank.config.settings import FullSettings, RunConfig
@@ -20,6 +21,8 @@ logger = logging.getLogger("lorank")
 
 PEFT_INITS = ("pissa", "olora", "orthogonal")
 """Values of ``lora.init`` that PEFT knows."""
+_TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "image_classification": None}
+"""PEFT's names; it has none for images."""
 
 
 def adapted_model(config: RunConfig, task: Task) -> nn.Module:
@@ -29,17 +32,21 @@ def adapted_model(config: RunConfig, task: Task) -> nn.Module:
         return base.requires_grad_()
     lora = config.lora
     targets = lora.target_modules
+    saved = list(lora.modules_to_save or ())
+    heads = _heads(base) if task.model_kind == "image_classification" else []
     try:
         model = make_peft_model(
             base,
-            task_type="CAUSAL_LM" if task.model_kind == "causal_lm" else "SEQ_CLS",
+            task_type=_TASK_TYPES[task.model_kind],
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             target_parameters=list(lora.target_parameters) if lora.target_parameters else None,
-            modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
+            # of a classifier of texts, PEFT knows the head
+            modules_to_save=list(dict.fromkeys([*saved, *heads])) or None,
             init_lora_weights=lora.init if lora.init in PEFT_INITS else True,
+            exclude_modules=heads or None,
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
         )
@@ -52,6 +59,11 @@ def adapted_model(config: RunConfig, task: Task) -> nn.Module:
     if lora.rank_pattern:
         _give_ranks_(config, model)
     return model
+
+
+def _heads(base: PreTrainedModel) -> list[str]:
+    """The names of the modules with weights beside the pretrained part."""
+    return [name for name, part in base.named_children() if name != base.base_model_prefix and list(part.parameters())]
 
 
 def _give_ranks_(config: RunConfig, model: nn.Module) -> None:

@@ -14,9 +14,9 @@ from lorank.config.settings import ConfigError, RunConfig, load_config, make_con
 from lorank.experiments import folder
 from lorank.experiments.adapter_folder import adapter_of_run
 from lorank.experiments.errors import ModelError
-from lorank.experiments.models import load_onto_new_base, load_tokenizer
+from lorank.experiments.models import load_onto_new_base, load_task
 from lorank.lora import AdapterLayers, find_layers, read_adapter_config
-from lorank.tasks import Example, Task, build_task, mean_loss
+from lorank.tasks import Example, Task, mean_loss
 from lorank.tasks.known import KNOWN
 
 MAX_EVAL = 512
@@ -80,7 +80,8 @@ def load_finished(
         adapter: a folder with a plain PEFT LoRA adapter, or the folder of a finished `lorank train`.
         data: a known name, a path or a hub name, as in a configuration's `task.data`. Not needed with a configuration,
             nor for an adapter inside a run's folder: the configuration of the run is used.
-        task: classification, generation or language_modelling; default: from the adapter and the data.
+        task: classification, generation, language_modelling or image_classification; default: from the adapter and
+            the data.
         model: the base model; default: the model named in the adapter.
         config: a configuration with model and task.
         overrides: `dotted.key=value`, as for `lorank train`.
@@ -95,9 +96,9 @@ def load_finished(
     if config is None and data is None and inside.is_file():
         config = inside
     settings = _settings(saved, data, task, model, config, overrides)
-    tokenizer = _with_hint(lambda: load_tokenizer(settings.model), model)
     # no training happens here, so one training example is enough
-    built = build_task(settings.task.model_copy(update={"max_train": 1}), tokenizer)
+    few = settings.task.model_copy(update={"max_train": 1})
+    built = _with_hint(lambda: load_task(settings.model, few), model)
     loaded = _with_hint(lambda: load_onto_new_base(settings.model, built, path, seed=settings.training.seed), model)
     return LoadedAdapter(path, settings, loaded, find_layers(loaded), built)
 
@@ -137,6 +138,8 @@ def _kind(saved: Mapping[str, Any], data: str, overrides: Sequence[str]) -> str:
     """The kind of task that fits the adapter and the data, if the user does not name one."""
     if saved.get("task_type") == "SEQ_CLS":
         return "classification"
+    if data in KNOWN and KNOWN[data].task == "image_classification":
+        return "image_classification"
     prompted = data in KNOWN and KNOWN[data].task == "generation"
     prompted = prompted or any(override.startswith("task.prompt=") for override in overrides)
     return "generation" if prompted else "language_modelling"

@@ -13,10 +13,10 @@ from transformers import set_seed
 
 from lorank.config.settings import FullSettings, RunConfig
 from lorank.experiments.adapted_model import adapted_model, size_of, spread_ranks
-from lorank.experiments.models import load_tokenizer
+from lorank.experiments.models import load_task
 from lorank.experiments.run import total_steps, training_arguments
 from lorank.lora import base_parameters, find_layers
-from lorank.tasks import Task, build_task
+from lorank.tasks import Task
 from lorank.training import attach
 
 START_BATCHES = 4
@@ -40,7 +40,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     Raises:
         LorankError: as for the run itself.
     """
-    task = build_task(config.task, load_tokenizer(config.model))
+    task = load_task(config.model, config.task)
     if task.has_test:
         _ = task.test
     settings = config.training

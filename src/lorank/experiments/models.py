@@ -1,4 +1,4 @@
-"""The frozen base model of a run and its tokenizer."""
+"""The frozen base model of a run, its tokenizer, and the task encoded for it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -19,19 +20,22 @@ from transformers import (
 from lorank.config.sections import ModelSettings
 from lorank.experiments.errors import ModelError, SettingsError
 from lorank.lora import load_adapter
-from lorank.tasks import Task
+from lorank.tasks import ImageCollator, Task, TaskSettings, build_task
+
+PACKAGED = {"tiny": "tiny_llama", "tiny_vit": "tiny_vit"}
+"""Models that come with lorank: their folders in its assets."""
 
 
 def resolve(name: str) -> str:
-    """The folder or hub name of a model. `tiny` and `minilm` are folders of installed packages.
+    """The folder or hub name of a model. `tiny`, `tiny_vit` and `minilm` are folders of installed packages.
 
     Raises:
-        ModelError: the package with `minilm` is not installed, or `tiny` is missing from this installation.
+        ModelError: the package with `minilm` is not installed, or a packaged model is missing from this installation.
     """
-    if name == "tiny":
-        folder = Path(str(files("lorank") / "assets" / "tiny_llama"))
+    if name in PACKAGED:
+        folder = Path(str(files("lorank") / "assets" / PACKAGED[name]))
         if not (folder / "config.json").is_file():
-            raise ModelError(f"Model 'tiny' should be in {folder}, but it is not there: install lorank again.")
+            raise ModelError(f"Model {name!r} should be in {folder}, but it is not there: install lorank again.")
         return str(folder)
     if name == "minilm":
         try:
@@ -59,12 +63,23 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_task(model: ModelSettings, task: TaskSettings) -> Task:
+    """The task, with its texts encoded by the model's tokenizer; a task of images needs none.
+
+    Raises:
+        ModelError: see :func:`load_tokenizer`.
+        DataError, MissingPackageError: see :func:`lorank.tasks.build_task`.
+    """
+    return build_task(task, None if task.name == "image_classification" else load_tokenizer(model))
+
+
 def load_model(settings: ModelSettings, task: Task) -> PreTrainedModel:
     """Loads the base model with the head that the task needs. A classification head is new and random.
 
     Raises:
         ModelError: there is no model under this name, it cannot be downloaded, or it cannot have such a head.
-        SettingsError: the task's examples are longer than the model's context.
+        SettingsError: the task's examples are longer than the model's context, or its images have another shape than
+            the model's.
     """
     path, dtype = resolve(settings.name), getattr(torch, settings.dtype)
     try:
@@ -72,16 +87,22 @@ def load_model(settings: ModelSettings, task: Task) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, revision=settings.revision, dtype=dtype)
         else:
             names = dict(enumerate(task.label_names))
-            model = AutoModelForSequenceClassification.from_pretrained(
+            of_images = task.model_kind == "image_classification"
+            model = (
+                AutoModelForImageClassification if of_images else AutoModelForSequenceClassification
+            ).from_pretrained(
                 path,
                 revision=settings.revision,
                 dtype=dtype,
-                num_labels=len(names),
                 id2label=names,
                 label2id={name: number for number, name in names.items()},
+                ignore_mismatched_sizes=of_images,  # the pretrained head has other classes
             )
     except (OSError, ValueError) as error:
         raise _not_loaded(f"model for {task.model_kind}", settings, error) from error
+    if isinstance(task.collator, ImageCollator):
+        _check_images(model, settings.name, task.collator)
+        return model
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(len(example["input_ids"]) for example in [*task.train, *task.validation])
     if limit is not None and longest > limit:
@@ -111,9 +132,18 @@ def load_onto_new_base(settings: ModelSettings, task: Task, adapter: Path, *, se
     return load_adapter(load_model(settings, task), adapter)
 
 
+def _check_images(model: PreTrainedModel, name: str, images: ImageCollator) -> None:
+    size, channels = getattr(model.config, "image_size", None), getattr(model.config, "num_channels", None)
+    if size not in (None, images.size) or channels not in (None, images.channels):
+        raise SettingsError(
+            f"The images have {images.channels} channel(s) and sides of {images.size} pixels, but {name!r} takes "
+            f"{channels} and {size}: set task.channels: {channels} and task.image_size: {size}."
+        )
+
+
 def _not_loaded(what: str, settings: ModelSettings, error: Exception) -> ModelError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ModelError(
         f"The {what} of {settings.name!r} cannot be loaded: {reason} Give the name of a model on the Hugging Face hub "
-        "(owner/name), a folder written by save_pretrained, tiny, or minilm."
+        "(owner/name), a folder written by save_pretrained, tiny, tiny_vit, or minilm."
     )

@@ -24,11 +24,12 @@ from lorank.errors import LorankError
 from lorank.experiments import folder
 from lorank.experiments.adapted_model import adapted_model, size_of, spread_ranks
 from lorank.experiments.errors import SettingsError
-from lorank.experiments.models import load_model, load_onto_new_base, load_tokenizer
+from lorank.experiments.models import load_model, load_onto_new_base, load_task
 from lorank.experiments.progress import TrainingProgress
+from lorank.experiments.trainer import RunTrainer
 from lorank.files import write_text
-from lorank.lora import find_layers, make_lora_plus_optimizer, save_adapter
-from lorank.tasks import Task, build_task, mean_loss
+from lorank.lora import find_layers, save_adapter
+from lorank.tasks import Task, mean_loss
 from lorank.training import RankCallback
 from lorank.training.summary import moved
 
@@ -73,8 +74,7 @@ def train(
             what to do.
     """
     console = console or Console(stderr=True)
-    tokenizer = load_tokenizer(config.model)
-    task = build_task(config.task, tokenizer)
+    task = load_task(config.model, config.task)
     if task.has_test:
         _ = task.test  # report a missing split or column now, not after hours of training
     # the new weights of the classifier and of the adapter are drawn from the run's seed
@@ -221,7 +221,7 @@ def make_trainer(
 ) -> Trainer:
     if config.training.patience is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=config.training.patience)]
-    trainer = _Trainer(
+    trainer = RunTrainer(
         lora_plus=config.training.lora_plus,
         model=model,
         args=arguments,
@@ -233,41 +233,6 @@ def make_trainer(
     # it prints every log as a Python dictionary if transformers' own bar is off
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-class _Trainer(Trainer):
-    """A Trainer that takes no further step if it resumes from the run's last checkpoint, and that knows LoRA+.
-
-    transformers' Trainer would take one step more.
-
-    Args:
-        lora_plus: the learning rate of B as a multiple of A's; None: the same.
-        arguments: those of the Trainer.
-    """
-
-    def __init__(self, *, lora_plus: float | None, **arguments: Any) -> None:
-        self._lora_plus = lora_plus
-        super().__init__(**arguments)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self._lora_plus is None or self.optimizer is not None:
-            return super().create_optimizer(model)
-        adapted: Any = self.model if model is None else model
-        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, adapted)
-        self.optimizer = make_lora_plus_optimizer(
-            adapted, kind, ratio=self._lora_plus, weight_decay=self.args.weight_decay, **settings
-        )
-        return self.optimizer
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        stopped_early = any(
-            callback.early_stopping_patience_counter >= callback.early_stopping_patience
-            for callback in self.callback_handler.callbacks
-            if isinstance(callback, EarlyStoppingCallback)
-        )
-        if stopped_early or self.state.global_step >= self.state.max_steps:
-            return [], None
-        return super().get_batch_samples(*args, **kwargs)
 
 
 def total_steps(settings: TrainingSettings, examples: int) -> int:

@@ -95,6 +95,9 @@ def eva_components(
 
 def _counted_mask(batch: Mapping[str, Any], per_token: bool) -> Tensor:
     """(n, tokens) bool: true for inputs that are neither padding nor prompt."""
+    if "attention_mask" not in batch and "input_ids" not in batch:  # images: every input counts
+        images = next(value for value in batch.values() if isinstance(value, Tensor))
+        return torch.ones(len(images), 1, dtype=torch.bool, device=images.device)
     mask: Tensor = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     if per_token and batch.get("labels") is not None:
         mask = mask & (batch["labels"] != -100)

@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from lorank.tasks.base import ModelKind, Split, Task, mean_loss
     from lorank.tasks.build import build_task
     from lorank.tasks.classification import ClassificationTask
-    from lorank.tasks.collate import Collator, Example
+    from lorank.tasks.collate import Collator, Example, ImageCollator
     from lorank.tasks.errors import DataError
     from lorank.tasks.generation import GenerationTask, text_scores
+    from lorank.tasks.image_classification import ImageClassificationTask
     from lorank.tasks.language_modelling import LanguageModellingTask, pack
     from lorank.tasks.settings import (
         ClassificationSettings,
         GenerationSettings,
+        ImageClassificationSettings,
         LanguageModellingSettings,
         TaskSettings,
     )
@@ -30,6 +32,9 @@ _HOMES = {
     "Example": "collate",
     "GenerationSettings": "settings",
     "GenerationTask": "generation",
+    "ImageClassificationSettings": "settings",
+    "ImageClassificationTask": "image_classification",
+    "ImageCollator": "collate",
     "LanguageModellingSettings": "settings",
     "LanguageModellingTask": "language_modelling",
     "ModelKind": "base",
@@ -51,6 +56,9 @@ __all__ = [
     "Example",
     "GenerationSettings",
     "GenerationTask",
+    "ImageClassificationSettings",
+    "ImageClassificationTask",
+    "ImageCollator",
     "LanguageModellingSettings",
     "LanguageModellingTask",
     "ModelKind",

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lorank.tasks.collate import IGNORED, Collator, Example
+from lorank.tasks.collate import IGNORED, Collator, Example, length
 
-ModelKind = Literal["causal_lm", "sequence_classification"]
+ModelKind = Literal["causal_lm", "sequence_classification", "image_classification"]
 Split = Literal["validation", "test"]
 T = TypeVar("T")
 
 
 class Task(ABC):
-    """A data set encoded for one tokenizer, with its metrics.
+    """A data set encoded for one tokenizer, or as images, with its metrics.
 
     Attributes:
         model_kind: the kind of model that the task needs.
@@ -25,7 +25,7 @@ class Task(ABC):
         train: encoded training examples.
         validation: encoded examples for evaluation while training, for scoring ranks and for choosing a checkpoint;
             in a seeded random order, so that the first examples are a fair sample.
-        collator: pads a list of examples and makes a batch of tensors.
+        collator: makes a batch of tensors from a list of examples; pads texts.
         has_test: whether there is a test split.
     """
 
@@ -92,7 +92,7 @@ def mean_loss(
 
     Each batch holds examples of similar length, which needs the least padding and does not change the mean.
     """
-    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
+    ordered = sorted(examples, key=length)
     total, count = 0.0, 0
     with evaluating(model) as device:
         for part in batches(ordered, batch_size, "Evaluating", progress):

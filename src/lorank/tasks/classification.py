@@ -7,7 +7,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lorank.tasks.base import ModelKind, Split, Task, batches, evaluating
-from lorank.tasks.collate import Example, padding_tokenizer
+from lorank.tasks.collate import Collator, Example, length, padding_tokenizer
 from lorank.tasks.errors import DataError
 from lorank.tasks.settings import ClassificationSettings
 from lorank.tasks.sources import Row, load_rows
@@ -55,16 +55,7 @@ class ClassificationTask(Task):
     ) -> dict[str, float]:
         """`loss` (nats per example) and `accuracy` (0 to 1); see `Task.evaluate`."""
         examples = self.test if split == "test" else self.validation
-        # batches of examples of similar length need the least padding
-        examples = sorted(examples, key=lambda example: len(example["input_ids"]))
-        loss, correct = 0.0, 0
-        with evaluating(model) as device:
-            for part in batches(examples, batch_size, "Classifying", progress):
-                batch = {name: value.to(device) for name, value in self.collator(part).items()}
-                output = model(**batch)
-                loss += float(output.loss.double()) * len(part)
-                correct += int((output.logits.argmax(-1) == batch["labels"]).sum())  # (batch, labels) → (batch,)
-        return {"loss": loss / len(examples), "accuracy": correct / len(examples)}
+        return class_metrics(model, examples, self.collator, batch_size=batch_size, progress=progress)
 
     def _load(self, split: str) -> list[Row]:
         return load_rows(self._settings.data, split, subset=self._settings.subset)
@@ -88,6 +79,22 @@ class ClassificationTask(Task):
             inputs = {name: values[index] for name, values in encoded.items()}
             examples.append({**inputs, "labels": self._numbers[row[settings.label]]})
         return examples
+
+
+def class_metrics(
+    model: nn.Module, examples: Sequence[Example], collator: Collator, *, batch_size: int, progress: bool
+) -> dict[str, float]:
+    """`loss`, the mean negative log-likelihood of the right class in nats, and `accuracy`, 0 to 1."""
+    # batches of examples of similar length need the least padding
+    ordered = sorted(examples, key=length)
+    loss, correct = 0.0, 0
+    with evaluating(model) as device:
+        for part in batches(ordered, batch_size, "Classifying", progress):
+            batch = {name: value.to(device) for name, value in collator(part).items()}
+            output = model(**batch)
+            loss += float(output.loss.double()) * len(part)
+            correct += int((output.logits.argmax(-1) == batch["labels"]).sum())  # (batch, labels) → (batch,)
+    return {"loss": loss / len(ordered), "accuracy": correct / len(ordered)}
 
 
 def number_labels(rows: Sequence[Row], column: str, where: str) -> dict[Label, int]:

@@ -26,7 +26,7 @@ class KnownData:
         defaults: task settings (names as in `lorank.tasks.settings`) that replace the general defaults.
     """
 
-    task: Literal["classification", "generation", "language_modelling"]
+    task: Literal["classification", "generation", "language_modelling", "image_classification"]
     hub: str | None = None
     subset: str | None = None
     drop: tuple[str, str] | None = None
@@ -75,6 +75,7 @@ KNOWN: Mapping[str, KnownData] = {
     ),
     "python_reference": KnownData("language_modelling"),
     "classics": KnownData("language_modelling"),
+    "digits": KnownData("image_classification"),
     # invented facts; the value is one word, so that ROUGE-L is the percentage of facts that are answered rightly
     "facts": KnownData(
         "generation",

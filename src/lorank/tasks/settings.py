@@ -121,6 +121,25 @@ class LanguageModellingSettings(DataSettings):
     permutation drawn with `seed`; null: leave the text as it is."""
 
 
+class ImageClassificationSettings(DataSettings):
+    """Image classification on scikit-learn's digits; other images are not read. Metric: accuracy (0 to 1)."""
+
+    name: Literal["image_classification"] = "image_classification"
+    data: Literal["digits"]
+    """digits: 1,797 handwritten digits of 8 × 8 pixels, part of scikit-learn, in a fixed random split into train (997),
+    validation (400) and test (400)."""
+    subset: None = None
+    """The digits have no subsets: null."""
+    image_size: int = Field(default=8, ge=1)
+    """Pixels of a side of the model's images; the digits are resized to it."""
+    channels: Literal[1, 3] = 1
+    """Channels of the model's images; the digits' one channel is repeated."""
+    scramble: float = Field(default=0.0, ge=0, le=1)
+    """The share of the pixels that exchange their places, by one permutation for all images. The larger it is, the less
+    a pretrained model's features fit, and the more an adapter has to learn."""
+
+
 TaskSettings = Annotated[
-    ClassificationSettings | GenerationSettings | LanguageModellingSettings, Field(discriminator="name")
+    ClassificationSettings | GenerationSettings | LanguageModellingSettings | ImageClassificationSettings,
+    Field(discriminator="name"),
 ]

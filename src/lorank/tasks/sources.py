@@ -1,8 +1,8 @@
 """Reading the rows of a data set from a path, the folder LORANK_DATA, the Hugging Face hub, or lorank itself.
 
-Searched in this order: the known names that are on no hub (`python_reference`, `classics`, `facts`); an existing path;
-a folder of this name inside the folder given by the environment variable LORANK_DATA; the hub. lorank copies no data
-(the hub's client has its own cache).
+Searched in this order: the known names that are on no hub (`python_reference`, `classics`, `facts`, `digits`); an
+existing path; a folder of this name inside the folder given by the environment variable LORANK_DATA; the hub. lorank
+copies no data (the hub's client has its own cache).
 """
 
 import os
@@ -12,6 +12,7 @@ from typing import Any
 
 from lorank.extras import require
 from lorank.tasks.classics import read_classics
+from lorank.tasks.digits import load_digits_split
 from lorank.tasks.errors import DataError
 from lorank.tasks.facts import read_facts
 from lorank.tasks.files import SUFFIXES, read_file
@@ -48,6 +49,8 @@ def _load(data: str, split: str, subset: str | None) -> list[Row]:
         return list(read_classics(split))
     if data == "facts":
         return list(read_facts(split, subset))
+    if data == "digits":
+        return load_digits_split(split)
     path = Path(data).expanduser()
     if path.exists():
         return _from_path(path, split)

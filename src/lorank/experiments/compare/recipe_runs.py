@@ -33,15 +33,15 @@ from lorank.config.settings import ConfigError, FullSettings, RunConfig, make_co
 from lorank.errors import BudgetError, LorankError, ScheduleError
 from lorank.experiments.adapted_model import adapted_model, spread_ranks
 from lorank.experiments.errors import ModelError, SettingsError
-from lorank.experiments.models import load_tokenizer
+from lorank.experiments.models import load_task
 from lorank.experiments.run import make_trainer, total_steps, training_arguments
 from lorank.experiments.study.tuning import Stage
 from lorank.extras import MissingPackageError
 from lorank.files import replacing_file
 from lorank.lora import find_layers
-from lorank.tasks import DataError, Task, build_task, mean_loss
+from lorank.tasks import DataError, Task, mean_loss
 from lorank.tasks.base import evaluating
-from lorank.tasks.collate import IGNORED, Example
+from lorank.tasks.collate import IGNORED, Example, length
 from lorank.training import RankCallback
 
 LOSSES = "losses"
@@ -119,7 +119,7 @@ def _task(model: str, task: str) -> Task:
     config = make_config(
         {"model": json.loads(model), "task": json.loads(task), "allocator": {"name": "static"}, "output_dir": "-"}
     )
-    return build_task(config.task, load_tokenizer(config.model))
+    return load_task(config.model, config.task)
 
 
 def task_of(config: RunConfig) -> Task:
@@ -267,9 +267,9 @@ def example_losses(
     correct: (examples,) 1 if its class is found (classification only);
     groups: (examples,) a number that examples with the same prompt share, since they are not independent.
     """
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
+    order = sorted(range(len(examples)), key=lambda index: length(examples[index]))
     losses, labels = np.zeros(len(examples)), np.zeros(len(examples))
-    correct = np.zeros(len(examples)) if task.model_kind == "sequence_classification" else None
+    correct = None if task.model_kind == "causal_lm" else np.zeros(len(examples))
     with evaluating(model) as device:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
@@ -295,7 +295,7 @@ def _groups(examples: Sequence[Example]) -> NDArray[Any]:
     for place, example in enumerate(examples):
         labels = example["labels"]
         ignored = [] if isinstance(labels, int) else [label == IGNORED for label in labels]
-        prompt = itertools.compress(example["input_ids"], ignored)
+        prompt = itertools.compress(example.get("input_ids", ()), ignored)
         groups.append(numbers.setdefault(tuple(prompt) or (-1, place), len(numbers)))
     return np.array(groups)
 

@@ -36,6 +36,7 @@ RESULTS = "results.jsonl"
 _METRICS = {
     "generation": ("loss", "bleu", "rouge_l"),
     "classification": ("loss", "accuracy"),
+    "image_classification": ("loss", "accuracy"),
     "language_modelling": ("loss", "perplexity"),
 }
 _LOWER_IS_BETTER = ("loss", "perplexity")
