@@ -34,6 +34,7 @@ demo: export GOMP_SPINCOUNT ?= 2000
 demo: .venv/demo
 	$(BIN)/lorank demo
 
+test test-all: export OMP_NUM_THREADS ?= 1
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 

@@ -20,7 +20,7 @@ def test_a_run_that_is_killed_three_times_ends_as_one_that_was_not() -> None:
 
 
 def test_a_save_that_is_killed_at_any_write_touches_no_other_file_and_mixes_no_two_adapters() -> None:
-    command = [sys.executable, "-m", "tests.kills_saving", "--every", "8"]
+    command = [sys.executable, "-m", "tests.kills_saving", "--every", "4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     found = dict(line.split(":", 1) for line in done.stdout.splitlines() if "moments" in line)
