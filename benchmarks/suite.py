@@ -155,8 +155,8 @@ def page(tasks: Sequence[Task]) -> str:
         "",
         "<!-- written by `python -m benchmarks.suite docs/results/suite` -->",
         "",
-        f"{runs:,} runs on {len(tasks)} tasks, {hours:.1f} hours of computing on one core "
-        "each. How it was done: [comparing methods](../../comparing.md); what was compared: "
+        f"{runs:,} runs on {len(tasks)} task{'s' if len(tasks) > 1 else ''}, {hours:.1f} hours of one core. "
+        "How it was done: [comparing methods](../../comparing.md); what was compared: "
         "`src/lorank/recipes/suite`. `lorank compare suite/TASK --methods NAME` runs one row again.",
         "",
         "## Does size matter?",
@@ -168,11 +168,12 @@ def page(tasks: Sequence[Task]) -> str:
         *(not_counted if dropped else []),
         "## All methods",
         "",
+        *([] if counted else ["No task of this page separates sizes, so there is nothing to say of methods yet.", ""]),
         "Test loss minus LoRA's, at equal trained parameters, each method at its own learning rate. Bold: better, and "
         f"in italics: worse, p < {LEVEL} after Holm's correction for all cells. In brackets, and k: worth LoRA with k "
         "times the parameters.",
         "",
-        *_methods(counted, corrected(tasks)),
+        *(_methods(counted, corrected(tasks)) if counted else []),
         "",
         "![Learning rates that were tried, and validation loss, for every method and task](rates.png)",
         "",
