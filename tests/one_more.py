@@ -57,6 +57,9 @@ ONE_MORE = (
     r"tests/scoring/test_successive_screening\.py::test_the_same_ranks_go_.+\[curved-.+-reference\]",
     r"tests/experiments/sweep/test_workers\.py::test_two_workers_share_a_study_.+\[postgresql\]",
     _CONFORMANCE + r"test_with_rank_stabilised_scaling\[(?!alora\]|ard-heads\]|balanced\]).+\]",
+    # DoRA of every kind of layer with three methods, LoRA with all; every method with each kind of bias but one
+    r"tests/training/test_layer_kinds\.py::test_ranks_move_and_what_.+\[(?!alora-|ard-heads-|balanced-).+-dora-.+\]",
+    r"tests/test_saved_equals_live\.py::test_no_method_takes_the_last_.+\[\{'bias': 'lora_only'\}-(?!alora\]).+\]",
     # every method where whole modules have ranks, three where heads have them
     r"tests/experiments/test_planted\.py::test_every_method_ends_.+\[(?!alora-heads|ard-|uniform-).+-heads\]",
     r"tests/test_examples\.py::test_notebook\[which_rank\]",
