@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import head, line
 from benchmarks.suite_figures import capacity, rates
 from benchmarks.suite_ranks import tables
 
@@ -193,24 +194,24 @@ def page(tasks: Sequence[Task]) -> str:
 
 def _sizes(tasks: Sequence[Task]) -> list[str]:
     every = sorted({k for task in tasks for k in task.sizes})
-    lines = _head(["task", *(f"LoRA × {k:g}" for k in every), "full", "untrained"])
+    lines = head(["task", *(f"LoRA × {k:g}" for k in every), "full", "untrained"])
     for task in tasks:
         cells = [f"{task.sizes[k]['mean']:.4f}" if k in task.sizes else "" for k in every]
         full = task.full
         more = ["", ""] if full is None else [f"{full['mean']:.4f}", _number(full.get("untrained_loss"), ".4f")]
-        lines.append(_line([task.name, *cells, *more]))
+        lines.append(line([task.name, *cells, *more]))
     return lines
 
 
 def _methods(tasks: Sequence[Task], p: Mapping[tuple[str, str], float]) -> list[str]:
     titles = {name: row["title"] for task in tasks for name, row in task.methods.items()}
-    lines = _head(["method", *(task.name for task in tasks), "mean place", "k"])
+    lines = head(["method", *(task.name for task in tasks), "mean place", "k"])
     places = {name: [task.places()[name] for task in tasks if name in task.methods] for name in titles}
     complete = [name for name in titles if len(places[name]) == len(tasks)]
     for name in sorted(titles, key=lambda name: (name not in complete, statistics.fmean(places[name]))):
         cells = [_cell(task, name, p.get((task.name, name))) for task in tasks]
         mean = f"{statistics.fmean(places[name]):.1f}" if name in complete else ""
-        lines.append(_line([titles[name], *cells, mean, _number(mean_k(tasks, name), ".2f")]))
+        lines.append(line([titles[name], *cells, mean, _number(mean_k(tasks, name), ".2f")]))
     return lines
 
 
@@ -239,7 +240,7 @@ def _cell(task: Task, name: str, p: float | None) -> str:
 def _beside(tasks: Sequence[Task]) -> list[str]:
     """Time, size on the way, forgetting, and the share of full fine-tuning's gain."""
     titles = {name: row["title"] for task in tasks for name, row in task.methods.items()}
-    lines = _head(["method", "time / LoRA's", "largest size / final", "of full's gain", "other text"])
+    lines = head(["method", "time / LoRA's", "largest size / final", "of full's gain", "other text"])
     for name, title in titles.items():
         rows = [(task, task.methods[name]) for task in tasks if name in task.methods]
         times = [row["seconds"] / task.methods[BASELINE]["seconds"] for task, row in rows]
@@ -248,20 +249,12 @@ def _beside(tasks: Sequence[Task]) -> list[str]:
         other = [row["other_loss"] - row["other_loss_before"] for _, row in rows if row.get("other_loss") is not None]
         cells = [statistics.median(times), statistics.fmean(sizes), _mean(shares), _mean(other)]
         forms = [".2f", ".1f", ".1%", "+.3f"]
-        lines.append(_line([title, *(_number(cell, form) for cell, form in zip(cells, forms, strict=True))]))
+        lines.append(line([title, *(_number(cell, form) for cell, form in zip(cells, forms, strict=True))]))
     return lines
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
-
-
-def _head(names: Sequence[str]) -> list[str]:
-    return [_line(names), _line(["---", *["---:"] * (len(names) - 1)])]
-
-
-def _line(parts: Sequence[str]) -> str:
-    return "| " + " | ".join(part.replace("|", "\\|") for part in parts) + " |"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.stats import spearmanr
 
+from benchmarks.markdown import head, line
+
 if TYPE_CHECKING:
     from benchmarks.suite import Task
 
@@ -58,21 +60,13 @@ def tables(task: Task) -> list[str]:
         return []
     projections = list(by_projection(next(iter(runs.values()))))
     lines = [f"**{task.name}**, mean rank relative to the mean of all modules:", ""]
-    lines += _head(["method", *projections])
+    lines += head(["method", *projections])
     for name, some in runs.items():
         relative = by_projection(some)
-        lines.append(_line([name, *(f"{relative[projection]:.2f}" for projection in projections)]))
+        lines.append(line([name, *(f"{relative[projection]:.2f}" for projection in projections)]))
     lines += ["", "Spearman correlation of ranks by module, on the diagonal between seeds:", ""]
-    lines += _head(["", *runs])
+    lines += head(["", *runs])
     for name, some in runs.items():
         cells = [agreement(some, None if name == other else others) for other, others in runs.items()]
-        lines.append(_line([name, *("" if cell is None else f"{cell:.2f}" for cell in cells)]))
+        lines.append(line([name, *("" if cell is None else f"{cell:.2f}" for cell in cells)]))
     return [*lines, ""]
-
-
-def _head(names: Sequence[str]) -> list[str]:
-    return [_line(names), _line(["---", *["---:"] * (len(names) - 1)])]
-
-
-def _line(parts: Sequence[str]) -> str:
-    return "| " + " | ".join(parts) + " |"

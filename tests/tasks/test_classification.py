@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lorank.tasks import ClassificationSettings, ClassificationTask, DataError
+from tests.tasks.one_at_a_time import check_metrics
 
 ROWS = [{"text": f"{word} film", "label": label} for word, label in [("good", 7), ("bad", 3)] * 10]
 
@@ -61,20 +62,7 @@ def test_limits_and_length(folder: Path, tokenizer: Any) -> None:
 
 def test_accuracy_and_loss_agree_with_one_example_at_a_time(folder: Path, tokenizer: Any, model: nn.Module) -> None:
     task = ClassificationTask(ClassificationSettings(data=str(folder)), tokenizer)
-    model.train()
-    figures = task.evaluate(model, "validation", batch_size=3, progress=False)
-    assert model.training
-    model.eval()
-    losses, right = [], []
-    for example in task.validation:
-        with torch.no_grad():
-            output = model(**task.collator([example]))
-        losses.append(output.loss.item())
-        right.append(output.logits.argmax().item() == example["labels"])
-    assert figures == {
-        "loss": pytest.approx(sum(losses) / len(losses), abs=1e-6),
-        "accuracy": sum(right) / len(right),
-    }
+    check_metrics(task, model)
 
 
 @pytest.mark.parametrize(

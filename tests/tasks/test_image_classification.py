@@ -13,6 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from lorank.extras import MissingPackageError
 from lorank.tasks import DataError, ImageClassificationSettings, ImageClassificationTask, build_task, load_rows
 from lorank.tasks.image_classification import scramble
+from tests.tasks.one_at_a_time import check_metrics
 
 SPLITS = ("train", "validation", "test")
 
@@ -105,20 +106,7 @@ def test_a_scrambled_task_is_the_same_task_with_other_pixels() -> None:
 
 def test_accuracy_and_loss_agree_with_one_example_at_a_time(model: nn.Module) -> None:
     task = ImageClassificationTask(settings(max_eval=10))
-    model.train()
-    figures = task.evaluate(model, "validation", batch_size=3, progress=False)
-    assert model.training
-    model.eval()
-    losses, right = [], []
-    for example in task.validation:
-        with torch.no_grad():
-            output = model(**task.collator([example]))
-        losses.append(output.loss.item())
-        right.append(output.logits.argmax().item() == example["labels"])
-    assert figures == {
-        "loss": pytest.approx(sum(losses) / len(losses), abs=1e-6),
-        "accuracy": sum(right) / len(right),
-    }
+    check_metrics(task, model)
 
 
 def test_other_data_are_refused_and_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,20 @@ from lorank.tasks.template import render, require_columns
 Label = int | str
 
 
-class ClassificationTask(Task):
+class ClassTask(Task):
+    """A task whose examples have one class each: of texts or of images."""
+
+    collator: Collator
+
+    def evaluate(
+        self, model: nn.Module, split: Split = "test", *, batch_size: int = 32, progress: bool = True
+    ) -> dict[str, float]:
+        """`loss` (nats per example) and `accuracy` (0 to 1); see `Task.evaluate`."""
+        examples = self.test if split == "test" else self.validation
+        return class_metrics(model, examples, self.collator, batch_size=batch_size, progress=progress)
+
+
+class ClassificationTask(ClassTask):
     """Text classification. Labels are numbered in the sorted order of all labels in the whole training split, even if
     only a part of the split is drawn.
 
@@ -49,13 +62,6 @@ class ClassificationTask(Task):
         settings = self._settings
         rows = draw(read_test(settings, self._load), settings.max_eval, settings.seed)
         return self._encode(rows, settings.test_split or "")
-
-    def evaluate(
-        self, model: nn.Module, split: Split = "test", *, batch_size: int = 32, progress: bool = True
-    ) -> dict[str, float]:
-        """`loss` (nats per example) and `accuracy` (0 to 1); see `Task.evaluate`."""
-        examples = self.test if split == "test" else self.validation
-        return class_metrics(model, examples, self.collator, batch_size=batch_size, progress=progress)
 
     def _load(self, split: str) -> list[Row]:
         return load_rows(self._settings.data, split, subset=self._settings.subset)

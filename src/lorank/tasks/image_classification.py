@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorank.tasks.base import ModelKind, Split, Task
-from lorank.tasks.classification import class_metrics, number_labels
+from lorank.tasks.base import ModelKind
+from lorank.tasks.classification import ClassTask, number_labels
 from lorank.tasks.collate import Example, ImageCollator
 from lorank.tasks.digits import INK
 from lorank.tasks.settings import ImageClassificationSettings
@@ -17,7 +17,7 @@ from lorank.tasks.sources import Row, load_rows
 from lorank.tasks.splits import draw, read_parts, read_test
 
 
-class ImageClassificationTask(Task):
+class ImageClassificationTask(ClassTask):
     """Image classification. Examples hold `pixel_values`, (1, 8, 8) from −1 (paper) to 1 (ink), and `labels`, a number.
 
     Raises:
@@ -43,13 +43,6 @@ class ImageClassificationTask(Task):
         """Encoded test examples (see `Task.test`)."""
         settings = self._settings
         return self._encode(draw(read_test(settings, self._load), settings.max_eval, settings.seed))
-
-    def evaluate(
-        self, model: nn.Module, split: Split = "test", *, batch_size: int = 32, progress: bool = True
-    ) -> dict[str, float]:
-        """`loss` (nats per image) and `accuracy` (0 to 1); see `Task.evaluate`."""
-        examples = self.test if split == "test" else self.validation
-        return class_metrics(model, examples, self.collator, batch_size=batch_size, progress=progress)
 
     def _load(self, split: str) -> list[Row]:
         return load_rows(self._settings.data, split)

@@ -116,7 +116,7 @@ def test_a_shuffle_differs_between_seeds_and_is_the_same_each_time(content: dict
 
 
 def _config(comparison: Any) -> Any:
-    return next(iter(wanted_runs(comparison, make_subject(comparison), {}).trials)).run_config("-")  # type: ignore[attr-defined]
+    return next(iter(wanted_runs(comparison, make_subject(comparison), {}).trials)).run_config("-")  # type: ignore[attr-defined]  # a field of this kind of trial
 
 
 def test_a_control_of_a_failed_run_has_failed(content: dict[str, Any], tmp_path: Path) -> None:
@@ -144,10 +144,10 @@ def test_what_a_run_is_called_by_does_not_depend_on_defaults(content: dict[str, 
     """So that finished runs stay finished when a later version adds a key."""
     comparison = read_comparison(written(content, tmp_path))
     trial = next(iter(wanted_runs(comparison, make_subject(comparison), {}).trials))
-    config = json.loads(trial.config)  # type: ignore[attr-defined]
+    config = json.loads(trial.config)  # type: ignore[attr-defined]  # a field of this kind of trial
     assert "use_dora" not in config["lora"]
     assert "weight_decay" not in config["training"]
-    whole = trial.run_config("-")  # type: ignore[attr-defined]
+    whole = trial.run_config("-")  # type: ignore[attr-defined]  # a field of this kind of trial
     assert (whole.lora.r, whole.training.max_steps, whole.task.data) == (2, 8, content["base"]["task"]["data"])
 
 

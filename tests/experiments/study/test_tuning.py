@@ -118,11 +118,11 @@ def test_a_contender_that_comes_after_another_one() -> None:
     assert (len(plan(known).trials), plan(known).later) == (6, 4 + 4)
     while missing := [one for one in plan(known).trials if one.fingerprint not in known]:
         for one in missing:
-            lr, before = one.setting  # type: ignore[attr-defined]
-            known[one.fingerprint] = {"loss": abs(lr - 2) + one.seed / 100 if before is None else lr - before}  # type: ignore[attr-defined]
+            lr, before = one.setting  # type: ignore[attr-defined]  # a field of this kind of trial
+            known[one.fingerprint] = {"loss": abs(lr - 2) + one.seed / 100 if before is None else lr - before}  # type: ignore[attr-defined]  # a field of this kind of trial
     assert plan(known).later == 0
-    after = [one for one in plan(known).trials if one.setting[1] is not None]  # type: ignore[attr-defined]
-    assert {(one.seed, one.stage, one.setting[1]) for one in after} == {  # type: ignore[attr-defined]
+    after = [one for one in plan(known).trials if one.setting[1] is not None]  # type: ignore[attr-defined]  # a field of this kind of trial
+    assert {(one.seed, one.stage, one.setting[1]) for one in after} == {  # type: ignore[attr-defined]  # a field of this kind of trial
         (7, "tuning", 0.07),
         (8, "tuning", 0.08),
         (0, "test", 0.0),
