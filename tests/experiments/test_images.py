@@ -17,7 +17,7 @@ from lorank.config.settings import RunConfig, make_config
 from lorank.experiments import train
 from lorank.experiments.adapted_model import adapted_model, spread_ranks
 from lorank.experiments.adapter_session import load_finished
-from lorank.experiments.compare.recipe_runs import example_losses
+from lorank.experiments.compare.example_losses import example_losses
 from lorank.experiments.dry_run import dry_run
 from lorank.experiments.errors import ModelError, SettingsError
 from lorank.experiments.models import load_model, load_task, resolve

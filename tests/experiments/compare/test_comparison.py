@@ -16,8 +16,9 @@ from lorank.cli.app import app
 from lorank.errors import BudgetError, NonFiniteError
 from lorank.experiments.compare import recipe_runs
 from lorank.experiments.compare.comparison import assess, make_subject, run_comparison, tidy_rows, wanted_runs
+from lorank.experiments.compare.example_losses import example_losses
 from lorank.experiments.compare.file import Comparison, read_comparison
-from lorank.experiments.compare.recipe_runs import example_losses, task_of
+from lorank.experiments.compare.recipe_runs import task_of
 from lorank.experiments.compare.tables import markdown, rich_tables, write_results
 from lorank.experiments.models import load_model
 from lorank.experiments.study.trials import Results
