@@ -156,7 +156,8 @@ METHODS: dict[str, Method] = {
     "alora": Method("ALoRA", lambda: lorank.ALoRA(budget="100% of adapter")),
     "sora": Method("SoRA, from twice", lambda: lorank.SoRA(budget=BUDGET), 2 * RANK),
     "adalora": Method("AdaLoRA, from twice", lambda: lorank.AdaLoRA(budget=BUDGET), 2 * RANK),
-    "ard": Method("ARD-LoRA", lambda: lorank.ARDLoRA(budget="100% of adapter", min_rank=0)),
+    # a rank for each module: with one for each head, the finished adapter would have more numbers than the budget
+    "ard": Method("ARD-LoRA, from twice", lambda: lorank.ARDLoRA(budget=BUDGET, heads="module", min_rank=0), 2 * RANK),
 }
 
 
