@@ -21,9 +21,10 @@ class Package(NamedTuple):
     extra: str
 
 
-# bitsandbytes, torchao, deepspeed and trl are not listed: lorank uses them only if the user's model, optimiser or
-# trainer was made with them. pyyaml and jinja2 are not listed either: transformers, peft and torch depend on them.
+# torchao, deepspeed and trl are not listed: lorank uses them only if the user's model, optimiser or trainer was made
+# with them. pyyaml and jinja2 are not listed either: transformers, peft and torch depend on them.
 PACKAGES: Mapping[str, Package] = {
+    "bitsandbytes": Package("bitsandbytes", "quantised"),
     "datasets": Package("datasets", "cli"),
     "omegaconf": Package("omegaconf", "cli"),
     "rich": Package("rich", "cli"),

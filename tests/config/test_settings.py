@@ -148,6 +148,11 @@ def test_all_errors_come_at_once_with_the_nearest_known_key() -> None:
             {"allocator": {"name": "static", "rounds": 4}},
             "allocator.rounds: unknown key here; it is a key of allocator.name=alora",
         ),
+        (
+            {"allocator": {"name": "full"}, "model": {"name": "m", "quantised": "nf4"}},
+            "(top level): model.quantised is nf4 and allocator.name is full, but quantised weights cannot be trained",
+        ),
+        ({"model": {"name": "m", "quantised": "nf5"}}, "model.quantised: input should be 'nf4' or 'int8'"),
         ({"model": {}}, "model.name: is missing (A model on the Hugging Face hub (owner/name), a folder,"),
         ({"allocator": {"name": "alora", "k1": -1}}, "allocator.k1: input should be greater than 0, given -1"),
         ({"allocator": {"name": "alora", "rounds": 0}}, "allocator.rounds: expected at least 1. For plain LoRA use"),

@@ -18,9 +18,10 @@ from lorank.allocators import ARDLoRA
 from lorank.config.settings import RunConfig, load_config
 from lorank.errors import LorankError
 from lorank.experiments import ModelError, RunFolderError, SettingsError, train
-from lorank.experiments.models import load_tokenizer, resolve
+from lorank.experiments.models import load_model, load_tokenizer, resolve
 from lorank.experiments.pictures import draw_run
 from lorank.experiments.run import total_steps
+from lorank.extras import MissingPackageError
 from lorank.lora import AdapterLayers, find_layers, save_adapter
 from lorank.tasks import build_task
 from lorank.training import read_history
@@ -330,6 +331,28 @@ def test_bfloat16_on_a_cpu(make: Make) -> None:
     assert result.metrics["allocations"] == 1
     weights = load_file(result.folder / "adapter" / "adapter_model.safetensors")
     assert {weight.dtype for name, weight in weights.items() if "lora_" in name} == {torch.float32}
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+def test_a_quantised_base_trains_a_plain_adapter(make: Make, kind: str, layer: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = make(model={"name": make().model.name, "quantised": kind})
+    task = build_task(config.task, load_tokenizer(config.model))
+    base = load_model(config.model, task)
+    kinds = {name: type(module).__name__ for name, module in base.named_modules() if hasattr(module, "weight")}
+    assert kinds["model.layers.0.self_attn.q_proj"] == layer
+    assert kinds["score"] == "Linear"
+    result = train(config)
+    assert result.metrics["allocations"] >= 1
+    assert result.metrics["validation"]["loss_after"] < result.metrics["validation"]["loss_before"]
+    weights = load_file(result.folder / "adapter" / "adapter_model.safetensors")
+    assert {weight.dtype for name, weight in weights.items() if "lora_" in name} == {torch.float32}
+
+
+def test_a_quantised_base_needs_its_package(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorank.extras._is_installed", lambda module: module != "bitsandbytes")
+    with pytest.raises(MissingPackageError, match=r'model.quantised: nf4 .*pip install "lorank\[quantised\]"'):
+        train(make(model={"name": make().model.name, "quantised": "nf4"}))
 
 
 def test_full_fine_tuning_trains_every_weight_and_saves_a_whole_model(make: Make) -> None:

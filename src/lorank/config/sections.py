@@ -22,6 +22,9 @@ class ModelSettings(Settings):
     """Branch, tag or commit of the hub model; null: the main branch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the frozen weights."""
+    quantised: Literal["nf4", "int8"] | None = None
+    """Quantises the frozen weights of linear layers as they are loaded, with bitsandbytes: nf4 for QLoRA (arXiv
+    2305.14314), int8 for LLM.int8() (arXiv 2208.07339); heads and embeddings keep dtype. Needs the extra quantised."""
 
 
 class LoraSettings(Settings):

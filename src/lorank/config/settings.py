@@ -143,6 +143,15 @@ class RunConfig(RunSections):
     allocator: AnyAllocator
     """The method that moves ranks; static: ranks do not move; full: no adapter, every weight is trained."""
 
+    @model_validator(mode="after")
+    def _weights_can_be_trained(self) -> Self:
+        if isinstance(self.allocator, FullSettings) and self.model.quantised is not None:
+            raise ValueError(
+                f"model.quantised is {self.model.quantised} and allocator.name is full, but quantised weights cannot "
+                "be trained: leave out model.quantised, or train an adapter, such as allocator.name balanced"
+            )
+        return self
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads and checks a configuration from a YAML file.

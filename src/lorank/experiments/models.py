@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -19,11 +21,15 @@ from transformers import (
 
 from lorank.config.sections import ModelSettings
 from lorank.experiments.errors import ModelError, SettingsError
+from lorank.extras import require
 from lorank.lora import load_adapter
 from lorank.tasks import ImageCollator, Task, TaskSettings, build_task
 
 PACKAGED = {"tiny": "tiny_llama", "tiny_vit": "tiny_vit"}
 """Models that come with lorank: their folders in its assets."""
+
+HEADS = ["lm_head", "classifier", "score", "pooler"]
+"""Modules that are not quantised, by the names that transformers gives them."""
 
 
 def resolve(name: str) -> str:
@@ -80,11 +86,15 @@ def load_model(settings: ModelSettings, task: Task) -> PreTrainedModel:
         ModelError: there is no model under this name, it cannot be downloaded, or it cannot have such a head.
         SettingsError: the task's examples are longer than the model's context, or its images have another shape than
             the model's.
+        MissingPackageError: the base is to be quantised, and bitsandbytes is not installed.
     """
-    path, dtype = resolve(settings.name), getattr(torch, settings.dtype)
+    path = resolve(settings.name)
+    how: dict[str, Any] = {"revision": settings.revision, "dtype": getattr(torch, settings.dtype)}
+    if settings.quantised is not None:
+        how["quantization_config"] = _quantisation(settings.quantised, how["dtype"])
     try:
         if task.model_kind == "causal_lm":
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, revision=settings.revision, dtype=dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **how)
         else:
             names = dict(enumerate(task.label_names))
             of_images = task.model_kind == "image_classification"
@@ -92,8 +102,7 @@ def load_model(settings: ModelSettings, task: Task) -> PreTrainedModel:
                 AutoModelForImageClassification if of_images else AutoModelForSequenceClassification
             ).from_pretrained(
                 path,
-                revision=settings.revision,
-                dtype=dtype,
+                **how,
                 id2label=names,
                 label2id={name: number for number, name in names.items()},
                 ignore_mismatched_sizes=of_images,  # the pretrained head has other classes
@@ -113,6 +122,19 @@ def load_model(settings: ModelSettings, task: Task) -> PreTrainedModel:
     # a decoder classifier reads the last token that is not padding
     model.config.pad_token_id = task.collator.tokenizer.pad_token_id
     return model
+
+
+def _quantisation(kind: Literal["nf4", "int8"], dtype: torch.dtype) -> BitsAndBytesConfig:
+    """transformers' setting for a quantised base. Heads stay as they are, since they are trained or tied."""
+    require(f"model.quantised: {kind}", "bitsandbytes")
+    four = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }
+    how = {"load_in_8bit": True} if kind == "int8" else four
+    return BitsAndBytesConfig(**how, llm_int8_skip_modules=HEADS)  # type: ignore[no-untyped-call]  # it has none
 
 
 def load_onto_new_base(settings: ModelSettings, task: Task, adapter: Path, *, seed: int) -> nn.Module:
