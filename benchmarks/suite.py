@@ -34,15 +34,19 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Task:
-    """One finished comparison.
+    """One budget of a finished comparison.
 
     Args:
-        name: the name of its folder.
+        name: the name of its folder; with several budgets also the budget.
+        folder: the name of its folder.
+        budget: the budget, as comparison.json calls it.
         result: its comparison.json.
-        lines: all its runs, the lines of results.jsonl.
+        lines: the runs at this budget, lines of results.jsonl.
     """
 
     name: str
+    folder: str
+    budget: str
     result: Mapping[str, Any]
     lines: Sequence[Mapping[str, Any]]
 
@@ -52,20 +56,16 @@ class Task:
         return sum(float(line["seconds"]) for line in self.lines)
 
     def ranks(self, method: str) -> list[Mapping[str, int]]:
-        """The final ranks of a method's test runs at the first budget, by module."""
+        """The final ranks of a method's test runs, by module."""
         return [
             line["ranks"]
             for line in self.lines
-            if (line["method"], line["budget"], line["stage"]) == (method, self.budget, "test") and line.get("ranks")
+            if (line["method"], line["stage"]) == (method, "test") and line.get("ranks")
         ]
 
     @property
-    def budget(self) -> str:
-        return str(self.result["budgets"][0])
-
-    @property
     def rows(self) -> list[Mapping[str, Any]]:
-        """The rows of the first budget."""
+        """The rows of the budget."""
         return [row for row in self.result["rows"] if row["budget"] == self.budget]
 
     @property
@@ -116,11 +116,14 @@ class Task:
 
 
 def read(folder: Path) -> list[Task]:
-    """All finished comparisons in a folder, by name."""
+    """All budgets of all finished comparisons in a folder, by name."""
     tasks = []
     for path in sorted(folder.glob("*/comparison.json")):
         lines = [json.loads(line) for line in (path.parent / "results.jsonl").read_text().splitlines()]
-        tasks.append(Task(path.parent.name, json.loads(path.read_text()), lines))
+        result, own = json.loads(path.read_text()), path.parent.name
+        for budget in result["budgets"]:
+            name = own if len(result["budgets"]) == 1 else f"{own}, {budget}"
+            tasks.append(Task(name, own, budget, result, [line for line in lines if line["budget"] == budget]))
     return tasks
 
 
@@ -149,14 +152,15 @@ def page(tasks: Sequence[Task]) -> str:
     counted = [task for task in tasks if task.separates]
     dropped = [task.name for task in tasks if not task.separates]
     not_counted = [f"LoRA of twice the parameters is not better on {', '.join(dropped)}: not counted below.", ""]
-    runs = sum(len(task.lines) for task in tasks)
+    folders = {task.folder: task for task in tasks}
+    runs, count = sum(len(task.lines) for task in tasks), len(folders)
     hours = sum(task.seconds for task in tasks) / 3600
     text = [
         "# The suite",
         "",
         "<!-- written by `python -m benchmarks.suite docs/results/suite` -->",
         "",
-        f"{runs:,} runs on {len(tasks)} task{'s' if len(tasks) > 1 else ''}, {hours:.1f} hours of one core. "
+        f"{runs:,} runs on {count} task{'s' if count > 1 else ''}, {hours:.1f} hours of one core. "
         "How it was done: [comparing methods](../../comparing.md); what was compared: "
         "`src/lorank/recipes/suite`. `lorank compare suite/TASK --methods NAME` runs one row again.",
         "",
@@ -187,7 +191,7 @@ def page(tasks: Sequence[Task]) -> str:
         *(line for task in tasks for line in tables(task)),
         "## Tasks",
         "",
-        *(f"- [{task.name}]({task.name}/table.md): {task.result['sentence']}" for task in tasks),
+        *(f"- [{name}]({name}/table.md): {task.result['sentence']}" for name, task in folders.items()),
     ]
     return "\n".join(text) + "\n"
 
@@ -271,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     capacity(tasks, given.folder / "capacity.png")
     rates(tasks, given.folder / "rates.png")
     (given.folder / "index.md").write_text(page(tasks), encoding="utf-8")
-    print(f"wrote {given.folder / 'index.md'}, capacity.png and rates.png from {len(tasks)} comparisons")
+    count = len({task.folder for task in tasks})
+    print(f"wrote {given.folder / 'index.md'}, capacity.png and rates.png from {count} comparisons")
 
 
 if __name__ == "__main__":

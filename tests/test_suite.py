@@ -96,6 +96,23 @@ def test_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_every_budget_of_a_comparison_counts(folder: Path) -> None:
+    path, lines = folder / "first" / "comparison.json", folder / "first" / "results.jsonl"
+    result = json.loads(path.read_text())
+    wider = [{**one, "budget": "4", "mean": one["mean"] - 0.5} for one in result["rows"]]
+    path.write_text(json.dumps({**result, "budgets": ["2", "4"], "rows": [*result["rows"], *wider]}))
+    one = {"method": "LoRA", "budget": "4", "stage": "test", "seconds": 3600.0, "seed": 0, "ranks": RANKS}
+    lines.write_text(lines.read_text() + json.dumps(one) + "\n")
+    tasks = suite.read(folder)
+    assert [task.name for task in tasks] == ["first, 2", "first, 4", "flat", "second"]
+    assert [task.methods["LoRA"]["mean"] for task in tasks[:2]] == [3.0, 2.5]
+    assert [len(task.lines) for task in tasks[:2]] == [8, 1]
+    text = suite.page(tasks)
+    assert "25 runs on 3 tasks, 4.0 hours" in text
+    assert "| method | first, 2 | first, 4 | second |" in text
+    assert text.count("(first/table.md)") == 1
+
+
 def test_agreement_of_ranks() -> None:
     one, other = {"a": 1, "b": 2, "c": 3}, {"a": 3, "b": 2, "c": 1}
     assert agreement([one, one, other]) == pytest.approx((1 - 1 - 1) / 3)
