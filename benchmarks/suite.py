@@ -10,7 +10,8 @@ How methods are put together over tasks:
 - **Holm**: p of the difference to LoRA (paired bootstrap over seeds and test examples), corrected for all methods and
   tasks of the page by Holm's method.
 
-Only tasks that separate sizes count: LoRA of twice the parameters must be better than LoRA, its interval without 0.
+Only tasks that separate sizes count: LoRA of twice the parameters must be better than LoRA, its interval without 0, and
+LoRA of half the parameters, if it was measured, must be worse. The others are shown.
 """
 
 from __future__ import annotations
@@ -90,9 +91,10 @@ class Task:
 
     @property
     def separates(self) -> bool:
-        """Whether LoRA of twice the parameters is better."""
-        twice = self.sizes.get(2.0)
-        return bool(twice and twice["difference"]["real"] and self.gain(twice) > 0)
+        """Whether LoRA of twice the parameters is better, and LoRA of half of them not."""
+        half, twice = self.sizes.get(0.5), self.sizes.get(2.0)
+        more = bool(twice and twice["difference"]["real"] and self.gain(twice) > 0)
+        return more and (half is None or self.gain(half) < 0)
 
     def gain(self, row: Mapping[str, Any]) -> float:
         """By how much a row is better than LoRA, in the unit of the metric."""
@@ -149,9 +151,9 @@ def corrected(tasks: Sequence[Task]) -> dict[tuple[str, str], float]:
 
 def page(tasks: Sequence[Task]) -> str:
     """index.md."""
-    counted = [task for task in tasks if task.separates]
+    compared = [task for task in tasks if len(task.methods) > 1]
     dropped = [task.name for task in tasks if not task.separates]
-    not_counted = [f"LoRA of twice the parameters is not better on {', '.join(dropped)}: not counted below.", ""]
+    not_counted = [f"{_and(dropped)}: more parameters are not always better. Not counted in places and k.", ""]
     folders = {task.folder: task for task in tasks}
     runs, count = sum(len(task.lines) for task in tasks), len(folders)
     hours = sum(task.seconds for task in tasks) / 3600
@@ -173,12 +175,12 @@ def page(tasks: Sequence[Task]) -> str:
         *(not_counted if dropped else []),
         "## All methods",
         "",
-        *([] if counted else ["No task of this page separates sizes, so there is nothing to say of methods yet.", ""]),
+        *([] if compared else ["No methods were compared yet.", ""]),
         "Test loss minus LoRA's, at equal trained parameters, each method at its own learning rate. Bold: better, and "
         f"in italics: worse, p < {LEVEL} after Holm's correction for all cells. In brackets, and k: worth LoRA with k "
-        "times the parameters.",
+        "times the parameters. Places and mean k are over the tasks that separate sizes.",
         "",
-        *(_methods(counted, corrected(tasks)) if counted else []),
+        *(_methods(compared, corrected(tasks)) if compared else []),
         "",
         "![Learning rates that were tried, and validation loss, for every method and task](rates.png)",
         "",
@@ -208,14 +210,17 @@ def _sizes(tasks: Sequence[Task]) -> list[str]:
 
 
 def _methods(tasks: Sequence[Task], p: Mapping[tuple[str, str], float]) -> list[str]:
+    tasks = sorted(tasks, key=lambda task: not task.separates)
+    counted = [task for task in tasks if task.separates]
     titles = {name: row["title"] for task in tasks for name, row in task.methods.items()}
-    lines = head(["method", *(task.name for task in tasks), "mean place", "k"])
-    places = {name: [task.places()[name] for task in tasks if name in task.methods] for name in titles}
-    complete = [name for name in titles if len(places[name]) == len(tasks)]
-    for name in sorted(titles, key=lambda name: (name not in complete, statistics.fmean(places[name]))):
+    columns = [task.name if task.separates else f"{task.name} (not counted)" for task in tasks]
+    lines = head(["method", *columns, "mean place", "k"])
+    places = {name: [task.places()[name] for task in counted if name in task.methods] for name in titles}
+    complete = [name for name in titles if counted and len(places[name]) == len(counted)]
+    for name in sorted(titles, key=lambda name: (name not in complete, _mean(places[name]) or 0)):
         cells = [_cell(task, name, p.get((task.name, name))) for task in tasks]
         mean = f"{statistics.fmean(places[name]):.1f}" if name in complete else ""
-        lines.append(line([titles[name], *cells, mean, _number(mean_k(tasks, name), ".2f")]))
+        lines.append(line([titles[name], *cells, mean, _number(mean_k(counted, name), ".2f")]))
     return lines
 
 
@@ -255,6 +260,10 @@ def _beside(tasks: Sequence[Task]) -> list[str]:
         forms = [".2f", ".1f", ".1%", "+.3f"]
         lines.append(line([title, *(_number(cell, form) for cell, form in zip(cells, forms, strict=True))]))
     return lines
+
+
+def _and(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)
 
 
 def _mean(values: Sequence[float]) -> float | None:

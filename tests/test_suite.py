@@ -86,9 +86,10 @@ def test_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "24 runs on 3 tasks, 3.0 hours" in text
     assert "| ours | 0.31 | 1.69 |" in text  # q: 1, 0, 1, 0; up: 2, 3, 3, 3; the mean of all is 1.625
     assert "| ours | 0.95 |" in text  # order of ranks 1, 2, 0, 3 and 1, 3, 0, 3
-    assert "not better on flat" in text
-    assert "| ours | **-0.5000 (2.0)** | **-0.2500 (0.5)** | 1.0 | 1.00 |" in text
-    assert "| theirs | +0.5000 | +0.5000 | 3.0 |  |" in text
+    assert "flat: more parameters are not always better." in text
+    assert "| method | first | second | flat (not counted) | mean place | k |" in text
+    assert "| ours | **-0.5000 (2.0)** | **-0.2500 (0.5)** | *+6.0000 (1.0)* | 1.0 | 1.00 |" in text
+    assert "| theirs | +0.5000 | +0.5000 |  | 3.0 |  |" in text
     assert "| ours | 1.00 | 2.0 | 59.4% | +0.500 |" in text
     assert "| first | 3.0000 | 2.0000 | 1.0000 | 5.0000 |" in text
     assert "- [flat](flat/table.md): About flat." in text
@@ -109,8 +110,17 @@ def test_every_budget_of_a_comparison_counts(folder: Path) -> None:
     assert [len(task.lines) for task in tasks[:2]] == [8, 1]
     text = suite.page(tasks)
     assert "25 runs on 3 tasks, 4.0 hours" in text
-    assert "| method | first, 2 | first, 4 | second |" in text
+    assert "| method | first, 2 | first, 4 | second | flat (not counted) |" in text
     assert text.count("(first/table.md)") == 1
+
+
+def test_a_task_on_which_half_is_better_does_not_separate_sizes(folder: Path) -> None:
+    path = folder / "first" / "comparison.json"
+    result = json.loads(path.read_text())
+    for half, separates in ((2.9, False), (3.1, True)):
+        rows = [*result["rows"], row("LoRA × 0.5", half, reference=0.5)]
+        path.write_text(json.dumps({**result, "rows": rows}))
+        assert suite.read(folder)[0].separates is separates
 
 
 def test_agreement_of_ranks() -> None:
