@@ -59,8 +59,12 @@ def rates(tasks: Sequence[Task], path: Path) -> None:
             best = _losses(row)
             axis.plot([best[0]], [best[1]], "x", color=colour, markersize=5, zorder=front)
         axis.set_xscale("log")
+        tried = sorted({float(lr) for row in task.methods.values() for lr in row["lr_grid"]})
+        axis.set_xticks(tried, [f"{lr:g}" for lr in tried], fontsize=7, rotation=45)
+        axis.minorticks_off()
         worst = max(_losses(row)[1] for row in task.methods.values())
-        axis.set_ylim(lowest - 0.1 * (worst - lowest), worst + 1.5 * (worst - lowest))
+        span = worst - lowest or 0.1 * abs(worst)  # there may be one method alone
+        axis.set_ylim(lowest - 0.1 * span, worst + 1.5 * span)
         axis.set_xlabel("learning rate", fontsize=8)
         axis.set_ylabel("validation loss", fontsize=8)
         axis.set_title(task.name, fontsize=10)
