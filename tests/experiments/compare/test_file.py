@@ -61,6 +61,11 @@ def test_the_base_may_be_a_recipe(write: Write, recipe: Path) -> None:
     assert read_comparison(write(base="e2e_lora")).methods["LoRA"][1]["model"] == {"name": "tiny"}
 
 
+def test_references_contain_the_size_of_the_budget_itself(write: Write) -> None:
+    assert read_comparison(write(references=[0.5, 2])).file.references == [0.5, 2, 1]
+    assert read_comparison(write(references=[])).file.references == []
+
+
 def test_a_quick_look_is_smaller_and_has_a_folder_of_its_own(write: Write) -> None:
     file = write(budgets=[1, 2], seeds=[0, 1, 2], lrs=[1e-3, 2e-3, 4e-3, 8e-3], references=[1, 2, 4])
     quick, whole = read_comparison(file, quick=True), read_comparison(file)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from lorank.config.errors import ConfigError, explain
@@ -109,13 +109,20 @@ class CompareFile(Settings):
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     """Seeds of the runs that are reported, on test data."""
     references: list[float] = Field(default_factory=list)
-    """Sizes k: LoRA with k times the parameters of each budget is run too, and differences are told in this unit."""
+    """Sizes k: LoRA with k times the parameters of each budget is run too, and differences are told in this unit. 1,
+    the budget itself, is added if it is missing."""
     forgetting: TaskSettings | None = None
     """Another task, on whose validation part the model is measured before and after each test run: what it forgets."""
     metric: str = "loss"
     """The test metric that is compared: loss; or accuracy, bleu, rouge_l, perplexity, as far as the task has it."""
     output_dir: str = Field(min_length=1)
     """The folder for all runs and results."""
+
+    @field_validator("references")
+    @classmethod
+    def _with_one(cls, references: list[float]) -> list[float]:
+        """Without the size of the budget itself, a method as good as LoRA would be worth another LoRA than 1."""
+        return [*references, 1.0] if references and 1 not in references else references
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
