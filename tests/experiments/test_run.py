@@ -406,23 +406,41 @@ def test_an_initialisation_of_peft_that_changes_the_base(make: Make) -> None:
         train(make(lora={"init": "pissa"}, output_dir=f"{config.output_dir}2"))
 
 
+class SeenRates(TrainerCallback):
+    """The learning rate of every trained parameter in the last step."""
+
+    rates: dict[str, float]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        of = {id(p): group["lr"] for group in given["optimizer"].param_groups for p in group["params"]}
+        self.rates = {n: of[id(p)] for n, p in given["model"].named_parameters() if p.requires_grad}
+
+    def of(self, part: str) -> float:
+        (rate,) = {rate for name, rate in self.rates.items() if part in name}
+        return rate
+
+
 def test_lora_plus_trains_b_at_a_rate_of_its_own(make: Make) -> None:
-    class Seen(TrainerCallback):
-        rates: dict[str, float]
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            of = {id(p): group["lr"] for group in given["optimizer"].param_groups for p in group["params"]}
-            self.rates = {n: of[id(p)] for n, p in given["model"].named_parameters() if p.requires_grad}
-
-    seen = Seen()
+    seen = SeenRates()
     result = train(make(training={"lora_plus": 4.0}), callbacks=[seen])
     assert result.metrics["ranks_moved"] > 0
-    a = {rate for name, rate in seen.rates.items() if "lora_A" in name}
-    b = {rate for name, rate in seen.rates.items() if "lora_B" in name}
-    head = {rate for name, rate in seen.rates.items() if "score" in name}
-    assert len(a) == len(b) == 1
-    assert next(iter(b)) == pytest.approx(4 * next(iter(a)))
-    assert head == a
+    assert seen.of("lora_B") == pytest.approx(4 * seen.of("lora_A"))
+    assert seen.of("score") == seen.of("lora_A")
+
+
+@pytest.mark.parametrize("more", [{}, {"lora_plus": 2.0}], ids=["", "LoRA+"])
+def test_a_head_has_a_rate_of_its_own(make: Make, more: dict[str, Any]) -> None:
+    seen = SeenRates()
+    config = make(training={"head_lr": 8 * make().training.lr, **more})
+    result = train(config, callbacks=[seen])
+    assert result.metrics["ranks_moved"] > 0
+    assert seen.of("score") == pytest.approx(8 * seen.of("lora_A"))
+    assert seen.of("lora_B") == pytest.approx(more.get("lora_plus", 1) * seen.of("lora_A"))
+
+
+def test_a_rate_for_a_head_needs_a_head(make: Make) -> None:
+    with pytest.raises(SettingsError, match=r"training\.head_lr is 0\.1, but nothing is trained in full"):
+        train(make(allocator={"name": "full"}, training={"head_lr": 0.1}))
 
 
 def test_ranks_given_at_the_start(make: Make) -> None:

@@ -108,6 +108,9 @@ class TrainingSettings(Settings):
     """The optimiser, by transformers' name for it."""
     lora_plus: float | None = Field(default=None, gt=0)
     """The learning rate of B as a multiple of lr, which is A's (LoRA+, arXiv 2402.12354); null: the same."""
+    head_lr: float | None = Field(default=None, gt=0)
+    """The learning rate of what is trained in full beside the adapter, such as a classifier's new head; null: lr. A new
+    head often bears ten times the adapter's."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of the adapter."""
     max_grad_norm: float = Field(default=1.0, gt=0)

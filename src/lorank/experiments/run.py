@@ -223,6 +223,7 @@ def make_trainer(
         callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=config.training.patience)]
     trainer = RunTrainer(
         lora_plus=config.training.lora_plus,
+        head_lr=config.training.head_lr,
         model=model,
         args=arguments,
         data_collator=task.collator,
