@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,15 @@ import pytest
 import yaml
 
 from lorank.config.errors import ConfigError
+from lorank.config.settings import make_config
 from lorank.experiments.compare.file import read_comparison
 
 Write = Callable[..., Path]
+RECIPES = Path(str(files("lorank") / "recipes"))
+COMPARISONS = [
+    *sorted(RECIPES.glob("compare_*.yaml")),
+    *(path for path in sorted(RECIPES.glob("suite/*.yaml")) if not path.stem.startswith("_")),
+]
 
 
 @pytest.fixture
@@ -149,6 +156,15 @@ def test_planted_has_settings_of_its_own(write: Write) -> None:
     wrong = {"methods": {"uniform": {"start": 2}}, "lrs": [0.1]}
     with pytest.raises(ConfigError, match=r"lrs: the task planted has its own.*have no settings here"):
         read_comparison(write(**{"base": None, "task": "planted", **wrong}))
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_every_comparison_that_comes_with_lorank_can_be_read(path: Path) -> None:
+    found = read_comparison(path)
+    assert found.file.baseline in found.methods
+    if found.file.task is None:
+        for name, (_, values) in found.methods.items():
+            make_config(values, source=name)
 
 
 @pytest.mark.parametrize("name", ["compare_e2e", "compare_planted"])
