@@ -139,7 +139,8 @@ def test_without_a_chain_the_reference_runs(caplog) -> None:
     result = ablation_scores(model, layers, class_batch())
     assert result.engine == "reference"
     assert "no chain of blocks" in result.notice
-    assert [record.message for record in caplog.records if record.name == "lorank"] == [result.notice]
+    # Runs of other tests may be garbage-collected here, and warn that they ended early.
+    assert caplog.messages.count(result.notice) == 1
     assert all(torch.equal(result.scores[name], reference.scores[name]) for name in layers)
 
 
