@@ -156,12 +156,14 @@ def interrupt(config: RunConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> 
             train(config)
 
 
+@pytest.mark.parametrize("training", [{}, {"head_lr": 0.05, "lora_plus": 2.0}], ids=["", "three rates"])
 def test_a_resumed_run_ends_exactly_as_an_uninterrupted_one(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    training: dict[str, float], make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # with dropout, so that the state of the random numbers counts
-    whole = train(make(lora={"dropout": 0.1}, output_dir=str(tmp_path / "whole")))
-    config = make(lora={"dropout": 0.1})
+    settings = {"lora": {"dropout": 0.1}, "training": training}
+    whole = train(make(**settings, output_dir=str(tmp_path / "whole")))
+    config = make(**settings)
     # after the checkpoint of step 4, with one allocation before it and one, lost, after it
     interrupt(config, 7, monkeypatch)
     resumed = train(config, resume=True)
