@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,11 @@ def _flat(scores: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([values.double().cpu() for values in scores.values()])
 
 
-def states(name: str, out: Path, seed: int) -> None:
-    """Trains one task's adapter, and writes a line for each moment."""
+def states(name: str, out: Path, seed: int, moments: Sequence[str]) -> None:
+    """Trains one task's adapter anew for each moment, and writes a line for it."""
     case, task = CASES[name], task_of(name)
     done = {(line["task"], line["moment"], line["seed"]) for line in _read(out)}
-    for moment, steps in ((moment, round(share * STEPS)) for moment, share in MOMENTS.items()):
+    for moment, steps in ((moment, round(MOMENTS[moment] * STEPS)) for moment in moments):
         if (name, moment, seed) in done:
             continue
         set_seed(seed)
@@ -141,13 +141,16 @@ def table(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(CASES), help="comma-separated")
+    parser.add_argument(
+        "--moments", default=",".join(MOMENTS), help=f"comma-separated: {', '.join(MOMENTS)}".replace("%", "%%")
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/predictions.jsonl"))
     given = parser.parse_args()
     transformers_logging.set_verbosity_error()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for name in given.tasks.split(","):
-        states(name, given.out, given.seed)
+        states(name, given.out, given.seed, given.moments.split(","))
     print(table(_read(given.out)))
 
 

@@ -6,7 +6,7 @@ The command writes index.md and its figures beside them. It says nothing that is
 How methods are put together over tasks:
 
 - **k**: LoRA with k times the parameters is as good, by interpolation between LoRAs of other sizes; mean of log k.
-- **Rank**: the place of a method among all methods of its size on a task, 1 the best; mean over tasks.
+- **Place**: the place of a method on a task, 1 the best, among the methods that all tasks have; mean over tasks.
 - **Holm**: p of the difference to LoRA (paired bootstrap over seeds and test examples), corrected for all methods and
   tasks of the page by Holm's method.
 
@@ -20,7 +20,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,9 @@ class Task:
         sign = 1 if self.result["higher_is_better"] else -1
         return float(sign * (row["mean"] - self.methods[BASELINE]["mean"]))
 
-    def places(self) -> dict[str, float]:
-        """Per method, its place, 1 the best; equal means share their mean place."""
-        gains = {name: self.gain(row) for name, row in self.methods.items()}
+    def places(self, among: Iterable[str]) -> dict[str, float]:
+        """Per method of ``among``, its place, 1 the best; equal means share their mean place."""
+        gains = {name: self.gain(self.methods[name]) for name in among}
         return {
             name: 1 + sum(other > gain for other in gains.values()) + (list(gains.values()).count(gain) - 1) / 2
             for name, gain in gains.items()
@@ -162,9 +162,10 @@ def page(tasks: Sequence[Task]) -> str:
         "",
         "<!-- written by `python -m benchmarks.suite docs/results/suite` -->",
         "",
-        f"{runs:,} runs on {count} task{'s' if count > 1 else ''}, {hours:.1f} hours of one core. "
-        "How it was done: [comparing methods](../../comparing.md); what was compared: "
-        "`src/lorank/recipes/suite`. `lorank compare suite/TASK --methods NAME` runs one row again.",
+        f"{runs:,} runs on {count} task{'s' if count > 1 else ''}, {hours:.1f} hours in all, on machines that did "
+        "other work too. How it was done: [comparing methods](../../comparing.md); what was compared: "
+        "`src/lorank/recipes/suite`; which commands: [results](../index.md). Time and memory: "
+        "[speed](../../performance.md).",
         "",
         "## Does size matter?",
         "",
@@ -178,7 +179,8 @@ def page(tasks: Sequence[Task]) -> str:
         *([] if compared else ["No methods were compared yet.", ""]),
         "Test loss minus LoRA's, at equal trained parameters, each method at its own learning rate. Bold: better, and "
         f"in italics: worse, p < {LEVEL} after Holm's correction for all cells. In brackets, and k: worth LoRA with k "
-        "times the parameters. Places and mean k are over the tasks that separate sizes.",
+        "times the parameters. Places and mean k are over the tasks that separate sizes; places are among the "
+        "methods that all of them have.",
         "",
         *(_methods(compared, corrected(tasks)) if compared else []),
         "",
@@ -192,6 +194,9 @@ def page(tasks: Sequence[Task]) -> str:
         "",
         *(line for task in tasks for line in tables(task)),
         "## Tasks",
+        "",
+        'One task at a time, so without a correction for the number of comparisons: "better" and "worse" are those '
+        "whose 95 % interval leaves out 0.",
         "",
         *(f"- [{name}]({name}/table.md): {task.result['sentence']}" for name, task in folders.items()),
     ]
@@ -215,11 +220,12 @@ def _methods(tasks: Sequence[Task], p: Mapping[tuple[str, str], float]) -> list[
     titles = {name: row["title"] for task in tasks for name, row in task.methods.items()}
     columns = [task.name if task.separates else f"{task.name} (not counted)" for task in tasks]
     lines = head(["method", *columns, "mean place", "k"])
-    places = {name: [task.places()[name] for task in counted if name in task.methods] for name in titles}
-    complete = [name for name in titles if counted and len(places[name]) == len(counted)]
-    for name in sorted(titles, key=lambda name: (name not in complete, _mean(places[name]) or 0)):
+    complete = [name for name in titles if counted and all(name in task.methods for task in counted)]
+    by_task = [task.places(complete) for task in counted]
+    places = {name: [places[name] for places in by_task] for name in complete}
+    for name in sorted(titles, key=lambda name: _mean(places.get(name, [])) or math.inf):
         cells = [_cell(task, name, p.get((task.name, name))) for task in tasks]
-        mean = f"{statistics.fmean(places[name]):.1f}" if name in complete else ""
+        mean = f"{statistics.fmean(places[name]):.1f}" if name in places else ""
         lines.append(line([titles[name], *cells, mean, _number(mean_k(counted, name), ".2f")]))
     return lines
 
@@ -247,17 +253,16 @@ def _cell(task: Task, name: str, p: float | None) -> str:
 
 
 def _beside(tasks: Sequence[Task]) -> list[str]:
-    """Time, size on the way, forgetting, and the share of full fine-tuning's gain."""
+    """Size on the way, forgetting, and the share of full fine-tuning's gain."""
     titles = {name: row["title"] for task in tasks for name, row in task.methods.items()}
-    lines = head(["method", "time / LoRA's", "largest size / final", "of full's gain", "other text"])
+    lines = head(["method", "largest size / final", "of full's gain", "other text"])
     for name, title in titles.items():
         rows = [(task, task.methods[name]) for task in tasks if name in task.methods]
-        times = [row["seconds"] / task.methods[BASELINE]["seconds"] for task, row in rows]
         sizes = [row["most_parameters"] / row["parameters"] for _, row in rows]
         shares = [share for task, row in rows if (share := task.share_of_full(row)) is not None]
         other = [row["other_loss"] - row["other_loss_before"] for _, row in rows if row.get("other_loss") is not None]
-        cells = [statistics.median(times), statistics.fmean(sizes), _mean(shares), _mean(other)]
-        forms = [".2f", ".1f", ".1%", "+.3f"]
+        cells = [statistics.fmean(sizes), _mean(shares), _mean(other)]
+        forms = [".1f", ".1%", "+.3f"]
         lines.append(line([title, *(_number(cell, form) for cell, form in zip(cells, forms, strict=True))]))
     return lines
 

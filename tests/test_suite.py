@@ -50,11 +50,12 @@ def folder(tmp_path: Path) -> Path:
         full = row("all", 1.0, sized=False, untrained_loss=5.0)
         rows = [
             row("LoRA", 3.0),
-            row("ours", 3.0 - gain, p=0.01, k=k),
+            row("ours", 3.0 - gain, p=0.008, k=k),
             row("theirs", 3.5, p=0.03, k=None, seconds=30.0),
         ]
         rows[1] |= {"other_loss": 2.5, "other_loss_before": 2.0}
-        write(tmp_path, name, [*rows, full, row("LoRA × 2", 2.0, **twice)])
+        once = [row("once", 1.5, p=1.0)] if name == "first" else []  # the other task lacks it, so it takes no place
+        write(tmp_path, name, [*rows, *once, full, row("LoRA × 2", 2.0, **twice)])
     write(tmp_path, "flat", [row("LoRA", 3.0), row("ours", 9.0, p=1e-6), row("LoRA × 2", 3.0, reference=2.0)])
     return tmp_path
 
@@ -69,14 +70,15 @@ def test_tasks_are_put_together(folder: Path) -> None:
     tasks = {task.name: task for task in suite.read(folder)}
     assert [name for name, task in tasks.items() if task.separates] == ["first", "second"]
     first, second = tasks["first"], tasks["second"]
-    assert first.places() == {"LoRA": 2, "ours": 1, "theirs": 3}
+    assert first.places(["LoRA", "ours", "theirs"]) == {"LoRA": 2, "ours": 1, "theirs": 3}
+    assert first.places(first.methods) == {"LoRA": 3, "ours": 2, "theirs": 4, "once": 1}
     assert first.share_of_full(first.methods["ours"]) == pytest.approx((5 - 2.5) / (5 - 1))
     assert suite.mean_k([first, second], "ours") == pytest.approx(math.sqrt(2 * 0.5))
     assert suite.mean_k([first, second], "theirs") is None
-    # four cells in all: 0.01 · 4, 0.01 · 4 (not below the one before), 0.03 · 2
+    # five cells in all: 0.008 · 5, 0.008 · 5 (not below the one before), 0.03 · 3
     found = suite.corrected([first, second])
     assert found["first", "ours"] == pytest.approx(0.04)
-    assert found["second", "theirs"] == pytest.approx(0.06)
+    assert found["second", "theirs"] == pytest.approx(0.09)
 
 
 def test_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +92,8 @@ def test_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| method | first | second | flat (not counted) | mean place | k |" in text
     assert "| ours | **-0.5000 (2.0)** | **-0.2500 (0.5)** | *+6.0000 (1.0)* | 1.0 | 1.00 |" in text
     assert "| theirs | +0.5000 | +0.5000 |  | 3.0 |  |" in text
-    assert "| ours | 1.00 | 2.0 | 59.4% | +0.500 |" in text
+    assert "| once | -1.5000 (1.0) |  |  |  |  |" in text
+    assert "| ours | 2.0 | 59.4% | +0.500 |" in text
     assert "| first | 3.0000 | 2.0000 | 1.0000 | 5.0000 |" in text
     assert "- [flat](flat/table.md): About flat." in text
     for name in ("capacity.png", "rates.png"):
