@@ -118,7 +118,7 @@ class Task:
 
 
 def read(folder: Path) -> list[Task]:
-    """All budgets of all finished comparisons in a folder, by name."""
+    """All budgets of all finished comparisons in a folder, by name, those that separate sizes first."""
     tasks = []
     for path in sorted(folder.glob("*/comparison.json")):
         lines = [json.loads(line) for line in (path.parent / "results.jsonl").read_text().splitlines()]
@@ -126,7 +126,7 @@ def read(folder: Path) -> list[Task]:
         for budget in result["budgets"]:
             name = own if len(result["budgets"]) == 1 else f"{own}, {budget}"
             tasks.append(Task(name, own, budget, result, [line for line in lines if line["budget"] == budget]))
-    return tasks
+    return sorted(tasks, key=lambda task: not task.separates)
 
 
 def holm(values: Mapping[Any, float]) -> dict[Any, float]:
@@ -215,7 +215,6 @@ def _sizes(tasks: Sequence[Task]) -> list[str]:
 
 
 def _methods(tasks: Sequence[Task], p: Mapping[tuple[str, str], float]) -> list[str]:
-    tasks = sorted(tasks, key=lambda task: not task.separates)
     counted = [task for task in tasks if task.separates]
     titles = {name: row["title"] for task in tasks for name, row in task.methods.items()}
     columns = [task.name if task.separates else f"{task.name} (not counted)" for task in tasks]

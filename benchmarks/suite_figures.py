@@ -13,7 +13,15 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from benchmarks.suite import Task
 
-HIGHLIGHTED = {"LoRA": "black", "BalancedLoRA": "tab:red", "ALoRA": "tab:blue", "ARD-LoRA": "tab:green"}
+HIGHLIGHTED = {
+    "LoRA": "black",
+    "BalancedLoRA": "tab:red",
+    "ALoRA": "tab:blue",
+    "ARD-LoRA": "tab:green",
+    "SoRA": "tab:purple",
+    "AdaLoRA": "tab:orange",
+}
+OTHERS = "lightgrey"
 COLUMNS = 3
 
 
@@ -41,7 +49,7 @@ def capacity(tasks: Sequence[Task], path: Path) -> None:
         axis.set_xlabel(f"parameters, as a multiple of {task.budget}", fontsize=8)
         axis.set_ylabel(f"test {task.result['metric']}", fontsize=8)
         axis.set_title(task.name + ("" if task.separates else " (sizes not separated)"), fontsize=10)
-    axes[0].legend(fontsize=7)
+    _add_legend(figure, axes)
     figure.savefig(path, dpi=120)
 
 
@@ -52,9 +60,9 @@ def rates(tasks: Sequence[Task], path: Path) -> None:
         lowest = min(_losses(row)[1] for row in task.methods.values())
         for name, row in task.methods.items():
             points = [(float(lr), loss) for lr, loss in row["lr_grid"].items() if loss is not None]
-            colour = HIGHLIGHTED.get(name, "lightgrey")
+            colour = HIGHLIGHTED.get(name, OTHERS)
             front = 3 if name in HIGHLIGHTED else 1
-            label = name if name in HIGHLIGHTED else None
+            label = name if name in HIGHLIGHTED else "other methods"
             axis.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=1.2, zorder=front, label=label)
             best = _losses(row)
             axis.plot([best[0]], [best[1]], "x", color=colour, markersize=5, zorder=front)
@@ -68,13 +76,22 @@ def rates(tasks: Sequence[Task], path: Path) -> None:
         axis.set_xlabel("learning rate", fontsize=8)
         axis.set_ylabel("validation loss", fontsize=8)
         axis.set_title(task.name, fontsize=10)
-    axes[0].legend(fontsize=7)
+    _add_legend(figure, axes)
     figure.savefig(path, dpi=120)
 
 
 def _losses(row: Any) -> tuple[float, float]:
     """(the chosen learning rate, its validation loss)."""
     return float(row["lr"]), float(row["lr_grid"][f"{row['lr']:g}"])
+
+
+def _add_legend(figure: Figure, axes: Sequence[Any]) -> None:
+    """One legend of all panels, above them."""
+    entries = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=len(entries), fontsize=8)
 
 
 def _panels(tasks: Sequence[Task], height: float) -> tuple[Figure, list[Any]]:
