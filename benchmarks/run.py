@@ -2,7 +2,7 @@
 
     PEFT LoRA            the reference
     PEFT AdaLoRA         starts with 1.5 times the ranks, update_and_allocate in every step
-    ALoRA, exact         the paper's schedule: K1 one epoch, K2 a quarter, 8 rounds, ten epochs in total; the paper's
+    ALoRA exact          the paper's schedule: K1 one epoch, K2 a quarter, 8 rounds, ten epochs in total; the paper's
                          scores on 32 samples
     ALoRA                the same schedule; the default scores, two backward passes over 128 samples
     AdaLoRA, SoRA        lorank's, start with 1.5 times the ranks and end with the same ranks as the others
@@ -39,6 +39,7 @@ from lorank.allocators import START_BATCHES  # noqa: E402
 from lorank.experiments.models import resolve  # noqa: E402
 
 EPOCHS = 10
+REFERENCE = "PEFT LoRA"
 PACKAGED = Shape(lambda: AutoModelForCausalLM.from_pretrained(resolve("tiny")), LLAMA_MAPS, 16, 64)
 
 
@@ -90,7 +91,9 @@ def validation(make: Maker, rows: int) -> Batch:
     return {"input_ids": ids, "labels": ids}
 
 
-def runs(make: Maker, steps: int) -> dict[str, Contender]:
+def runs(make: Maker, steps: int) -> dict[str, Callable[[], Contender]]:
+    """How each contender is made, by its name."""
+
     def attached(allocator: lorank.Allocator, rank: int) -> Contender:
         contender = Contender(make.peft(fresh=True, r=rank, lora_alpha=rank), make.batch)
         began = time.perf_counter()
@@ -119,21 +122,28 @@ def runs(make: Maker, steps: int) -> dict[str, Contender]:
         deltaT=every,
         total_step=steps,
     )
-    model = get_peft_model(make.copy(), config, autocast_adapter_dtype=False).train()
+
+    def peft_adalora() -> Contender:
+        model = get_peft_model(make.copy(), config, autocast_adapter_dtype=False).train()
+        return Contender(model, make.batch, model.base_model.update_and_allocate)
+
     return {
-        "PEFT LoRA": Contender(make.peft(fresh=True), make.batch),
-        "PEFT AdaLoRA": Contender(model, make.batch, model.base_model.update_and_allocate),
-        "static": attached(lorank.StaticLoRA(), make.rank),
-        "BalancedLoRA": attached(lorank.BalancedLoRA(), make.rank),
-        "SoRA": attached(lorank.SoRA(budget=make.rank), more),
-        "ALoRA, exact": attached(lorank.ALoRA(scores="exact"), make.rank),
-        "ALoRA": attached(lorank.ALoRA(unit="epochs"), make.rank),
-        "AdaLoRA": attached(lorank.AdaLoRA(delta_t=every, budget=make.rank), more),
+        REFERENCE: lambda: Contender(make.peft(fresh=True), make.batch),
+        "PEFT AdaLoRA": peft_adalora,
+        "static": lambda: attached(lorank.StaticLoRA(), make.rank),
+        "BalancedLoRA": lambda: attached(lorank.BalancedLoRA(), make.rank),
+        "SoRA": lambda: attached(lorank.SoRA(budget=make.rank), more),
+        "ALoRA exact": lambda: attached(lorank.ALoRA(scores="exact"), make.rank),
+        "ALoRA": lambda: attached(lorank.ALoRA(unit="epochs"), make.rank),
+        "AdaLoRA": lambda: attached(lorank.AdaLoRA(delta_t=every, budget=make.rank), more),
     }
 
 
-def train(make: Maker, steps: int) -> dict[str, Result]:
-    contenders = runs(make, steps)
+def train(make: Maker, steps: int, chosen: Sequence[str] | None = None) -> dict[str, Result]:
+    makers = runs(make, steps)
+    if unknown := set(chosen or ()) - set(makers):
+        raise SystemExit(f"unknown runs: {', '.join(sorted(unknown))}; there are {', '.join(makers)}")
+    contenders = {name: made() for name, made in makers.items() if not chosen or name in (REFERENCE, *chosen)}
     data, device = batches(make, 16), make.base.device
     results = {name: Result(start=contender.start_seconds) for name, contender in contenders.items()}
     names = list(contenders)
@@ -174,7 +184,7 @@ def table(results: dict[str, Result]) -> list[str]:
         "| peak of a step, MiB |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
-    reference = results["PEFT LoRA"]
+    reference = results[REFERENCE]
     for name, one in results.items():
         rounds = ["", ""] if one.round is None else [str(len(one.allocating)), f"{one.round / one.step:.1f}"]
         lines.append(
@@ -200,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     parser.add_argument("--steps", type=int, default=1000, help="steps of every run, at least 20")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--runs", help=f"comma-separated names of runs beside {REFERENCE}; default: all")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     logging.getLogger("lorank").setLevel(logging.WARNING)
@@ -210,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
         f"{options.device}, {options.threads} thread(s), {options.model}, {options.steps} steps of {shape.rows} × "
         f"{shape.tokens} tokens, rank {options.rank}, dropout {options.dropout:g}\n"
     )
-    results = train(make, options.steps)
+    results = train(make, options.steps, options.runs.split(",") if options.runs else None)
     print("\n".join(table(results)), flush=True)
     return results
 

@@ -68,10 +68,14 @@ def test_growth(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_run() -> None:
     results = run.main(["--model", "tiny", "--steps", "20", "--rank", "2"])
-    assert len(results["ALoRA"].allocating) == len(results["ALoRA, exact"].allocating) == 8
+    assert len(results["ALoRA"].allocating) == len(results["ALoRA exact"].allocating) == 8
     assert results["ALoRA"].round is not None
     assert not results["PEFT LoRA"].allocating
     assert len(results["AdaLoRA"].plain) + len(results["AdaLoRA"].allocating) == 19
+    few = run.main(["--model", "tiny", "--steps", "20", "--rank", "2", "--runs", "static"])
+    assert list(few) == ["PEFT LoRA", "static"]
+    with pytest.raises(SystemExit, match="unknown runs: other; there are PEFT LoRA, PEFT AdaLoRA, static"):
+        run.main(["--model", "tiny", "--runs", "other"])
 
 
 def test_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
