@@ -51,6 +51,9 @@ ONE_MORE = (
     r"tests/allocators/ard/test_allocator\.py::test_alpha_is_that_of_a_twin_.+\[(none|tv|l1)\]",
     r"tests/allocators/test_initial_ranks\.py::TestEva::test_ranks_and_directions_.+\[4\]",
     rf"tests/families/test_families\.py::test_a_family_trains_.+\[({_names(FAMILIES)})\]",
+    # tests/test_kills.py kills a run of lorank train three times
+    r"tests/training/test_trainer_callback\.py::test_a_run_killed_between_two_allocations_.+",
+    r"tests/experiments/study/test_trials\.py::test_a_study_survives_a_kill\[1\]",
     # variants of ALoRA, which have test files of their own
     r"tests/.+\[(.+-)?alora-(retry|first-order|sensi|dnas)(-.+)?\]",
     r"tests/training/integrations/test_grad_scaling\.py::test_under_autocast\[bf16-(?!alora\]|ard-heads\]).+\]",
