@@ -147,10 +147,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/predictions.jsonl"))
     given = parser.parse_args()
+    moments = given.moments.split(",")
+    if unknown := [moment for moment in moments if moment not in MOMENTS]:
+        parser.error(f"unknown moments: {', '.join(unknown)}; there are {', '.join(MOMENTS)}")
     transformers_logging.set_verbosity_error()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for name in given.tasks.split(","):
-        states(name, given.out, given.seed, given.moments.split(","))
+        states(name, given.out, given.seed, moments)
     print(table(_read(given.out)))
 
 
